@@ -1,0 +1,1 @@
+"""Model families, data sets and formats; found by entry point, never imported by name."""

@@ -1,0 +1,1 @@
+"""Published rows, or generated ones, as our rows."""

@@ -1,0 +1,301 @@
+"""The run file: its schema, how it is read, and what is said when it is wrong. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from rlcore.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+ClipWidth = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Strict):
+    path: str
+    """A Hugging Face folder, or the name of an installed model source (tiny_qwen2_5_vl, smollm2, ...)."""
+    options: dict[str, Any] = {}
+    """Arguments of the model source."""
+    adapter: str = "auto"
+    """The model family; auto reads model_type from the folder's config.json."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the matrices are multiplied in; weights and optimizer stay fp32. auto asks the device."""
+
+
+class BackendConfig(Strict):
+    name: str = "auto"
+    options: dict[str, Any] = {}
+
+
+class DatasetConfig(Strict):
+    name: str = "rows"
+    path: str | None = None
+    options: dict[str, Any] = {}
+    max_rows: PositiveInt | None = None
+
+
+class DataConfig(Strict):
+    train: DatasetConfig
+    eval: DatasetConfig | None = None
+    max_prompt_tokens: PositiveInt = 1024
+    long_prompts: Literal["drop", "refuse"] = "drop"
+    """What becomes of rows longer than max_prompt_tokens: dropped and counted, or an error."""
+
+
+class SamplingConfig(Strict):
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: NonNegativeInt = 0
+    """0 is off."""
+
+
+class RolloutConfig(SamplingConfig):
+    engine: str = "auto"
+    """vllm, torch (slow, needs nothing) or any installed engine; auto is the backend's own."""
+    options: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+    max_mismatch: PositiveFloat = 0.5
+    """Warn when the engine's and the actor's log-probabilities of the same tokens differ by more, on average."""
+
+    @model_validator(mode="after")
+    def _samples_have_a_distribution(self) -> RolloutConfig:
+        if self.temperature == 0:
+            raise ValueError("temperature: 0 gives every sample of a group the same text, so no advantage; use a value above 0")
+        return self
+
+
+class RewardConfig(Strict):
+    name: str
+    """An installed reward (math, math_verify, geo3k, ...) or a dotted path such as my_module.my_function."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class AlgorithmConfig(Strict):
+    name: Literal["grpo"] = "grpo"
+    group_size: PositiveInt = 8
+    """Samples of one prompt; advantages compare them with each other."""
+    advantage_std: Literal["population", "sample", "none"] = "sample"
+    """Divide by the group's standard deviation (ddof 0 or 1), or not at all."""
+    advantage_eps: PositiveFloat = 1e-6
+    clip_low: ClipWidth = 0.2
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the k3 divergence from the reference; 0 needs no reference."""
+    entropy_coef: float = 0.0
+
+    @model_validator(mode="after")
+    def _groups_can_be_compared(self) -> AlgorithmConfig:
+        if self.group_size == 1:
+            raise ValueError("group_size: 1 leaves nothing to compare a sample with, so every advantage is 0; use 2 or more")
+        return self
+
+
+class OptimizerConfig(Strict):
+    lr: PositiveFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the rate rises linearly from lr / warmup_steps."""
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class TrainConfig(Strict):
+    steps: NonNegativeInt = 100
+    prompts_per_step: PositiveInt = 8
+    minibatches_per_step: PositiveInt = 1
+    """Optimizer steps on each step's samples."""
+    max_tokens_per_microbatch: PositiveInt = 16384
+    """No forward pass holds more tokens than this."""
+    save_every: NonNegativeInt = 0
+    """0 saves at the end only."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide_the_prompts(self) -> TrainConfig:
+        if self.prompts_per_step % self.minibatches_per_step:
+            raise ValueError(
+                f"prompts_per_step: {self.prompts_per_step} prompts cannot be split into {self.minibatches_per_step} equal"
+                " minibatches; make one a multiple of the other"
+            )
+        return self
+
+
+class SftConfig(Strict):
+    steps: PositiveInt
+    rows_per_step: PositiveInt = 32
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    log_every: PositiveInt = 10
+
+
+class EvaluationConfig(SamplingConfig):
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0 leaves them out."""
+    before: bool = True
+    at_end: bool = True
+    samples: PositiveInt = 1
+    """Responses to each row; its score is their mean."""
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+
+
+class LoggingConfig(Strict):
+    tensorboard: bool = True
+    samples_on_console: NonNegativeInt = 1
+    """Samples of each step shown in full on the console."""
+
+
+class RunConfig(Strict):
+    """One training run. `rlcore show RUN.yaml` prints every value."""
+
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    backend: BackendConfig = BackendConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: list[RewardConfig] = Field(min_length=1)
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig | None = None
+    """Supervised warm start on the training rows' targets, before the first step of `rlcore grpo`; all of `rlcore sft`."""
+    evaluation: EvaluationConfig | None = None
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _one_sample_fits_a_microbatch(self) -> RunConfig:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.max_tokens_per_microbatch:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch: {self.train.max_tokens_per_microbatch} cannot hold one sample of up to"
+                f" {longest} tokens (data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_new_tokens"
+                f" {self.rollout.max_new_tokens}); raise it to at least {longest} or lower the other two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> RunConfig:
+        if self.evaluation is not None and self.data.eval is None:
+            raise ValueError("evaluation: is set but data.eval names no rows; add data.eval or remove evaluation")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {_kind(values)}")
+    for override in overrides:
+        values = _override(values, override)
+    return validate(RunConfig, values)
+
+
+def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
+    """`values` as `schema`, or one ConfigError with a line for each wrong key, each with its full name."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, prefix, detail) for detail in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(config: RunConfig) -> str:
+    """Every setting as YAML, in the order of the schema; reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or what there is."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(names)}" if names else ""
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"{override!r}: an override is a.b=value, for example train.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from None
+    return _with(values, key.split("."), value, key)
+
+
+def _with(values: Any, path: Sequence[str], value: Any, key: str) -> Any:
+    """`values` with the entry at `path` replaced; list entries are named by their index."""
+    head, *rest = path
+    if isinstance(values, list):
+        if not head.isdigit() or int(head) >= len(values):
+            raise ConfigError(f"{key}: {head!r} is not an entry of this list of {len(values)}")
+        index = int(head)
+        return [*values[:index], _with(values[index], rest, value, key) if rest else value, *values[index + 1 :]]
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}: {head!r} stands below a plain value ({values!r}), not below a section")
+    return {**values, head: _with(values.get(head), rest, value, key) if rest else value}
+
+
+def _explain(schema: type[BaseModel], prefix: str, detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = prefix + ".".join(location)
+    kind, given = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: no such setting{nearest(location[-1], _fields(schema, location[:-1]))}"
+    if kind == "missing":
+        return f"{key}: must be set"
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+        return f"{key}.{message}" if key else message
+    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}; it is {_kind(given)}"
+
+
+def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The settings of the section at `path`."""
+    for name in path:
+        if name.isdigit():
+            continue
+        annotation = schema.model_fields[name].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        schema = next(part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel))
+    return list(schema.model_fields)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    return f"{value!r}" if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"

@@ -1,0 +1,126 @@
+"""What a role, a model family and a device must offer. Plugins implement these; the trainer knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score
+
+if TYPE_CHECKING:
+    from rlcore.config import RolloutConfig
+    from rlcore.packing import Packed
+
+NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
+
+
+class Reference(Protocol):
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[N] float32: log p(token | what stands before it), packed order."""
+        ...
+
+
+class Actor(Reference, Protocol):
+    def update(self, batch: Batch) -> Metrics:
+        """All optimizer steps of this batch."""
+        ...
+
+    def weights(self) -> NamedTensors: ...
+
+    def save(self, folder: Path) -> None:
+        """Everything needed to go on training, into an empty folder; `folder/model` is a Hugging Face folder."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Rollout(Protocol):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group a prompt, in the order of the prompts."""
+        ...
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """Serve these weights from now on; RunError when what the engine holds is not what was sent."""
+        ...
+
+
+class Reward(Protocol):
+    def score(self, groups: Sequence[Group]) -> list[list[Score]]: ...
+
+
+class Adapter(Protocol):
+    """A model family."""
+
+    def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
+
+    def prompt_length(self, row: Row) -> int:
+        """The tokens `encode` will give, without touching pixels."""
+        ...
+
+    def encode(self, row: Row) -> Prompt: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Response tokens as text, special tokens left out."""
+        ...
+
+    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
+        """[T, D]: the last hidden states of a packed row, after the final norm."""
+        ...
+
+    def head(self, model: nn.Module) -> Tensor:
+        """[V, D]: the output projection (the embedding itself where they are tied)."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The tokens that end a turn."""
+        ...
+
+    def save_processor(self, folder: Path) -> None:
+        """The tokenizer and processor files beside saved weights."""
+        ...
+
+
+class Backend(Protocol):
+    """A device: facts, and what only this device has."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseModel]]
+    default_engine: ClassVar[str]
+    environment_requirements: ClassVar[str]  # the file that installs this backend's stack
+
+    def __init__(self, options: BaseModel) -> None: ...
+
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables that must stand before torch is imported; what the user has set wins."""
+        ...
+
+    def device(self, local_rank: int) -> torch.device: ...
+
+    def default_precision(self) -> str:
+        """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
+        ...
+
+    def prepare(self) -> None:
+        """Once a process, after torch can be imported: what this device needs before models load."""
+        ...
+
+
+class Engine(Protocol):
+    """Builds a Rollout. Registered by name; `rollout.engine` chooses."""
+
+    def __call__(
+        self, model: nn.Module, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
+        max_tokens: int, seed: int,
+    ) -> Rollout: ...
+
+
+class Dataset(Protocol):
+    """Rows of a published or generated data set. Registered by name; `data.train.name` chooses."""
+
+    def __call__(self, path: Path | None, **options: Any) -> Sequence[Row]: ...

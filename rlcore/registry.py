@@ -1,0 +1,45 @@
+"""Finds plugins by entry point. A name that is not installed lists what is; a plugin that does not import says so, loudly."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from importlib.metadata import entry_points
+from typing import Any
+
+from rlcore.config import nearest
+from rlcore.errors import PluginError
+
+GROUPS = ("backends", "adapters", "models", "engines", "rewards", "datasets")
+
+
+def names(group: str) -> list[str]:
+    """What is installed in a group, sorted."""
+    return sorted({point.name for point in entry_points(group=f"rlcore.{group}")})
+
+
+def load(group: str, name: str) -> Any:
+    """The plugin, imported."""
+    points = [point for point in entry_points(group=f"rlcore.{group}") if point.name == name]
+    targets = Counter(point.value for point in points)
+    if not targets:
+        raise PluginError(f"{group}: nothing is installed under the name {name!r}{nearest(name, names(group))}")
+    if len(targets) > 1:
+        raise PluginError(f"{group}: {name!r} is claimed by {' and '.join(targets)}; uninstall one")
+    try:
+        return points[0].load()
+    except Exception as error:
+        raise PluginError(f"{group}: the plugin {name!r} ({points[0].value}) does not import: {error!r}") from error
+
+
+def load_dotted(path: str, what: str) -> Any:
+    """The object at `package.module.attribute`."""
+    module, dot, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise PluginError(f"{what}: no module {error.name!r} (from {path!r}); is its folder on PYTHONPATH?") from error
+    except AttributeError:
+        raise PluginError(f"{what}: {module!r} has no {attribute!r}") from None
+    except Exception as error:
+        raise PluginError(f"{what}: {path!r} does not import: {error!r}") from error

@@ -1,0 +1,135 @@
+"""The data that roles exchange. Frozen: a role returns new data, it never edits what it was given.
+
+Legend: P tokens of a prompt, R tokens of a response, S samples of a batch, N response tokens of a batch,
+T tokens of a packed row, I images of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set, before any model has seen it."""
+
+    id: str  # unique within the data set; error messages and samples.jsonl name it
+    messages: Sequence[Mapping[str, Any]]  # chat messages; content is text or a list of {type: image} / {type: text, text}
+    answer: str = ""  # what the reward compares with
+    target: str | None = None  # the whole response to imitate, for supervised training
+    images: Sequence[Image] = ()  # RGB, in the order of the image parts
+    fields: Mapping[str, Any] = field(default_factory=dict)  # the other columns, handed to the reward
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row as one model reads it."""
+
+    row: Row
+    token_ids: list[int]  # P, every image placeholder expanded to one token a merged patch
+    engine_token_ids: list[int]  # the same with one placeholder an image: engines expand it themselves
+    vision: Mapping[str, Tensor] | None = None  # what the processor made of the images: pixel_values, image_grid_thw
+    position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first response token."""
+        return len(self.token_ids) if self.position_ids is None else int(self.position_ids.max()) + 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw responses. The seed makes a call repeatable whatever was drawn before it."""
+
+    samples: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. Its log-probabilities are the engine's own, under the distribution it drew from."""
+
+    token_ids: list[int]  # R, at least 1; ends with the end-of-turn token when finish is "stop"
+    logprobs: list[float]  # R
+    text: str
+    finish: Literal["stop", "length"]
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its samples: the unit from sampling to the gradient."""
+
+    prompt: Prompt
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward said of one sample. Only status "value" has a value: a failure is never a 0."""
+
+    value: float | None
+    status: Literal["value", "timeout", "error"] = "value"
+    parts: Mapping[str, float] = field(default_factory=dict)  # unweighted, by reward name
+    detail: str = ""  # the error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups as tensors. Token fields are in packed order: group by group, sample by sample, token by token."""
+
+    groups: Sequence[Group]
+    rollout_logprobs: Tensor  # [N] float32
+    loss_mask: Tensor  # [N] bool, True where the loss counts
+    advantages: Tensor | None = None  # [N] float32
+    ref_logprobs: Tensor | None = None  # [N] float32
+    old_logprobs: Tensor | None = None  # [N] float32; None is "the actor's own, detached"
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Batch:
+        logprobs = [value for group in groups for sample in group.samples for value in sample.logprobs]
+        rollout_logprobs = torch.tensor(logprobs, dtype=torch.float32)
+        return cls(groups, rollout_logprobs, torch.ones(len(logprobs), dtype=torch.bool))
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[S] response tokens of each sample."""
+        return torch.tensor([len(sample.token_ids) for sample in self.samples])
+
+    def per_token(self, per_sample: Tensor) -> Tensor:
+        """[S] -> [N], each sample's value on each of its tokens."""
+        return per_sample.repeat_interleave(self.lengths)
+
+    def per_sample(self, per_token: Tensor) -> tuple[Tensor, ...]:
+        """[N] -> S tensors [R]."""
+        return per_token.split(self.lengths.tolist())
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof of a weight update: what the engine holds is what the actor sent."""
+
+    version: int
+    tensors: int
+    bytes: int
+    seconds: float
+    check_seconds: float  # the part spent on fingerprints
