@@ -56,6 +56,8 @@ class Reward(Protocol):
 class Adapter(Protocol):
     """A model family."""
 
+    stop_token_ids: frozenset[int]  # the tokens that end a turn
+
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
     def prompt_length(self, row: Row) -> int:
@@ -63,6 +65,10 @@ class Adapter(Protocol):
         ...
 
     def encode(self, row: Row) -> Prompt: ...
+
+    def encode_response(self, text: str) -> list[int]:
+        """The tokens of a whole response, end-of-turn token included."""
+        ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Response tokens as text, special tokens left out."""
@@ -76,9 +82,8 @@ class Adapter(Protocol):
         """[V, D]: the output projection (the embedding itself where they are tied)."""
         ...
 
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """The tokens that end a turn."""
+    def published_name(self, name: str) -> str:
+        """The Hugging Face name of a parameter of the loaded model."""
         ...
 
     def save_processor(self, folder: Path) -> None:
@@ -115,7 +120,7 @@ class Engine(Protocol):
     """Builds a Rollout. Registered by name; `rollout.engine` chooses."""
 
     def __call__(
-        self, model: nn.Module, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
+        self, *, model: nn.Module, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
         max_tokens: int, seed: int,
     ) -> Rollout: ...
 

@@ -115,13 +115,22 @@ class Batch:
         """[S] response tokens of each sample."""
         return torch.tensor([len(sample.token_ids) for sample in self.samples])
 
+    def select(self, chosen: range) -> Batch:
+        """The groups of that range, with their tokens."""
+        sizes = [sum(len(sample.token_ids) for sample in group.samples) for group in self.groups]
+        tokens = slice(sum(sizes[: chosen.start]), sum(sizes[: chosen.stop]))
+        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs")
+        cut = {name: value[tokens] for name in fields if (value := getattr(self, name)) is not None}
+        return Batch(self.groups[chosen.start : chosen.stop], **cut)
+
     def per_token(self, per_sample: Tensor) -> Tensor:
         """[S] -> [N], each sample's value on each of its tokens."""
         return per_sample.repeat_interleave(self.lengths)
 
-    def per_sample(self, per_token: Tensor) -> tuple[Tensor, ...]:
-        """[N] -> S tensors [R]."""
-        return per_token.split(self.lengths.tolist())
+    def sample_values(self, per_token: Tensor) -> list[float]:
+        """[N] -> S, the value on each sample's first token."""
+        ends = self.lengths.cumsum(0)
+        return per_token[ends - self.lengths].tolist()
 
 
 @dataclass(frozen=True)
@@ -133,3 +142,24 @@ class Receipt:
     bytes: int
     seconds: float
     check_seconds: float  # the part spent on fingerprints
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What a loss sees of one micro-batch: M unmasked response tokens, float32."""
+
+    logprobs: Tensor  # [M], with gradient
+    entropy: Tensor  # [M], with gradient
+    rollout_logprobs: Tensor  # [M]
+    advantages: Tensor | None  # [M]
+    ref_logprobs: Tensor | None  # [M]
+    old_logprobs: Tensor | None  # [M]; None is "logprobs, detached"
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss by token, and what to report: means over all tokens of the optimizer step, and maxima."""
+
+    loss: Tensor  # [M]
+    means: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each

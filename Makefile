@@ -1,0 +1,18 @@
+# make quickstart   set up .venv and watch a small vision-language model learn
+# make test         set up .venv and run every test
+
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+.PHONY: quickstart test setup
+quickstart: setup
+	.venv/bin/rlcore grpo examples/quickstart.yaml
+
+test: setup
+	.venv/bin/python -m pytest
+
+setup: .venv/installed
+
+.venv/installed: requirements/base.txt requirements/cpu.txt requirements/dev.txt pyproject.toml ci/setup.sh
+	PYTHON=$(PYTHON) bash ci/setup.sh

@@ -1,0 +1,100 @@
+"""Saving and resuming. A checkpoint is a folder that appears whole or not at all; `latest` names the newest.
+
+    checkpoints/step_000010/model/               a Hugging Face folder
+    checkpoints/step_000010/optimizer.safetensors   first and second moments by parameter, optimizer.json the step count
+    checkpoints/step_000010/state.json           step, prompts drawn, random states
+    checkpoints/latest                           "step_000010"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlcore.errors import ConfigError
+
+
+def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`."""
+    folder = run_folder / "checkpoints" / name
+    draft = folder.with_name(f".{name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    write(draft)
+    (draft / "state.json").write_text(json.dumps({**state, "random": random_states()}), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    replace_text(folder.parent / "latest", name)
+    return folder
+
+
+def latest(run_folder: Path) -> Path:
+    """The newest whole checkpoint; ConfigError when there is none."""
+    pointer = run_folder / "checkpoints" / "latest"
+    if not pointer.exists():
+        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / "state.json").exists():
+        raise ConfigError(f"--resume: {pointer} names {folder.name}, which is missing or not whole")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, folder: Path) -> None:
+    tensors = {
+        f"{name}.{moment}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "optimizer.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
+    """Fills the moments; returns the number of optimizer steps taken."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            moments = {moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
+            if all(value is not None for value in moments.values()):
+                optimizer.state[parameter] = {
+                    moment: value if moment == "step" else value.to(parameter.device) for moment, value in moments.items()
+                }
+    return json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["steps"]
+
+
+def random_states() -> dict[str, Any]:
+    """Python's, NumPy's and torch's generators, as JSON."""
+    kind, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,68 @@
+"""What a run says on the console: one line a step, a bar, and samples to read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from rlcore.types import Group, Metrics, Score
+
+
+class Console:
+    """Lines on stdout; a progress bar on stderr when that is a terminal."""
+
+    def __init__(self, samples: int = 0) -> None:
+        self.samples = samples
+        self.bar: tqdm[Any] | None = None
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def start(self, what: str, steps: int, done: int = 0) -> None:
+        self.bar = tqdm(
+            total=steps, initial=done, desc=what, unit="step", leave=False, file=sys.stderr, disable=not sys.stderr.isatty()
+        )
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def step(self, line: str, steps: int = 1) -> None:
+        self.say(line)
+        if self.bar is not None:
+            self.bar.update(steps)
+
+    def show(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> None:
+        """The best sample of each of the first groups, in full."""
+        for group, group_scores in list(zip(groups, scores, strict=True))[: self.samples]:
+            best = max(range(len(group_scores)), key=lambda i: _order(group_scores[i]))
+            text = group.samples[best].text.strip().replace("\n", "\n    | ")
+            self.say(f"    {group.prompt.row.id} (answer {group.prompt.row.answer!r}, score {_shown(group_scores[best])})\n    | {text}")
+
+
+def grpo_line(number: int, steps: int, row: Metrics) -> str:
+    """Step, reward, what the update did, and where the time went."""
+    parts = [f"step {number}/{steps}", f"score {row['grpo/score/mean']:.3f}" if "grpo/score/mean" in row else "no score"]
+    if "eval/score" in row:
+        parts.append(f"eval {row['eval/score']:.3f}")
+    parts += [
+        f"entropy {row.get('actor/entropy', float('nan')):.2f}", f"kl {row.get('actor/kl_loss', 0.0):.4f}",
+        f"grad {row['grad_norm']:.3g}", f"mismatch {row.get('mismatch/mean', float('nan')):.1e}",
+        f"length {row['response_length/mean']:.0f}", f"{row['timing/all']:.1f} s",
+    ]
+    stages = ("resharding_to_infer", "rollout", "reward", "reference_model", "old_log_p", "update")
+    times = " ".join(f"{stage} {row[f'timing/{stage}']:.1f}" for stage in stages if row.get(f"timing/{stage}", 0) >= 0.05)
+    return "  ".join(parts) + (f" ({times})" if times else "")
+
+
+def _order(score: Score) -> float:
+    return float("-inf") if score.value is None else score.value
+
+
+def _shown(score: Score) -> str:
+    return score.status if score.value is None else f"{score.value:.2f}"

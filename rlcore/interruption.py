@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM: leave at once where nothing is lost, otherwise as soon as the step in hand is finished."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+class Interruption:
+    """While entered, both signals raise KeyboardInterrupt, except between `hold` and `release`: there the first one waits
+    for `release`, and a second one abandons the step."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        self._held = self._pending = False
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """From here on a half-done step would be lost."""
+        self._held = True
+
+    def release(self) -> None:
+        self._held = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held and not self._pending:
+            self._pending = True
+            print("\nstopping after this step is saved; once more to stop at once", file=sys.stderr)
+            return
+        self.abandoned = self._held
+        raise KeyboardInterrupt

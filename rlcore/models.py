@@ -1,0 +1,129 @@
+"""Where a model comes from: a Hugging Face folder, or an installed source that makes one. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import create_model
+
+from rlcore import registry
+from rlcore.config import ModelConfig, Strict, nearest, validate
+from rlcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlcore.protocols import Adapter
+
+Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
+
+
+def resolve(config: ModelConfig, cache: Path) -> Path:
+    """The folder of `config.path`, complete. What a source makes is kept in `cache` under a name that holds its options.
+
+    ConfigError when the path is neither a folder nor a source, lacks a part, or an option is wrong.
+    """
+    folder = Path(config.path).expanduser()
+    sources = registry.names("models")
+    if config.path in sources and not (folder / "config.json").is_file():
+        return _made(config, cache)
+    if not folder.exists():
+        known = ", ".join(sources) or "none"
+        raise ConfigError(f"model.path: {config.path!r} is neither a folder nor an installed model source; sources: {known}")
+    if config.options:
+        raise ConfigError(f"model.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
+    _check_complete(folder)
+    return folder
+
+
+def adapter_for(folder: Path, config: ModelConfig) -> Adapter:
+    """The adapter of the model family, from `config.adapter` or the folder's model_type; ConfigError lists the families."""
+    families = registry.names("adapters")
+    family = model_type(folder) if config.adapter == "auto" else config.adapter
+    if family not in families:
+        if config.adapter != "auto":
+            raise ConfigError(f"model.adapter: no family named {family!r}{nearest(family, families)}")
+        raise ConfigError(
+            f"model.path: {folder} is of the family {family!r}; supported: {', '.join(families)};"
+            " where one of them has the same layers, name it as model.adapter"
+        )
+    return registry.load("adapters", family)(folder)
+
+
+def model_type(folder: Path) -> str:
+    """model_type of the folder's config.json."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError:
+        raise ConfigError(f"model.path: {folder} has no config.json; give the folder that holds it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path: {path} names no model_type: {error!r}; restore the model's own config.json") from None
+
+
+def _made(config: ModelConfig, cache: Path) -> Path:
+    source: Source = registry.load("models", config.path)
+    options = validate(_options_of(source), config.options, "model.options.").model_dump()
+    folder = cache / f"{config.path}-{_fingerprint(source, options)}"
+    if not folder.is_dir():
+        _make(source, options, folder)
+    _check_complete(folder)
+    return folder
+
+
+def _options_of(source: Source) -> type[Strict]:
+    """A schema of the source's keyword-only parameters, so that a wrong option is explained like any other setting."""
+    annotations = typing.get_type_hints(source, include_extras=True)
+    parameters = inspect.signature(source).parameters.values()
+    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    fields: dict[str, Any] = {
+        option.name: (annotations.get(option.name, Any), ... if option.default is option.empty else option.default)
+        for option in options
+    }
+    return create_model("Options", __base__=Strict, **fields)
+
+
+def _fingerprint(source: Source, options: Mapping[str, Any]) -> str:
+    """Of the options and of the code that makes the model: an upgrade never serves what an older version made."""
+    code = Path(inspect.getfile(inspect.unwrap(source))).read_bytes()
+    values = json.dumps(options, sort_keys=True, default=str).encode()
+    return hashlib.sha256(code + values).hexdigest()[:12]
+
+
+def _make(source: Source, options: Mapping[str, Any], folder: Path) -> None:
+    """Makes it beside its place and moves it there, so that a folder that is there is whole, whoever else is making it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"{folder.parent}: models cannot be kept there: {error}; make it writable") from None
+    try:
+        source(unfinished, **options)
+        os.replace(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_complete(folder: Path) -> None:
+    model_type(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"model.path: {folder} lacks {len(missing)} of {len(needed)} weight files ({missing[0]} first);"
+                " finish copying it"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model.path: {folder} has a config.json but no *.safetensors; copy the weights there in that format")

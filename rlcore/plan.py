@@ -1,0 +1,43 @@
+"""What a run will do, in numbers, before it does it."""
+
+from __future__ import annotations
+
+from rlcore.config import RunConfig
+from rlcore.packing import plan as microbatches
+
+
+def describe(config: RunConfig, rows: int) -> str:
+    """Prompts, samples, optimizer steps and micro-batches, each with the arithmetic behind it."""
+    train, group = config.train, config.algorithm.group_size
+    prompts = train.prompts_per_step
+    longest_prompt, longest_response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    share = prompts // train.minibatches_per_step
+    full = [(longest_prompt, [longest_response] * group)] * share
+    most = len(microbatches(full, train.max_tokens_per_microbatch))
+    lines = [
+        ("training rows", f"{rows}"),
+        ("prompts a step", f"{prompts} (train.prompts_per_step)"),
+        ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
+        ("optimizer steps a step", f"{train.minibatches_per_step} (train.minibatches_per_step), each on {share * group} samples"),
+        ("micro-batches an optimizer step", f"at most {most}: none above {train.max_tokens_per_microbatch} tokens, each prompt once"),
+        ("longest sample", f"{longest_prompt + longest_response} tokens = {longest_prompt} prompt + {longest_response} response"),
+        ("steps", f"{train.steps} (train.steps)"),
+        ("prompts in all", f"{train.steps * prompts} = {train.steps * prompts / rows:.2f} passes over the training rows"),
+        ("samples in all", f"{train.steps * prompts * group}"),
+        ("optimizer steps in all", f"{train.steps * train.minibatches_per_step}"),
+    ]  # fmt: skip
+    if config.sft:
+        examples = config.sft.steps * config.sft.rows_per_step
+        lines.insert(0, ("warm start", f"{config.sft.steps} supervised steps x {config.sft.rows_per_step} rows = {examples}"))
+    if config.evaluation:
+        lines.append(("evaluation", _evaluations(config)))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _evaluations(config: RunConfig) -> str:
+    settings = config.evaluation
+    assert settings is not None
+    moments = ["before training"] * settings.before + [f"every {settings.every} steps"] * bool(settings.every)
+    moments += ["at the end"] * settings.at_end
+    return f"{', '.join(moments)}: {settings.samples} response(s) a row, temperature {settings.temperature}"

@@ -1,0 +1,92 @@
+"""The roles of one process on one device, and the weights that pass between them."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rlcore import registry
+from rlcore.algorithms import grpo
+from rlcore.config import RunConfig
+from rlcore.data import PromptSource, load_rows
+from rlcore.models import adapter_for, resolve
+from rlcore.policy import ForwardSettings, Loss, TorchActor, TorchReference
+from rlcore.protocols import Backend, Reward, Rollout
+from rlcore.rewards.runner import RewardFunctions
+from rlcore.types import Batch, Metrics, Receipt
+
+MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
+
+
+class Policy:
+    """The model that is trained, and how it is run: what every role on this device is made from."""
+
+    def __init__(self, config: RunConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        backend.prepare()
+        self.folder = resolve(config.model, MODEL_CACHE)
+        self.adapter = adapter_for(self.folder, config.model)
+        precision = backend.default_precision() if config.model.precision == "auto" else config.model.precision
+        self.precision = precision
+        self.settings = ForwardSettings(
+            device=backend.device(0),
+            compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            max_tokens=config.train.max_tokens_per_microbatch,
+            temperature=config.rollout.temperature,
+        )
+
+    def load(self, folder: Path | None = None) -> torch.nn.Module:
+        """The weights of `folder`, or the ones the run starts from, in float32 on the device."""
+        return self.adapter.load(folder or self.folder, torch.float32).to(self.settings.device)
+
+    def prompts(self, seed: int) -> PromptSource:
+        """The training rows, shuffled by `seed`."""
+        data = self.config.data
+        return PromptSource(load_rows(data.train), self.adapter, data.max_prompt_tokens, data.long_prompts, seed)
+
+
+class Worker:
+    """Actor, reference, rollout and reward in this process."""
+
+    def __init__(self, policy: Policy, model: torch.nn.Module) -> None:
+        config = policy.config
+        loss: Loss = partial(grpo.loss, config=config.algorithm)
+        self.reward: Reward = RewardFunctions(config.reward)
+        self.actor = TorchActor(
+            model, policy.adapter, policy.settings, loss, config.optimizer, config.train.minibatches_per_step
+        )
+        self.reference: TorchReference | None = None
+        if config.algorithm.kl_coef:
+            self.reference = TorchReference(copy.deepcopy(model).requires_grad_(False), policy.adapter, policy.settings)
+        self.rollout = _rollout(policy, model)
+        self.version = 0
+        self.served = -1
+
+    def sync_weights(self) -> Receipt | None:
+        """Make the engine serve the actor's weights; None when it does already."""
+        if self.served == self.version:
+            return None
+        receipt = self.rollout.load_weights(self.actor.weights(), self.version)
+        self.served = self.version
+        return receipt
+
+    def update(self, batch: Batch) -> Metrics:
+        """All optimizer steps of this batch: a new version of the weights."""
+        result = self.actor.update(batch)
+        self.version += 1
+        return result
+
+
+def _rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
+    config, backend = policy.config, policy.backend
+    name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
+    sampling = [config.rollout] + ([config.evaluation] if config.evaluation else [])
+    longest = config.data.max_prompt_tokens + max(settings.max_new_tokens for settings in sampling)
+    build = registry.load("engines", name)
+    return build(
+        model=model, adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
+        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed,
+    )

@@ -1,0 +1,36 @@
+"""The tests run on the cpu backend: its environment stands before anything imports torch."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlcore import registry
+
+CPU = registry.load("backends", "cpu")
+BACKEND = CPU(CPU.Options())
+os.environ.update(BACKEND.environment())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared() -> None:
+    BACKEND.prepare()
+
+
+@pytest.fixture(scope="session")
+def backend():
+    return BACKEND
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """Where this session's tiny models are made."""
+    return tmp_path_factory.mktemp("models")
+
+
+def shared(*parts: str) -> Path:
+    """Real rows that stand beside some checkouts; skips where they do not."""
+    path = Path(__file__).parents[2].joinpath("shared", *parts)
+    if not path.exists():
+        pytest.skip(f"needs {'/'.join(('..', 'shared', *parts))}, which is not here")
+    return path

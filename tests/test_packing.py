@@ -1,0 +1,77 @@
+"""No micro-batch above the cap, nothing lost, nothing doubled."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcore.errors import RunError
+from rlcore.packing import microbatches, plan
+from rlcore.types import Batch, Group, Prompt, Row, Sample
+
+lengths = st.integers(1, 60)
+shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=8)), min_size=1, max_size=12)
+
+
+def group(name: str, prompt: int, responses: list[int]) -> Group:
+    ids = list(range(10, 10 + prompt))
+    samples = [Sample(list(range(100 * (i + 1), 100 * (i + 1) + n)), [-1.0] * n, "", "stop", 0) for i, n in enumerate(responses)]
+    return Group(Prompt(Row(name, []), ids, ids), samples)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shapes, st.integers(120, 400))
+def test_the_cap_holds_and_every_sample_is_in_one_piece(groups, cap):
+    bins = plan(groups, cap)
+    assert all(sum(piece.tokens for piece in pieces) <= cap for pieces in bins)
+    assert all(pieces for pieces in bins)
+    placed = sorted((piece.group, sample) for pieces in bins for piece in pieces for sample in piece.samples)
+    assert placed == [(g, s) for g, (_, responses) in enumerate(groups) for s in range(len(responses))]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, st.integers(120, 400))
+def test_packed_rows_hold_every_target_once_and_no_more_tokens_than_planned(groups, cap):
+    batch = Batch.of([group(f"row {i}", prompt, responses) for i, (prompt, responses) in enumerate(groups)])
+    flat = torch.tensor([token for sample in batch.samples for token in sample.token_ids])
+    rebuilt = torch.full_like(flat, -1)
+    for packed in microbatches(batch, cap):
+        assert packed.tokens == sum(segment.tokens for segment in packed.segments) <= cap
+        assert len(packed.position_ids) == packed.tokens
+        assert (rebuilt[packed.index] == -1).all()
+        rebuilt[packed.index] = packed.targets
+    assert torch.equal(rebuilt, flat)
+
+
+def test_each_prompt_is_forwarded_once_when_its_group_fits():
+    batch = Batch.of([group("a", 50, [10] * 8)])
+    (packed,) = microbatches(batch, 1000)
+    assert packed.tokens == 50 + 8 * 9
+
+
+def test_the_source_of_each_target_is_the_token_before_it():
+    batch = Batch.of([group("a", 3, [2, 3]), group("b", 2, [1])])
+    (packed,) = microbatches(batch, 1000)
+    before = packed.input_ids[packed.sources].tolist()
+    assert before == [12, 100, 12, 200, 201, 11]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0, 1]
+
+
+def test_a_sample_above_the_cap_is_named_with_the_numbers():
+    batch = Batch.of([group("train:17", 50, [10, 80])])
+    with pytest.raises(RunError, match=r"train:17: sample 1 needs 129 tokens .*max_tokens_per_microbatch 100"):
+        microbatches(batch, 100)
+
+
+def test_a_group_above_the_cap_is_split_and_its_prompt_repeated():
+    batch = Batch.of([group("a", 50, [20] * 4)])
+    rows = microbatches(batch, 100)
+    assert [row.tokens for row in rows] == [88, 88]
+    assert [len(row.targets) for row in rows] == [40, 40]
+
+
+def test_a_share_of_a_batch_keeps_its_own_tokens():
+    batch = Batch.of([group(str(i), 4, [i + 1, 2]) for i in range(4)])
+    share = batch.select(range(1, 3))
+    assert [g.prompt.row.id for g in share.groups] == ["1", "2"]
+    assert len(share.rollout_logprobs) == (2 + 2) + (3 + 2)
