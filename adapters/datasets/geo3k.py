@@ -1,0 +1,17 @@
+"""Geometry3K (Lu et al., arXiv 2105.04165) as published for reinforcement learning: a diagram, a problem, an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlcore.data import rows
+from rlcore.types import Row
+
+INSTRUCTION = (
+    "First reason about the problem inside <think> </think> tags, then give the final answer inside \\boxed{}."
+)
+
+
+def geo3k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
+    """Columns images (a list of {bytes, path}), problem (with `<image>` where an image stands), answer."""
+    return rows(path, prompt="problem", answer="answer", images="images", instruction=instruction, system=system)

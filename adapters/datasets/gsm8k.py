@@ -1,0 +1,35 @@
+"""GSM8K (Cobbe et al., arXiv 2110.14168): grade-school problems whose worked answer ends with `#### N`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rlcore.data import Record, chat, read_records
+from rlcore.errors import ConfigError
+from rlcore.types import Row
+
+INSTRUCTION = "Solve this step by step and end with the final number inside \\boxed{}."
+_FINAL = re.compile(r"####\s*\$?(-?[0-9.,]+)")
+_CALCULATION = re.compile(r"<<[^<>]*>>")
+
+
+def gsm8k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
+    """Columns question and answer. The row's answer is N without commas; its target the worked answer, then \\boxed{N}."""
+    return [_row(record, instruction, system) for record in read_records(path)]
+
+
+def _row(record: Record, instruction: str, system: str | None) -> Row:
+    worked = record.text("answer")
+    found = list(_FINAL.finditer(worked))
+    if not found:
+        raise ConfigError(f"{record.where}: column 'answer' does not end with '#### <number>'")
+    answer = found[-1][1].replace(",", "").rstrip(".")
+    solution = _CALCULATION.sub("", worked[: found[-1].start()]).strip()
+    return Row(
+        id=record.id,
+        messages=chat(record.text("question"), 0, system, instruction, record.where),
+        answer=answer,
+        target=f"{solution}\n\\boxed{{{answer}}}",
+        fields=record.without("question", "answer"),
+    )
