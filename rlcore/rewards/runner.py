@@ -1,0 +1,77 @@
+"""Runs the reward functions of a run file over groups. A failure is a status with its reason, never a silent 0."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from rlcore import registry
+from rlcore.config import RewardConfig
+from rlcore.data import checked_options
+from rlcore.errors import ConfigError
+from rlcore.types import Group, Row, Sample, Score
+
+RewardFunction = Callable[[str, str, Mapping[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward function of the weighted sum."""
+
+    name: str
+    weight: float
+    function: RewardFunction
+
+
+class RewardFunctions:
+    """The weighted sum of the run file's rewards, in this process. ConfigError for unknown names, options and repeats."""
+
+    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+        self.terms = [_term(config, f"reward.{index}") for index, config in enumerate(configs)]
+        names = [term.name for term in self.terms]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ConfigError(f"reward.{index}.name: {name!r} is already reward.{names.index(name)}; list each reward once")
+
+    def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """One score a sample, in order. Status "timeout" where a function raised TimeoutError, "error" for all else."""
+        return [[self._score(sample, group.prompt.row) for sample in group.samples] for group in groups]
+
+    def _score(self, sample: Sample, row: Row) -> Score:
+        parts: dict[str, float] = {}
+        for term in self.terms:
+            try:
+                parts[term.name] = _number(term.function(sample.text, row.answer, row.fields))
+            except Exception as error:
+                status = "timeout" if isinstance(error, TimeoutError) else "error"
+                detail = f"reward {term.name!r}, row {row.id}: {type(error).__name__}: {error}"
+                return Score(None, status, parts, detail)
+        return Score(sum(term.weight * parts[term.name] for term in self.terms), parts=parts)
+
+
+def _term(config: RewardConfig, key: str) -> Term:
+    dotted = "." in config.name
+    function = registry.load_dotted(config.name, f"{key}.name") if dotted else registry.load("rewards", config.name)
+    _check_shape(function, config.name, key)
+    options = checked_options(function, config.options, f"{key}.options.", given=3)
+    return Term(config.name, config.weight, partial(function, **options))
+
+
+def _check_shape(function: Any, name: str, key: str) -> None:
+    if not callable(function):
+        raise ConfigError(f"{key}.name: {name!r} is a {type(function).__name__}, not a function")
+    try:
+        inspect.signature(function).bind_partial("", "", {})
+    except TypeError:
+        raise ConfigError(f"{key}.name: {name!r} must take (response, answer, fields)") from None
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"it returned {value!r}, not a finite number")
+    return float(value)
