@@ -1,0 +1,150 @@
+"""Text families of transformers that are a `model` under an `lm_head`: Llama, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlcore.attention import NAME as PACKED_ATTENTION
+from rlcore.errors import ConfigError
+from rlcore.packing import Packed
+from rlcore.types import Prompt, Row
+
+
+class CausalLM:
+    """An adapter (`rlcore.protocols.Adapter`) for text. The tokenizer comes from `folder`; ConfigError when it has none."""
+
+    model_class: ClassVar[Any] = AutoModelForCausalLM
+    processor_class: ClassVar[Any] = AutoTokenizer
+    attention: ClassVar[str | Mapping[str, str]] = PACKED_ATTENTION
+
+    def __init__(self, folder: Path) -> None:
+        self.processor = _open_processor(self.processor_class, folder)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.stop_token_ids = _stop_token_ids(self.tokenizer.eos_token_id, folder)
+
+    def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
+        try:
+            model, report = self.model_class.from_pretrained(
+                folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise ConfigError(
+                f"model.path: the weights in {folder} lack {len(missing)} tensors of this architecture ({_few(missing)});"
+                " is the folder complete?"
+            )
+        if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+            raise ConfigError(
+                f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
+                " your longest sample, set use_sliding_window to false in its config.json"
+            )
+        return model
+
+    def prompt_length(self, row: Row) -> int:
+        """P of `encode`, without touching pixels."""
+        return len(self._template_ids(row))
+
+    def encode(self, row: Row) -> Prompt:
+        """The row through the chat template, up to where the assistant answers. Without a template: its texts, a line each.
+
+        ConfigError names a row with images.
+        """
+        token_ids = self._template_ids(row)
+        return Prompt(row, token_ids, token_ids)
+
+    def encode_response(self, text: str) -> list[int]:
+        """The tokens of a whole response: the text, then the token that ends a turn."""
+        end = self.tokenizer.eos_token_id
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], min(self.stop_token_ids) if end is None else end]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
+        """[T, D]: the last hidden states after the final norm, on the model's device."""
+        output: Any = model.model(
+            input_ids=packed.input_ids[None].to(model.device),
+            position_ids=packed.position_ids[None].to(model.device),
+            segments=packed.segments,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def head(self, model: nn.Module) -> Tensor:
+        """[V, D]."""
+        return model.lm_head.weight
+
+    def published_name(self, name: str) -> str:
+        """The name under which `save_pretrained` and the Hugging Face hub know the tensor that state_dict() calls `name`."""
+        return name
+
+    def save_processor(self, folder: Path) -> None:
+        """The tokenizer (and processor) files, beside weights that `save_pretrained` wrote."""
+        self.processor.save_pretrained(folder)
+
+    def _template_ids(self, row: Row) -> list[int]:
+        """The prompt's tokens, an image as one placeholder."""
+        messages = self._messages(row)
+        template = self.processor.chat_template
+        if template is None:
+            return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
+        """The row's messages as the chat template wants them: for text families each content is one string."""
+        if row.images or image_parts(row):
+            raise ConfigError(
+                f"{row.id}: the row has {max(len(row.images), image_parts(row))} images but the model reads text only;"
+                " use a vision-language model or a data set without images"
+            )
+        return [{**message, "content": _text(message["content"])} for message in row.messages]
+
+
+def image_parts(row: Row) -> int:
+    """How many images the row's messages speak of."""
+    contents = [message["content"] for message in row.messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
+
+
+def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _open_processor(processor_class: Any, folder: Path) -> Any:
+    try:
+        return processor_class.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.path: {folder} has no usable tokenizer or processor files ({_one_line(error)});"
+            " copy tokenizer.json and its companions from the model the weights come from"
+        ) from error
+
+
+def _stop_token_ids(tokenizer_eos: int | None, folder: Path) -> frozenset[int]:
+    """The tokenizer's end-of-sequence token and those of generation_config.json."""
+    path = folder / "generation_config.json"
+    listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    listed = listed if isinstance(listed, list) else [listed]
+    tokens = frozenset(token for token in (tokenizer_eos, *listed) if token is not None)
+    if not tokens:
+        raise ConfigError(f"model.path: {folder} names no end-of-turn token; set eos_token in its tokenizer_config.json")
+    return tokens
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _few(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,129 @@
+"""Qwen2.5-VL: images become runs of placeholder tokens with positions on three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from rlcore.attention import NAME as PACKED_ATTENTION
+from rlcore.errors import ConfigError, RunError
+from rlcore.packing import Packed
+from rlcore.types import Prompt, Row
+
+from .causal_lm import CausalLM, image_parts  # noqa: TID251
+
+
+class Qwen2_5_VL(CausalLM):
+    """An adapter for rows with and without images."""
+
+    model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
+    processor_class: ClassVar[Any] = AutoProcessor
+    attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
+
+    def prompt_length(self, row: Row) -> int:
+        """P of `encode`, from the sizes of the images alone."""
+        return len(self._template_ids(row)) + sum(count - 1 for count in self._image_tokens(row))
+
+    def encode(self, row: Row) -> Prompt:
+        """`vision` holds pixel_values [patches, C] float32 and image_grid_thw [I, 3] in patches before merging.
+
+        ConfigError names a row whose image parts and images do not match, or an image too long and thin.
+        """
+        engine_token_ids = self._template_ids(row)
+        if not row.images:
+            return Prompt(row, engine_token_ids, engine_token_ids)
+        processor = self.processor.image_processor
+        counts = self._image_tokens(row)
+        vision = processor(images=list(row.images), return_tensors="pt")
+        grids = vision["image_grid_thw"].clone()
+        grids[:, 1:] //= processor.merge_size
+        if grids.prod(-1).tolist() != counts:
+            raise RunError(
+                f"{row.id}: the image processor made {grids.prod(-1).tolist()} tokens of the images, their sizes say {counts};"
+                " its get_number_of_image_patches is wrong"
+            )
+        token_ids = _expand(engine_token_ids, self.processor.image_token_id, counts)
+        return Prompt(
+            row, token_ids, engine_token_ids,
+            vision={"pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]},
+            position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
+        )
+
+    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
+        """[T, D]. The vision tower runs once over all images of the row."""
+        axes = packed.position_ids.expand(3, -1)
+        output: Any = model.model(
+            input_ids=packed.input_ids[None].to(model.device),
+            position_ids=axes[:, None].to(model.device),
+            segments=packed.segments,
+            use_cache=False,
+            **{name: values.to(model.device) for name, values in _concatenated(packed.vision).items()},
+        )
+        return output.last_hidden_state[0]
+
+    def published_name(self, name: str) -> str:
+        return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+
+    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
+        if image_parts(row) != len(row.images):
+            raise ConfigError(
+                f"{row.id}: the messages have {image_parts(row)} image parts for {len(row.images)} images;"
+                " give each image one part {type: image}, where it belongs in the text"
+            )
+        return list(row.messages)
+
+    def _template_ids(self, row: Row) -> list[int]:
+        token_ids = super()._template_ids(row)
+        placeholders = token_ids.count(self.processor.image_token_id)
+        if placeholders != len(row.images):
+            raise ConfigError(
+                f"{row.id}: the chat template wrote {placeholders} {self.processor.image_token} for {len(row.images)} images;"
+                " either the text itself holds that token or the model's chat template ignores image parts"
+            )
+        return token_ids
+
+    def _image_tokens(self, row: Row) -> list[int]:
+        """How many tokens each image takes."""
+        processor = self.processor.image_processor
+        counts = []
+        for index, image in enumerate(row.images):
+            try:
+                patches = processor.get_number_of_image_patches(image.height, image.width, {})
+            except (ValueError, ZeroDivisionError) as error:
+                size = f"{image.width}x{image.height} pixels"
+                raise ConfigError(f"{row.id}: image {index} ({size}) does not fit the processor: {error}") from None
+            counts.append(patches // processor.merge_size**2)
+        return counts
+
+
+def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: Sequence[Sequence[int]]) -> Tensor:
+    """[3, P]: time, height and width of each token (multimodal rotary positions, Qwen2-VL, arXiv 2409.12191).
+
+    Text advances the three axes together; the tokens of an image lie at the (t, h, w) of its merged `grids` entry, counted
+    from the position it starts at; what follows starts after the largest position so far.
+    """
+    axes: list[Tensor] = []
+    done = position = 0
+    for grid in grids:
+        text = list(token_ids).index(image_token_id, done) - done
+        axes.append(torch.arange(position, position + text).expand(3, -1))
+        position += text
+        axes.append(torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij")).flatten(1) + position)
+        position += max(grid)
+        done += text + axes[-1].shape[1]
+    axes.append(torch.arange(position, position + len(token_ids) - done).expand(3, -1))
+    return torch.cat(axes, dim=1)
+
+
+def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
+    """Each placeholder repeated as often as its image has tokens."""
+    remaining = iter(counts)
+    return [token for token in token_ids for _ in range(next(remaining) if token == image_token_id else 1)]
+
+
+def _concatenated(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([prompt[name] for prompt in vision]) for name in (vision[0] if vision else ())}

@@ -1,0 +1,190 @@
+"""Tiny models with random weights, made offline: real architectures, small enough to train on a laptop.
+
+Each function writes a complete Hugging Face folder: configuration, fp32 safetensors, tokenizer, and processor for vision.
+The same options give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlcore.errors import ConfigError
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+WORDS_AS_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+VOCABULARY = 576
+IMAGE_UNIT = 28  # pixels a side that become one token: patches of 14, merged 2 by 2
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'image_url') %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+CORPUS = (
+    "system user assistant",
+    "You are a helpful assistant. Think step by step, then answer the question.",
+    "How many circles are there in the figure? How many squares are there? How many triangles are there?",
+    "How many sides does the polygon have? How many corners does this shape have? How many figures can you see?",
+    "What is the number of red circles in the image? Count the blue squares, the green triangles and the yellow stars.",
+    "In the figure, find the length of the side. Find the measure of the angle. What is the area of the triangle?",
+    "What is the perimeter of the rectangle? Find the radius of the circle. Find x. Choose A, B, C or D.",
+    "The figure shows a triangle, a square, a rectangle, a circle, a pentagon, a hexagon, a heptagon and an octagon.",
+    "What is the sum of the two numbers? What is the difference? What is the product? Compute the result.",
+    "Calculate: 1 + 2 = 3, 4 - 5 = -1, 6 * 7 = 42, 8 / 2 = 4. What is 9 plus 0? What is 5 minus 3? What is 2 times 4?",
+    "Solve the problem. How many are left? How much money does she have in total? How many did he sell altogether?",
+    "Give the answer as a number. Answer with a single number inside the tags. Put the final answer in \\boxed{ }.",
+    "Let us think step by step. First, there are two. Then, there are three. So the answer is five. Therefore, the answer is",
+    "zero one two three four five six seven eight nine ten eleven twelve",
+)
+
+
+def tiny_llama(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True,
+) -> None:
+    """A Llama, 0.7 million parameters by default. `context` is the longest sample in tokens; `tied` shares the head with the
+    embedding."""
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context)
+    _write_text_model(folder, seed, LlamaForCausalLM, LlamaConfig, text, tied)
+
+
+def tiny_qwen3(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True,
+) -> None:
+    """A Qwen3, 0.7 million parameters by default."""
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context)
+    _write_text_model(folder, seed, Qwen3ForCausalLM, Qwen3Config, {**text, "head_dim": hidden_size // heads}, tied)
+
+
+def tiny_qwen2_5_vl(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True, vision_hidden_size: PositiveInt = 64,
+    vision_layers: PositiveInt = 4, vision_heads: PositiveInt = 4, min_pixels: PositiveInt = 4 * IMAGE_UNIT**2,
+    max_pixels: PositiveInt = 64 * IMAGE_UNIT**2,
+) -> None:
+    """A Qwen2.5-VL, 1.0 million parameters by default. An image is scaled to between `min_pixels` and `max_pixels` and takes
+    one token for each 28 by 28 of them: 112 by 112 pixels are 16 tokens."""
+    from transformers import (  # here: they need torchvision, and text does not
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    _check_heads("vision_", vision_hidden_size, vision_heads, 4)
+    if min_pixels > max_pixels:
+        raise ConfigError(f"model.options.min_pixels: {min_pixels} is more than max_pixels {max_pixels}; swap or equal them")
+    tokenizer = _tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **_text_config(hidden_size, layers, heads, key_value_heads, context),
+            **_token_config(tokenizer),
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": _rotary_sections(hidden_size // heads // 2),
+            },
+            "tie_word_embeddings": tied,
+        },
+        vision_config={
+            "depth": vision_layers, "hidden_size": vision_hidden_size, "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": vision_heads, "out_hidden_size": hidden_size, "patch_size": IMAGE_UNIT // 2, "spatial_merge_size": 2,
+            "window_size": 112, "fullatt_block_indexes": list(range(1, vision_layers, 2)),
+        },
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=tied,
+    )  # fmt: skip
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=min_pixels, max_pixels=max_pixels),
+        tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    _write(folder, seed, Qwen2_5_VLForConditionalGeneration, config, processor)
+
+
+def _write_text_model(folder: Path, seed: int, model_class: Any, config_class: Any, text: dict[str, Any], tied: bool) -> None:
+    tokenizer = _tokenizer()
+    config = config_class(**text, **_token_config(tokenizer), tie_word_embeddings=tied)
+    _write(folder, seed, model_class, config, tokenizer)
+
+
+def _write(folder: Path, seed: int, model_class: Any, config: Any, processor: Any) -> None:
+    """Draws the weights without disturbing anyone else's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _text_config(hidden_size: int, layers: int, heads: int, key_value_heads: int, context: int) -> dict[str, Any]:
+    _check_heads("", hidden_size, heads, 2)
+    if heads % key_value_heads:
+        raise ConfigError(f"model.options.key_value_heads: {key_value_heads} does not divide heads {heads}; choose a divisor")
+    return {
+        "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "max_position_embeddings": context,
+    }  # fmt: skip
+
+
+def _check_heads(prefix: str, hidden_size: int, heads: int, even: int) -> None:
+    """Rotary positions turn pairs of a head's numbers (pairs on two axes in vision): `even` must divide its size."""
+    if hidden_size % (heads * even):
+        raise ConfigError(
+            f"model.options.{prefix}hidden_size: {hidden_size} is not a multiple of {even} x {prefix}heads {heads};"
+            f" use {max(1, round(hidden_size / (heads * even))) * heads * even}"
+        )
+
+
+def _token_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    return {
+        "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+
+
+def _rotary_sections(pairs: int) -> list[int]:
+    """The rotary pairs of a head for time, height and width, in Qwen2.5-VL's proportion 2 : 3 : 3."""
+    side = pairs * 3 // 8
+    return [pairs - 2 * side, side, side]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `CORPUS`; every digit is a token, and so is each tag of an answer."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(WORDS_AS_TOKENS), special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS_AS_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS), chat_template=CHAT_TEMPLATE, model_max_length=1 << 20,
+    )  # fmt: skip

@@ -1,0 +1,303 @@
+"""Model families: what `encode` and `hidden` give is what transformers gives, and nothing is said twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rlcore.config import ModelConfig
+from rlcore.errors import ConfigError
+from rlcore.models import adapter_for, resolve
+from rlcore.packing import microbatches
+from rlcore.types import Batch, Group, Prompt, Row, Sample
+
+TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
+MODELS = (*TEXT_MODELS, "tiny_qwen2_5_vl")
+SIZES = ((112, 112), (150, 90), (60, 200))  # width, height
+
+
+def made(name: str, models: Path):
+    config = ModelConfig(path=name)
+    folder = resolve(config, models)
+    return folder, adapter_for(folder, config)
+
+
+def text_row(text: str = "What is 12 + 30?") -> Row:
+    return Row("text", [{"role": "system", "content": "Count."}, {"role": "user", "content": text}])
+
+
+def image_row(images: int) -> Row:
+    pictures = [noise(*SIZES[index], seed=index) for index in range(images)]
+    parts = [part for _ in pictures for part in ({"type": "image"}, {"type": "text", "text": "and then"})]
+    content = [*parts, {"type": "text", "text": "How many circles are there?"}]
+    return Row(f"{images} images", [{"role": "user", "content": content}], images=pictures)
+
+
+def noise(width: int, height: int, seed: int) -> Image.Image:
+    pixels = torch.randint(256, (height, width, 3), generator=seeded(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def batch_of(prompts: list[Prompt], responses: list[list[int]]) -> Batch:
+    """One sample for each length listed, of tokens that mean nothing."""
+    groups = []
+    for prompt, lengths in zip(prompts, responses, strict=True):
+        tokens = [torch.randint(8, 500, (length,), generator=seeded(length)).tolist() for length in lengths]
+        groups.append(Group(prompt, [Sample(ids, [0.0] * len(ids), "", "length", 0) for ids in tokens]))
+    return Batch.of(groups)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def packed_logprobs(adapter, model, batch: Batch, cap: int) -> Tensor:
+    logprobs = torch.full((len(batch.rollout_logprobs),), torch.nan)
+    for packed in microbatches(batch, cap):
+        logits = adapter.hidden(model, packed)[packed.sources] @ adapter.head(model).T
+        logprobs[packed.index] = logits.log_softmax(-1).gather(-1, packed.targets[:, None])[:, 0]
+    return logprobs
+
+
+def sample_logprobs(model, image_token: int | None, batch: Batch) -> Tensor:
+    """Each sample by itself through transformers' own forward pass."""
+    logprobs = []
+    for group in batch.groups:
+        prompt = group.prompt
+        for sample in group.samples:
+            token_ids = torch.tensor([prompt.token_ids + sample.token_ids])
+            vision = dict(prompt.vision, mm_token_type_ids=(token_ids == image_token).int()) if prompt.vision else {}
+            logits = model(input_ids=token_ids, use_cache=False, **vision).logits[0, len(prompt.token_ids) - 1 : -1]
+            logprobs.append(logits.log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0])
+    return torch.cat(logprobs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cap", [4096, 70])
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_packed_text_has_the_logprobs_of_each_sample_alone(name, cap, models):
+    folder, adapter = made(name, models)
+    prompts = [adapter.encode(text_row(text)) for text in ("What is 12 + 30?", "How many are left? " * 4, "Hi")]
+    batch = batch_of(prompts, [[5, 1, 17], [9], [3, 3, 11, 2]])
+    ours = packed_logprobs(adapter, adapter.load(folder, torch.float32), batch, cap)
+    theirs = sample_logprobs(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), None, batch)
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [[0, 1, 2], [0], [2, 1]])
+@pytest.mark.parametrize("cap", [4096, 110])
+def test_packed_images_have_the_logprobs_of_each_sample_alone(images, cap, models):
+    folder, adapter = made("tiny_qwen2_5_vl", models)
+    batch = batch_of([adapter.encode(image_row(count)) for count in images], [[5, 1, 17], [9, 12], [3, 3, 11]][: len(images)])
+    ours = packed_logprobs(adapter, adapter.load(folder, torch.float32), batch, cap)
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    assert (ours - sample_logprobs(model, model.config.image_token_id, batch)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_gradients_are_those_of_each_sample_alone(name, models):
+    folder, adapter = made(name, models)
+    prompts = [adapter.encode(text_row()), adapter.encode(image_row(2) if name == "tiny_qwen2_5_vl" else text_row("Hi"))]
+    batch = batch_of(prompts, [[5, 1, 17], [9, 12]])
+    model = adapter.load(folder, torch.float32)
+    packed_logprobs(adapter, model, batch, 4096).sum().backward()
+    ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    model = type(model).from_pretrained(folder, attn_implementation="sdpa")
+    sample_logprobs(model, getattr(model.config, "image_token_id", None), batch).sum().backward()
+    theirs = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@torch.no_grad()
+def test_an_image_changes_what_follows(models):
+    folder, adapter = made("tiny_qwen2_5_vl", models)
+    model = adapter.load(folder, torch.float32)
+    row = image_row(1)
+    other = Row("other", row.messages, images=[noise(*SIZES[0], seed=9)])
+    first, second = (packed_logprobs(adapter, model, batch_of([adapter.encode(r)], [[8]]), 4096) for r in (row, other))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_positions_are_those_of_the_model(images, models):
+    folder, adapter = made("tiny_qwen2_5_vl", models)
+    model = adapter.load(folder, torch.float32)
+    prompt = adapter.encode(image_row(images))
+    token_ids = torch.tensor([prompt.token_ids])
+    types = (token_ids == model.config.image_token_id).int()
+    theirs, offset = model.model.get_rope_index(token_ids, types, image_grid_thw=prompt.vision["image_grid_thw"])
+    assert torch.equal(prompt.position_ids, theirs[:, 0])
+    assert prompt.next_position == len(prompt.token_ids) + int(offset)
+
+
+def test_positions_of_a_hand_made_prompt():
+    from rlcore_adapters.models.qwen2_5_vl import multimodal_positions  # here: it needs a prepared backend
+
+    positions = multimodal_positions([7, 9, 9, 9, 9, 9, 9, 7], 9, [[1, 2, 3]])
+    assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 3])
+def test_the_prompt_length_is_known_without_the_pixels(images, models, monkeypatch):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    row = image_row(images)
+    length = len(adapter.encode(row).token_ids)
+    monkeypatch.setattr(type(adapter.processor.image_processor), "preprocess", None)
+    assert adapter.prompt_length(row) == length
+
+
+def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_trainer(models):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    prompt = adapter.encode(image_row(1))
+    image = adapter.processor.image_token_id
+    assert prompt.engine_token_ids.count(image) == 1
+    assert prompt.token_ids.count(image) == 16
+    assert prompt.vision["image_grid_thw"].tolist() == [[1, 8, 8]]
+    assert len(prompt.vision["pixel_values"]) == 64
+    assert [token for token in prompt.token_ids if token != image] == [t for t in prompt.engine_token_ids if t != image]
+
+
+def test_the_processor_of_transformers_makes_the_same_prompt(models):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    row = image_row(2)
+    text = adapter.processor.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    theirs = adapter.processor(text=[text], images=list(row.images), return_tensors="pt")
+    prompt = adapter.encode(row)
+    assert prompt.token_ids == theirs["input_ids"][0].tolist()
+    assert torch.equal(prompt.vision["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_prompt_ends_where_the_assistant_begins(name, models):
+    _, adapter = made(name, models)
+    prompt = adapter.encode(text_row())
+    assert adapter.tokenizer.decode(prompt.token_ids) == (
+        "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.token_ids == prompt.engine_token_ids
+    assert adapter.prompt_length(prompt.row) == len(prompt.token_ids)
+    assert prompt.vision is None and prompt.position_ids is None
+
+
+def test_text_in_parts_reads_like_text(models):
+    _, adapter = made("tiny_llama", models)
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 30?"}]
+    in_parts = Row("parts", [text_row().messages[0], {"role": "user", "content": parts}])
+    assert adapter.encode(in_parts).token_ids == adapter.encode(text_row()).token_ids
+
+
+def test_a_tokenizer_without_a_chat_template_reads_plain_text(models, tmp_path):
+    folder, _ = made("tiny_llama", models)
+    shutil.copytree(folder, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    adapter = adapter_for(tmp_path / "plain", ModelConfig(path="plain"))
+    assert adapter.tokenizer.decode(adapter.encode(text_row()).token_ids) == "Count.\nWhat is 12 + 30?"
+
+
+def test_decoding_leaves_out_special_tokens_only(models):
+    _, adapter = made("tiny_llama", models)
+    token_ids = adapter.encode_response("<answer>7</answer>")
+    assert token_ids == adapter.tokenizer("<answer>7</answer><|im_end|>")["input_ids"]
+    assert len(token_ids) == 4
+    assert token_ids[-1] in adapter.stop_token_ids
+    assert adapter.decode(token_ids) == "<answer>7</answer>"
+
+
+def test_turns_end_at_the_tokens_of_tokenizer_and_generation_config(models, tmp_path):
+    folder, adapter = made("tiny_llama", models)
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
+    other = adapter_for(tmp_path / "model", ModelConfig(path="model"))
+    assert other.stop_token_ids == adapter.stop_token_ids | {0, 5}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_names_are_those_on_disk(name, models):
+    folder, adapter = made(name, models)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        on_disk = set(weights.keys())
+    names = {adapter.published_name(key) for key in adapter.load(folder, torch.float32).state_dict()}
+    assert names == on_disk | {"lm_head.weight"}  # tied: the embedding, written once
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_is_a_model_folder(name, models, tmp_path):
+    folder, adapter = made(name, models)
+    model = adapter.load(folder, torch.float32)
+    model.save_pretrained(tmp_path)
+    adapter.save_processor(tmp_path)
+    again = adapter_for(resolve(ModelConfig(path=str(tmp_path)), models), ModelConfig(path=str(tmp_path)))
+    assert again.encode(text_row()).token_ids == adapter.encode(text_row()).token_ids
+    loaded = again.load(tmp_path, torch.float32).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+    assert "rlcore" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_dropped_out(name, models):
+    folder, adapter = made(name, models)
+    assert not any(module.training for module in adapter.load(folder, torch.float32).modules())
+
+
+def test_a_text_model_names_the_row_with_images(models):
+    _, adapter = made("tiny_llama", models)
+    for read in (adapter.encode, adapter.prompt_length):
+        with pytest.raises(ConfigError, match=r"2 images: the row has 2 images but the model reads text only; use a vision"):
+            read(image_row(2))
+
+
+def test_images_without_their_parts_are_an_error_naming_the_row(models):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    row = Row("row 7", text_row().messages, images=image_row(1).images)
+    with pytest.raises(ConfigError, match="row 7: the messages have 0 image parts for 1 images; give each image one part"):
+        adapter.encode(row)
+
+
+def test_a_placeholder_in_the_text_is_an_error_naming_the_row(models):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    with pytest.raises(ConfigError, match=r"text: the chat template wrote 1 <\|image_pad\|> for 0 images"):
+        adapter.prompt_length(text_row("What is <|image_pad|>?"))
+
+
+def test_an_image_too_thin_is_an_error_naming_the_row(models):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    row = Row("row 3", image_row(1).messages, images=[Image.new("RGB", (3000, 2))])
+    with pytest.raises(ConfigError, match=r"row 3: image 0 \(3000x2 pixels\) does not fit the processor: .*200"):
+        adapter.prompt_length(row)
+
+
+def test_weights_that_lack_a_tensor_are_refused(models, tmp_path):
+    folder, adapter = made("tiny_llama", models)
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(ConfigError, match=r"lack 9 tensors of this .* \(model\.layers\.4\..*is the folder complete\?"):
+        adapter.load(tmp_path / "model", torch.float32)
+
+
+def test_sliding_windows_are_refused(models, tmp_path):
+    folder, adapter = made("tiny_qwen3", models)
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **window}))
+    with pytest.raises(ConfigError, match=r"sliding-window attention, which packed rows do not support; .*use_sliding_window"):
+        adapter.load(tmp_path / "model", torch.float32)
+
+
+def test_a_folder_without_a_tokenizer_says_so(models, tmp_path):
+    folder, _ = made("tiny_llama", models)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(ConfigError, match=r"no usable tokenizer or processor files .*copy tokenizer\.json"):
+        adapter_for(tmp_path, ModelConfig(path=str(tmp_path)))
