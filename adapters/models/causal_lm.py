@@ -69,9 +69,9 @@ class CausalLM:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
+    def hidden(self, model: Any, packed: Packed) -> Tensor:
         """[T, D]: the last hidden states after the final norm, on the model's device."""
-        output: Any = model.model(
+        output = model.model(
             input_ids=packed.input_ids[None].to(model.device),
             position_ids=packed.position_ids[None].to(model.device),
             segments=packed.segments,
@@ -79,7 +79,7 @@ class CausalLM:
         )
         return output.last_hidden_state[0]
 
-    def head(self, model: nn.Module) -> Tensor:
+    def head(self, model: Any) -> Tensor:
         """[V, D]."""
         return model.lm_head.weight
 

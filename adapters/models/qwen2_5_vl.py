@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from rlcore.attention import NAME as PACKED_ATTENTION
@@ -53,10 +53,10 @@ class Qwen2_5_VL(CausalLM):
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
         )
 
-    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
+    def hidden(self, model: Any, packed: Packed) -> Tensor:
         """[T, D]. The vision tower runs once over all images of the row."""
         axes = packed.position_ids.expand(3, -1)
-        output: Any = model.model(
+        output = model.model(
             input_ids=packed.input_ids[None].to(model.device),
             position_ids=axes[:, None].to(model.device),
             segments=packed.segments,

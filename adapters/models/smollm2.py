@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,8 +22,8 @@ def smollm2(folder: Path) -> None:
     packed = _packed_weights()
     source, name = packed.parent, packed.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False  # it is not: else save_pretrained writes it as GGUF does not allow
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False  # loading unpacked the weights; transformers does not note it
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -100,7 +100,7 @@ def tiny_qwen2_5_vl(
     if min_pixels > max_pixels:
         raise ConfigError(f"model.options.min_pixels: {min_pixels} is more than max_pixels {max_pixels}; swap or equal them")
     tokenizer = _tokenizer()
-    token = tokenizer.convert_tokens_to_ids
+    token: Any = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
             **_text_config(hidden_size, layers, heads, key_value_heads, context),
@@ -159,7 +159,7 @@ def _check_heads(prefix: str, hidden_size: int, heads: int, even: int) -> None:
         )
 
 
-def _token_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+def _token_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
