@@ -1,0 +1,117 @@
+"""The CPU: a real backend, with real vLLM, real collectives, and the numbers other devices are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import PositiveFloat, PositiveInt
+
+from rlcore.config import Strict
+
+if TYPE_CHECKING:
+    import torch
+
+_GIB = 2**30
+_cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
+
+
+class CpuOptions(Strict):
+    threads: PositiveInt | None = None
+    """Threads of a matrix product; unset is every core this process may use."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory of the engine's key-value cache."""
+
+
+class CpuBackend:
+    """Facts of the CPU."""
+
+    name: ClassVar[str] = "cpu"
+    Options: ClassVar[type[CpuOptions]] = CpuOptions
+    default_engine: ClassVar[str] = "vllm"
+    environment_requirements: ClassVar[str] = "requirements/cpu.txt"
+
+    def __init__(self, options: CpuOptions | None = None) -> None:
+        self.options = options or CpuOptions()
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or len(os.sched_getaffinity(0))
+
+    def environment(self) -> Mapping[str, str]:
+        """What must stand before torch is imported. Speeds are of a 135M-parameter model on two cores."""
+        return {
+            "OMP_NUM_THREADS": str(self.threads),
+            # vLLM's own binding leaves cores idle and decodes four times slower (88 against 387 tokens/s)
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # the engine in this process: weights reach it by reference, and its samples follow this process's seed
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            # vLLM ranks logprobs with a torch.compile'd function: a C++ compiler and some 20 s on a fresh machine, for nothing
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "TOKENIZERS_PARALLELISM": "false",  # its threads would fight for the same cores
+        }
+
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        """Arguments of an engine that are this device's affair."""
+        return {"kv_cache_memory_bytes": int(self.options.kv_cache_gib * _GIB)} if engine == "vllm" else {}
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def default_precision(self) -> str:
+        """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores."""
+        import torch
+
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+    def prepare(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        cure_torchvision()
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
+
+
+def cure_torchvision() -> None:
+    """Lets `import torchvision` succeed on CPU torch. Does nothing where torchvision is absent or its operators load.
+
+    Why: PyPI's torchvision is built for CUDA. On CPU torch its operator library does not load, and the import dies with
+        "operator torchvision::nms does not exist", taking transformers' and vLLM's image processors with it.
+    How: declare the two operators that the import describes to torch; their kernels stay absent, and nothing here calls them.
+        vLLM's model inspection runs in a process of its own, so this is also a `vllm.general_plugins` entry point.
+    Upstream: https://github.com/pytorch/vision/issues (the import should not need operators that did not load).
+    Delete when: pip's torchvision imports on CPU torch, or requirements/cpu.txt can name PyTorch's CPU index everywhere.
+    """
+    if _cure or importlib.util.find_spec("torchvision") is None or _operators_load():
+        return
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _cure.append(library)
+
+
+def _operators_load() -> bool:
+    """Whether torchvision's compiled operators are, or can be, registered; loading them is what its import does first."""
+    import torch
+
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    libraries = [entry.path for entry in os.scandir(folder) if entry.name.startswith("_C.") or entry.name == "_C.so"]
+    try:
+        for library in libraries:
+            torch.ops.load_library(library)
+    except OSError:
+        return False
+    return hasattr(torch.ops.torchvision, "nms")
