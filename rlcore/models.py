@@ -34,7 +34,7 @@ def resolve(config: ModelConfig, cache: Path) -> Path:
     sources = registry.names("models")
     if config.path in sources and not (folder / "config.json").is_file():
         return _made(config, cache)
-    if not folder.exists():
+    if not folder.is_dir():
         known = ", ".join(sources) or "none"
         raise ConfigError(f"model.path: {config.path!r} is neither a folder nor an installed model source; sources: {known}")
     if config.options:

@@ -285,6 +285,23 @@ def test_weights_that_lack_a_tensor_are_refused(models, tmp_path):
         adapter.load(tmp_path / "model", torch.float32)
 
 
+def test_weights_of_other_shapes_are_refused(models, tmp_path):
+    folder, adapter = made("tiny_llama", models)
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+    with pytest.raises(ConfigError, match=r"12 tensors in .* \(\S+down_proj.weight is \[128, 256\], not \[128, 100\], \.\.\.\)"):
+        adapter.load(tmp_path / "model", torch.float32)
+
+
+def test_weights_cut_short_are_refused(models, tmp_path):
+    folder, adapter = made("tiny_llama", models)
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100_000])
+    with pytest.raises(ConfigError, match=r"model\.path: .*model does not load: .*incomplete"):
+        adapter.load(tmp_path / "model", torch.float32)
+
+
 def test_sliding_windows_are_refused(models, tmp_path):
     folder, adapter = made("tiny_qwen3", models)
     shutil.copytree(folder, tmp_path / "model")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,15 +34,11 @@ class CausalLM:
         """The model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
         try:
             model, report = self.model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True
+                folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ConfigError(
-                f"model.path: the weights in {folder} lack {len(missing)} tensors of this architecture ({_few(missing)});"
-                " is the folder complete?"
-            )
+        _check_tensors(report, folder)
         if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
             raise ConfigError(
                 f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
@@ -118,6 +115,21 @@ def image_parts(row: Row) -> int:
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_tensors(report: Mapping[str, Any], folder: Path) -> None:
+    """ConfigError when transformers filled tensors with random numbers, which is what it does with those it did not find."""
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.path: the weights in {folder} lack {len(missing)} tensors of this architecture ({_few(missing)});"
+            " is the folder complete?"
+        )
+    if misshapen := sorted(report["mismatched_keys"]):
+        shapes = [f"{name} is {list(saved)}, not {list(wanted)}" for name, saved, wanted in misshapen]
+        raise ConfigError(
+            f"model.path: {len(misshapen)} tensors in {folder} have other shapes than its config.json says ({_few(shapes, 1)});"
+            " do both come from one model?"
+        )
 
 
 def _open_processor(processor_class: Any, folder: Path) -> Any:
