@@ -1,0 +1,415 @@
+"""vLLM in this process: one request a prompt, and weight updates that prove what arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlcore.config import RolloutConfig, nearest
+from rlcore.errors import ConfigError, PluginError, RunError
+from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
+from rlcore.weight_sync import compare, fingerprint
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+_IMAGES_A_PROMPT = 16
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a dense product, relative
+
+
+def build(
+    model: nn.Module | None,
+    adapter: Adapter,
+    folder: Path,
+    backend: Backend,
+    config: RolloutConfig,
+    dtype: torch.dtype,
+    max_tokens: int,
+    seed: int,
+) -> VllmRollout:
+    """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
+    if importlib.util.find_spec("vllm") is None:
+        raise PluginError(
+            f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
+            " or set rollout.engine=torch"
+        )
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(getattr(backend, "engine_options", dict)("vllm"))
+    _refuse_unknown(config.options)
+    with _undisturbed_random_state():
+        from vllm import LLM
+
+        return VllmRollout(LLM(**(defaults | config.options)), adapter, dtype, _shapes(folder))
+
+
+class VllmRollout:
+    """Serves one model. Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
+
+    With temperature alone they equal the trainer's log_softmax(logits / temperature); top_p and top_k renormalise over what is
+    left, which the trainer does not do.
+    """
+
+    def __init__(self, llm: LLM, adapter: Adapter, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._llm = llm
+        self._adapter = adapter
+        self._runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
+        self._version = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group a prompt; the prompt is read once for all its samples.
+
+        The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
+        comes from it changes rounding, and this process's random state is the call's own seed meanwhile.
+        """
+        self._llm.reset_prefix_cache()
+        with _undisturbed_random_state():
+            torch.manual_seed(sampling.seed)
+            outputs = self._llm.generate([_request(prompt) for prompt in prompts], self._parameters(sampling), use_tqdm=False)
+        return [
+            Group(prompt, [self._sample(completion) for completion in output.outputs])
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """RunError names the tensors that are missing, unknown or not what was sent."""
+        started = time.perf_counter()
+        shipment = self._ledger.shipment(version)
+        try:
+            with torch.no_grad():
+                self._runner.reload_weights(weights_iterator=shipment.watch(weights))
+        except Exception as error:
+            self._leave_reload()
+            if isinstance(error, RunError):
+                raise
+            last = shipment.last or "the first tensor"
+            raise RunError(f"weight sync: the engine refused version {version} at {last}: {error!r}") from error
+        self._ledger.repack_tied_heads()
+        self._forget()
+        shipment.verify()
+        self._version = version
+        seconds = time.perf_counter() - started
+        return Receipt(version, shipment.tensors, shipment.bytes, seconds, shipment.seconds)
+
+    def _leave_reload(self) -> None:
+        """Out of a half-done update, so that a whole one can follow."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with contextlib.suppress(Exception), torch.no_grad():
+            finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
+
+    def _forget(self) -> None:
+        """Whatever was computed with the old weights."""
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def _parameters(self, sampling: Sampling) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=sampling.samples,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            logprobs=0,  # the drawn token's only
+            stop_token_ids=sorted(self._adapter.stop_token_ids),
+            ignore_eos=True,  # the adapter alone says what ends a turn
+            detokenize=False,
+        )
+
+    def _sample(self, completion: Any) -> Sample:
+        token_ids = list(completion.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
+        finish = "stop" if completion.finish_reason == "stop" else "length"
+        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, self._version)
+
+
+def _request(prompt: Prompt) -> dict[str, Any]:
+    request: dict[str, Any] = {"prompt_token_ids": prompt.engine_token_ids}
+    if prompt.row.images:
+        request["multi_modal_data"] = {"image": list(prompt.row.images)}
+    return request
+
+
+def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
+    arguments = {
+        "model": str(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_tokens,
+        "seed": seed,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",  # not the folder's: every sampling setting is ours
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
+    return arguments
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Of every tensor in the folder, from the headers of its files."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return shapes
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    from vllm import EngineArgs
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in options:
+        if name not in known:
+            hint = nearest(name, known)
+            hint = hint if "did you mean" in hint else "; vLLM's engine arguments are what may stand here"
+            raise ConfigError(f"rollout.options.{name}: vLLM has no such engine argument{hint}")
+
+
+@contextlib.contextmanager
+def _undisturbed_random_state() -> Iterator[None]:
+    """vLLM seeds every generator of the process; the trainer's draws must not depend on that."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """What a packed matrix [N, K] does, where its numbers can no longer be read: on the CPU vLLM keeps linear layers in oneDNN's
+    own layout and drops the original."""
+
+    dense: Tensor  # [N] times a random vector: every element counts, to rounding
+    column: Tensor  # [N] times a unit vector: one column, a different one for each version, to the bit
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Product) or self.dense.shape != other.dense.shape:
+            return False
+        distance, size = (self.dense.float() - other.dense.float()).norm(), self.dense.float().norm()
+        return torch.equal(self.column, other.column) and bool(distance <= _TOLERANCE[self.dense.dtype] * size)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the engine keeps a tensor: part `index` of the rows of `parameter` of a layer."""
+
+    layer: str
+    parameter: str
+    index: int
+
+
+class _Ledger:
+    """Which tensors the engine needs, and how each can be read back. Names come from the served model itself."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.model = model
+        self.dtype = dtype
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._rename = mapper.get_rename_mapper().map_name if mapper else str
+        self._fused = {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
+        self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
+        self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
+        self.needed = {place for name, _ in model.named_parameters() for place in self._places_of(name)}
+        self.tied = self._tied_heads()
+        self._shapes = {self.place(name): list(shape) for name, shape in shapes.items()}
+
+    def place(self, name: str) -> _Place:
+        """Of a tensor under its Hugging Face name."""
+        mapped = self._rename(name) or name
+        layer, _, parameter = mapped.rpartition(".")
+        parent, _, leaf = layer.rpartition(".")
+        for fused, parts in self._fused.items():
+            if leaf in parts and self._has(f"{parent}.{fused}"):
+                return _Place(f"{parent}.{fused}", parameter, parts.index(leaf))
+        return _Place(layer, parameter, 0)
+
+    def admit(self, name: str, tensor: Tensor) -> _Place:
+        """The tensor's place, or RunError before the engine sees it."""
+        place = self.place(name)
+        if place not in self.needed and place.layer not in self.tied:
+            raise RunError(f"weight sync: unexpected tensor {name}: the engine has no such weight; is this the served model?")
+        shape = self._shapes.get(place, list(tensor.shape))
+        if list(tensor.shape) != shape:
+            raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the engine holds {shape}")
+        return place
+
+    def title(self, place: _Place) -> str:
+        """The tensor's name in the engine, with fused layers taken apart."""
+        parent, _, leaf = place.layer.rpartition(".")
+        parts = self._fused.get(leaf)
+        return f"{parent}.{parts[place.index]}.{place.parameter}" if parts else f"{place.layer}.{place.parameter}"
+
+    def shipment(self, version: int) -> _Shipment:
+        return _Shipment(self, version)
+
+    def product(self, layer: str, version: int) -> _Product:
+        """[all rows of the layer]."""
+        module = self.model.get_submodule(layer)
+        probe = _probe(_width(module), version, self.dtype)
+        dense, column = module.quant_method.apply(module, probe, None)
+        return _Product(dense, column)
+
+    def heads_fed_by(self, place: _Place) -> list[str]:
+        """The output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
+        return [head for head in self.heads if place.parameter == "weight" and place.layer in (head, self.tied.get(head))]
+
+    def repack_tied_heads(self) -> None:
+        """vLLM's reload repacks a layer that it was sent weights for, and a tied head is sent none: on the CPU it would go on
+        multiplying by the embedding of before."""
+        for head in self.tied:
+            layer = self.model.get_submodule(head)
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def parameter(self, layer: str, name: str) -> Tensor | None:
+        return getattr(self.model.get_submodule(layer), name, None) if self._has(layer) else None
+
+    def _has(self, layer: str) -> bool:
+        try:
+            self.model.get_submodule(layer)
+        except AttributeError:
+            return False
+        return True
+
+    def _places_of(self, name: str) -> list[_Place]:
+        layer, _, parameter = name.rpartition(".")
+        return [_Place(layer, parameter, index) for index in range(len(self._fused.get(layer.rpartition(".")[2], [0])))]
+
+    def _tied_heads(self) -> dict[str, str]:
+        """Head layer -> the embedding layer it shares its weight with."""
+        owners: dict[int, str] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(getattr(layer, "weight", None), Tensor) and name not in self.heads:
+                owners.setdefault(id(layer.weight), name)
+        modules = {name: self.model.get_submodule(name) for name in self.heads}
+        return {name: owners[id(layer.weight)] for name, layer in modules.items() if id(layer.weight) in owners}
+
+
+class _Shipment:
+    """One weight update: what was sent, noted as it streams by, against what the engine holds afterwards."""
+
+    def __init__(self, ledger: _Ledger, version: int) -> None:
+        self._ledger = ledger
+        self._version = version
+        self._parts: dict[tuple[str, str], dict[int, tuple[str, torch.Size]]] = defaultdict(dict)
+        self._sent: dict[str, Any] = {}
+        self._names: dict[_Place, str] = {}
+        self.last = ""
+        self.tensors = self.bytes = 0
+        self.seconds = 0.0
+
+    def watch(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            started = time.perf_counter()
+            self._note(name, tensor.detach())
+            self.seconds += time.perf_counter() - started
+            yield name, tensor.detach()
+
+    def verify(self) -> None:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            held = self._held()
+        compare(self._sent, held)
+        self.seconds += time.perf_counter() - started
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        ledger, place = self._ledger, self._ledger.admit(name, tensor)
+        self.last = name
+        self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
+        tensor = tensor.to(ledger.dtype)
+        self._names[place] = name
+        self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
+        packed = place.layer in ledger.packed and place.parameter == "weight"
+        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(tensor)
+        for head in ledger.heads_fed_by(place):
+            self._sent[_served(head)] = _product(tensor, self._version)
+
+    def _held(self) -> dict[str, Any]:
+        """By Hugging Face name; by the engine's where nobody sent it."""
+        ledger = self._ledger
+        held = {ledger.title(place): None for place in ledger.needed if place not in self._names}
+        for (layer, parameter), parts in self._parts.items():
+            if any(ledger.title(place) in held for place in ledger.needed if (place.layer, place.parameter) == (layer, parameter)):
+                held |= {name: self._sent[name] for name, _ in parts.values()}  # where the others begin is unknown
+            else:
+                held |= self._parts_held(layer, parameter, [parts[index] for index in sorted(parts)])
+        return held | {_served(head): self._head_held(head) for head in ledger.heads}
+
+    def _parts_held(self, layer: str, parameter: str, parts: list[tuple[str, torch.Size]]) -> dict[str, Any]:
+        packed = layer in self._ledger.packed and parameter == "weight"
+        whole = self._ledger.product(layer, self._version) if packed else self._ledger.parameter(layer, parameter)
+        if whole is None:
+            return {}
+        held, start = {}, 0
+        for name, shape in parts:
+            rows = slice(start, start + shape[0])
+            start = rows.stop
+            held[name] = _Product(whole.dense[rows], whole.column[rows]) if packed else _fingerprint_as(whole[rows], shape)
+        return held
+
+    def _head_held(self, head: str) -> _Product:
+        product = self._ledger.product(head, self._version)
+        sent = self._sent.get(_served(head))
+        rows = slice(0, len(sent.dense) if sent else None)  # the engine pads the vocabulary
+        return _Product(product.dense[rows], product.column[rows])
+
+
+def _product(tensor: Tensor, version: int) -> _Product:
+    """What a packed layer with the weight [N, K] is expected to do."""
+    column = version % tensor.shape[1]
+    return _Product(tensor.mv(_probe(tensor.shape[1], version, tensor.dtype)[0]), tensor[:, column].clone())
+
+
+def _probe(width: int, version: int, dtype: torch.dtype) -> Tensor:
+    """[2, width]: a random row, and the unit row of the column that this version checks to the bit."""
+    probe = torch.zeros(2, width, dtype=dtype)
+    probe[0] = torch.randn(width, generator=torch.Generator().manual_seed(width))
+    probe[1, version % width] = 1
+    return probe
+
+
+def _fingerprint_as(tensor: Tensor, shape: torch.Size) -> Any:
+    """Of the tensor in the shape it was sent in; its own where that does not fit."""
+    return fingerprint(tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor)
+
+
+def _served(head: str) -> str:
+    return f"{head} (as served)"
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "quant_method") and isinstance(weight, Tensor) and weight.numel() == 0
+
+
+def _is_head(layer: nn.Module) -> bool:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(layer, ParallelLMHead)
+
+
+def _width(layer: nn.Module) -> int:
+    """K of a layer [N, K]."""
+    return layer.embedding_dim if _is_head(layer) else layer.input_size

@@ -1,0 +1,177 @@
+"""The plain-torch sampler: slow, needs no engine, and the yardstick for engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.config import RolloutConfig, Strict, validate
+from rlcore.errors import RunError
+from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
+from rlcore.weight_sync import Fingerprint, compare, fingerprint
+
+
+class TorchOptions(Strict):
+    """`rollout.options` of this sampler: there are none."""
+
+
+def build(
+    model: nn.Module | None,
+    adapter: Adapter,
+    folder: Path,
+    backend: Backend,
+    config: RolloutConfig,
+    dtype: torch.dtype,
+    max_tokens: int,
+    seed: int,
+) -> TorchRollout:
+    """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
+    validate(TorchOptions, config.options, "rollout.options.")
+    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens)
+
+
+class TorchRollout:
+    """Serves one model, one prompt at a time, its samples as one batch.
+
+    Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter, max_tokens: int) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._adapter = adapter
+        self._max_tokens = max_tokens
+        self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
+        self._version = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group a prompt; each prompt has a seed of its own, so a call repeats and other prompts' lengths do not matter."""
+        with torch.inference_mode():
+            return [self._group(prompt, sampling, place) for place, prompt in enumerate(prompts)]
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """RunError names the tensors that are missing, unknown or not what was sent."""
+        started, checking, size = time.perf_counter(), 0.0, 0
+        held, sent = self._model.state_dict(keep_vars=True), {}
+        with torch.no_grad():
+            for name, tensor in weights:
+                target = held.get(name)
+                if target is not None and target.shape != tensor.shape:
+                    raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the sampler holds {list(target.shape)}")
+                tensor = tensor.detach() if target is None else tensor.detach().to(target.dtype)
+                began = time.perf_counter()
+                sent[name] = fingerprint(tensor)
+                checking += time.perf_counter() - began
+                size += tensor.nbytes
+                if target is not None:
+                    target.copy_(tensor)
+        began = time.perf_counter()
+        compare(sent, *self._held())
+        checking += time.perf_counter() - began
+        self._version = version
+        return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
+
+    def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
+        """Fingerprints of everything served, and which names share storage with which."""
+        owners: dict[int, str] = {}
+        held, tied = {}, {}
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            owner = owners.setdefault(id(tensor), name)
+            held[name] = held[owner] if owner != name else fingerprint(tensor)
+            if owner != name:
+                tied[name] = owner
+        return held, tied
+
+    def _group(self, prompt: Prompt, sampling: Sampling, place: int) -> Group:
+        generator = torch.Generator().manual_seed(_seed(sampling.seed, place))
+        steps = list(self._steps(prompt, sampling, generator))
+        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1)  # [S, R]
+        logprobs = torch.stack([values for _, values in steps], dim=1)
+        return Group(prompt, [self._sample(*sample) for sample in zip(token_ids, logprobs, strict=True)])
+
+    def _steps(self, prompt: Prompt, sampling: Sampling, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token and log-probability [S] of each step, until every sample has stopped."""
+        logits, cache = self._read(prompt)
+        cache.batch_repeat_interleave(sampling.samples)
+        logits = logits.expand(sampling.samples, -1)
+        running = torch.ones(sampling.samples, dtype=torch.bool, device=logits.device)
+        room = self._max_tokens - len(prompt.token_ids)
+        for step in range(min(sampling.max_new_tokens, room)):
+            if step:
+                logits = self._continue(tokens, cache, prompt.next_position + step - 1)  # noqa: F821 - of the step before
+            tokens, logprobs = draw(logits, sampling, generator)
+            yield tokens, logprobs
+            running &= ~torch.isin(tokens, self._stop)
+            if not running.any():
+                return
+
+    def _read(self, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Logits [1, V] after the prompt, and the key-value cache of one sequence."""
+        device = self._model.device
+        inputs = {name: values.to(device) for name, values in (prompt.vision or {}).items()}
+        positions = prompt.position_ids
+        positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
+        output = self._model(
+            input_ids=torch.tensor([prompt.token_ids], device=device),
+            position_ids=positions.to(device) if positions.dim() > 1 else positions[None].to(device),
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+        return output.logits[:, -1], output.past_key_values
+
+    def _continue(self, tokens: Tensor, cache: Any, position: int) -> Tensor:
+        """Logits [S, V] after one more token each."""
+        positions = torch.full((len(tokens), 1), position, device=tokens.device)
+        if self._model.config.get_text_config().rope_parameters.get("mrope_section"):
+            positions = positions.expand(3, -1, -1)
+        output = self._model(input_ids=tokens[:, None], position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1]
+
+    def _sample(self, token_ids: Tensor, logprobs: Tensor) -> Sample:
+        stops = torch.isin(token_ids, self._stop).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else len(token_ids)
+        tokens = token_ids[:length].tolist()
+        finish = "stop" if len(stops) else "length"
+        return Sample(tokens, logprobs[:length].tolist(), self._adapter.decode(tokens), finish, self._version)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[S, V] -> token [S] and its log-probability [S] float32. Temperature 0 takes the likeliest token, of the plain softmax."""
+    logits = logits.float() / (sampling.temperature or 1.0)
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        tokens = logprobs.argmax(-1)
+    else:
+        logprobs = _truncated(logits, sampling.top_k, sampling.top_p).log_softmax(-1)
+        tokens = torch.multinomial(logprobs.exp().cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Everything but the `top_k` likeliest tokens, and then but the likeliest that make up `top_p`, at -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        probabilities, order = logits.softmax(-1).sort(descending=True)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def _seed(seed: int, place: int) -> int:
+    return (seed * 1_000_003 + place) % 2**63
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """A copy with the framework's own attention: the packed one of training knows no key-value cache."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    family = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    return family.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from rlcore import registry, rollout
+from rlcore.config import RolloutConfig
+from rlcore.errors import ConfigError, RunError
+from rlcore.types import Row, Sampling
+
+QUESTIONS = ["How many circles?", "What is 4 + 5? Answer with a single number inside the tags."]
+
+
+def row(text, *images):
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return Row(text, [{"role": "user", "content": parts}], images=images)
+
+
+def picture(color, size=112):
+    image = Image.new("RGB", (size, 112), "white")
+    image.paste(color, (10, 20, 60, 90))
+    return image
+
+
+def start(backend, folder, family, **options):
+    adapter = registry.load("adapters", family)(folder)
+    config = RolloutConfig(engine="torch", options=options)
+    return adapter, rollout.build(None, adapter, folder, backend, config, torch.float32, 256, 0)
+
+
+@pytest.fixture(scope="module")
+def text(models, backend):
+    registry.load("models", "tiny_llama")(models / "rollout_llama", seed=0)
+    return models / "rollout_llama", *start(backend, models / "rollout_llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def vision(models, backend):
+    registry.load("models", "tiny_qwen2_5_vl")(models / "rollout_vl", seed=0)
+    return models / "rollout_vl", *start(backend, models / "rollout_vl", "qwen2_5_vl")
+
+
+def tokens(groups):
+    return [sample.token_ids for group in groups for sample in group.samples]
+
+
+def gap(model, group, temperature=1.0):
+    """The largest difference of a sample's log-probabilities from one whole forward pass of `model`."""
+    prompt, worst = group.prompt, 0.0
+    for sample in group.samples:
+        ids = torch.tensor([prompt.token_ids + sample.token_ids])
+        extra = dict(prompt.vision or {})
+        if prompt.position_ids is not None:
+            after = torch.arange(len(sample.token_ids)) + prompt.next_position
+            extra["position_ids"] = torch.cat([prompt.position_ids, after.expand(3, -1)], 1)[:, None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, **extra).logits[0, len(prompt.token_ids) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_whole_forward_pass(text, temperature):
+    folder, adapter, sampler = text
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for group in sampler.generate([adapter.encode(row(q)) for q in QUESTIONS], Sampling(3, 12, temperature)):
+        assert len(group.samples) == 3
+        assert gap(model, group, temperature) < 1e-4
+
+
+def test_images_and_text_are_sampled_alike(vision):
+    folder, adapter, sampler = vision
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    rows = [row(QUESTIONS[0], picture("red")), row(QUESTIONS[1]), row("Which?", picture("blue", 168), picture("green"))]
+    for group in sampler.generate([adapter.encode(one) for one in rows], Sampling(2, 8)):
+        assert gap(model, group) < 1e-4
+
+
+def test_a_seed_repeats_a_call_whatever_came_before(text):
+    _, adapter, sampler = text
+    prompts = [adapter.encode(row(q)) for q in QUESTIONS]
+    first = tokens(sampler.generate(prompts, Sampling(4, 8, seed=5)))
+    before = torch.get_rng_state()
+    assert tokens(sampler.generate(prompts, Sampling(4, 8, seed=6))) != first
+    assert tokens(sampler.generate(prompts, Sampling(4, 8, seed=5))) == first
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samples_end_with_the_stop_token_or_at_the_limit(text):
+    _, adapter, sampler = text
+    samples = sampler.generate([adapter.encode(row("go"))], Sampling(96, 64))[0].samples
+    assert {sample.finish for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        stops = [token in adapter.stop_token_ids for token in sample.token_ids]
+        assert not any(stops[:-1])
+        assert stops[-1] == (sample.finish == "stop")
+        assert len(sample.token_ids) == len(sample.logprobs)
+        assert sample.finish == "stop" or len(sample.token_ids) == 64
+
+
+def test_temperature_0_is_greedy(text):
+    folder, adapter, sampler = text
+    prompt = adapter.encode(row("How many?"))
+    samples = sampler.generate([prompt], Sampling(2, 6, temperature=0))[0].samples
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt.token_ids + samples[0].token_ids])).logits[0, len(prompt.token_ids) - 1 : -1]
+    assert samples[0].token_ids == samples[1].token_ids == logits.argmax(-1).tolist()
+
+
+def test_top_k_and_top_p_leave_out_the_unlikely():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, -1)
+    for sampling, kept in [(Sampling(1, 1, top_k=2), 2), (Sampling(1, 1, top_p=0.7), 2), (Sampling(1, 1, top_p=0.9), 3)]:
+        drawn, logprobs = rollout.draw(logits, sampling, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) == set(range(kept))
+        share = logits[0].exp() / logits[0, :kept].exp().sum()
+        torch.testing.assert_close(logprobs.exp(), share[drawn])
+
+
+def test_new_weights_are_served_and_stamped(backend, text):
+    folder, adapter, _ = text
+    _, sampler = start(backend, folder, "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    prompt = adapter.encode(row("How many?"))
+    assert gap(model, sampler.generate([prompt], Sampling(2, 8))[0]) > 1e-2
+    receipt = sampler.load_weights(model.named_parameters(), 7)
+    assert (receipt.version, receipt.tensors) == (7, len(list(model.parameters())))
+    group = sampler.generate([prompt], Sampling(2, 8))[0]
+    assert gap(model, group) < 1e-4
+    assert {sample.policy_version for sample in group.samples} == {7}
+    assert sampler.load_weights(model.state_dict().items(), 8).tensors == len(model.state_dict())
+
+
+@pytest.mark.parametrize("fault", ["dropped", "unknown", "misshapen"])
+def test_a_faulty_update_names_the_tensor(backend, text, fault):
+    folder, _, _ = text
+    _, sampler = start(backend, folder, "llama")
+    weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensor = weights.pop(name)
+    if fault == "unknown":
+        weights |= {name: tensor, "model.layers.9.bias": torch.zeros(3)}
+        name = "model.layers.9.bias"
+    if fault == "misshapen":
+        weights[name] = tensor[1:]
+    with pytest.raises(RunError, match=name.replace(".", r"\.")):
+        sampler.load_weights(weights.items(), 1)
+
+
+def test_unknown_options_are_named(backend, text):
+    with pytest.raises(ConfigError, match=r"rollout\.options\.max_num_seqs: no such setting"):
+        start(backend, text[0], "llama", max_num_seqs=4)

@@ -1,0 +1,216 @@
+import importlib.util
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from rlcore import registry
+from rlcore.config import RolloutConfig
+from rlcore.errors import ConfigError, PluginError, RunError
+from rlcore.types import Row, Sampling
+
+vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+QUESTIONS = ["How many circles?", "What is 4 + 5? Answer with a single number inside the tags."]
+
+
+def row(text, *images):
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return Row(text, [{"role": "user", "content": parts}], images=images)
+
+
+def picture(color, size=112):
+    image = Image.new("RGB", (size, 112), "white")
+    image.paste(color, (10, 20, 60, 90))
+    return image
+
+
+def start(backend, folder, engine="vllm", **options):
+    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    config = RolloutConfig(engine=engine, options=options)
+    return registry.load("engines", engine)(None, adapter, folder, backend, config, torch.float32, 256, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(models):
+    registry.load("models", "tiny_qwen2_5_vl")(models / "vllm_vl", seed=0)
+    return models / "vllm_vl"
+
+
+@pytest.fixture(scope="module")
+def engine(folder, backend):
+    return start(backend, folder)
+
+
+@pytest.fixture
+def model(folder, engine):
+    """The weights that the engine serves."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    engine.load_weights(model.named_parameters(), 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    rows = [row(QUESTIONS[0], picture("red")), row(QUESTIONS[1]), row("Which?", picture("blue", 168), picture("green"))]
+    return [adapter.encode(one) for one in rows]
+
+
+def shake(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def tokens(groups):
+    return [sample.token_ids for group in groups for sample in group.samples]
+
+
+def gap(model, groups, temperature=1.0):
+    """The largest difference of the engine's log-probabilities from one whole forward pass of `model`."""
+    worst = 0.0
+    for prompt, sample in ((group.prompt, sample) for group in groups for sample in group.samples):
+        extra = dict(prompt.vision or {})
+        if prompt.position_ids is not None:
+            after = torch.arange(len(sample.token_ids)) + prompt.next_position
+            extra["position_ids"] = torch.cat([prompt.position_ids, after.expand(3, -1)], 1)[:, None]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt.token_ids + sample.token_ids]), **extra).logits[0]
+        logprobs = (logits[len(prompt.token_ids) - 1 : -1] / temperature).log_softmax(-1)
+        expected = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
+    return worst
+
+
+@vllm
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_models_own_for_text_and_images(engine, model, prompts, temperature):
+    groups = engine.generate(prompts, Sampling(3, 12, temperature))
+    assert [group.prompt for group in groups] == prompts
+    assert [len(group.samples) for group in groups] == [3, 3, 3]
+    assert gap(model, groups, temperature) < 1e-4
+
+
+@vllm
+def test_an_update_is_served_at_once(engine, model, prompts):
+    for version in (1, 2):
+        shake(model)
+        assert gap(model, engine.generate(prompts, Sampling(2, 8))) > 1e-3
+        receipt = engine.load_weights(model.named_parameters(), version)
+        groups = engine.generate(prompts, Sampling(2, 8))
+        assert gap(model, groups) < 1e-4
+        assert {sample.policy_version for group in groups for sample in group.samples} == {receipt.version} == {version}
+    assert receipt.tensors == len(list(model.parameters()))
+    assert receipt.bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@vllm
+def test_a_seed_repeats_a_call_and_leaves_other_draws_alone(engine, model, prompts):
+    first = tokens(engine.generate(prompts, Sampling(4, 8, seed=5)))
+    before = torch.get_rng_state()
+    assert tokens(engine.generate(prompts[:1], Sampling(4, 8, seed=6))) != first[:4]
+    assert tokens(engine.generate(prompts, Sampling(4, 8, seed=5))) == first
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@vllm
+def test_greedy_tokens_are_the_plain_samplers(engine, model, prompts, folder, backend):
+    sampling = Sampling(1, 12, temperature=0)
+    plain = start(backend, folder, "torch")
+    assert tokens(engine.generate(prompts, sampling)) == tokens(plain.generate(prompts, sampling))
+
+
+@vllm
+def test_samples_end_with_the_stop_token_or_at_the_limit(engine, model, prompts, folder):
+    stops = registry.load("adapters", "qwen2_5_vl")(folder).stop_token_ids
+    samples = engine.generate(prompts[1:2], Sampling(96, 64))[0].samples
+    assert {sample.finish for sample in samples} == {"stop", "length"}
+    for sample in samples:
+        assert [token in stops for token in sample.token_ids[:-1]].count(True) == 0
+        assert (sample.token_ids[-1] in stops) == (sample.finish == "stop")
+
+
+def _drop(weights, name, other):
+    del weights[name]
+
+
+
+def _misshapen(weights, name, other):
+    weights[name] = weights[name][:-1]
+
+
+NAMES = {
+    "packed": "model.language_model.layers.1.self_attn.k_proj.weight",
+    "bias": "model.language_model.layers.1.self_attn.k_proj.bias",
+    "whole": "model.language_model.layers.2.self_attn.o_proj.weight",
+    "norm": "model.language_model.layers.2.input_layernorm.weight",
+    "vision": "model.visual.blocks.1.mlp.up_proj.weight",
+    "embedding": "model.language_model.embed_tokens.weight",
+}
+
+
+LEAVES = ["self_attn.k_proj.weight", "self_attn.k_proj.bias", "mlp.down_proj.weight", "input_layernorm.weight"]
+
+
+@vllm
+@pytest.mark.parametrize("fault", [_drop, _misshapen])
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_faulty_stream_names_the_tensor(engine, model, name, fault):
+    weights = dict(model.named_parameters())
+    fault(weights, name, None)
+    with pytest.raises(RunError, match=".".join(name.split(".")[-3:])):
+        engine.load_weights(weights.items(), 1)
+
+
+@vllm
+def test_an_unknown_tensor_is_named(engine, model):
+    weights = dict(model.named_parameters()) | {"model.language_model.layers.1.surplus": torch.zeros(4)}
+    with pytest.raises(RunError, match="surplus"):
+        engine.load_weights(weights.items(), 1)
+
+
+@vllm
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("fault", ["swapped", "stale"])
+def test_tensors_that_landed_wrongly_are_named(engine, model, monkeypatch, leaf, fault):
+    """The engine is handed something else than the check was told of."""
+    names = [f"model.language_model.layers.{layer}.{leaf}" for layer in (1, 2)]
+    old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shake(model)
+    new = dict(model.named_parameters())
+    wrong = {names[0]: new[names[1]], names[1]: new[names[0]]} if fault == "swapped" else {names[0]: old[names[0]]}
+    reload_weights = engine._runner.reload_weights
+
+    def reload_wrongly(weights_iterator):
+        reload_weights(weights_iterator=((name, wrong.get(name, tensor)) for name, tensor in weights_iterator))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "reload_weights", reload_wrongly)
+        with pytest.raises(RunError, match=rf"{len(wrong)} different: {names[0]}"):
+            engine.load_weights(model.named_parameters(), 1)
+    engine.load_weights(model.named_parameters(), 2)
+
+
+@vllm
+def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
+    shake(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._ledger, "repack_tied_heads", lambda: None)
+        with pytest.raises(RunError, match=r"different: language_model\.lm_head \(as served\)"):
+            engine.load_weights(model.named_parameters(), 1)
+    engine.load_weights(model.state_dict().items(), 2)
+
+
+@vllm
+def test_unknown_options_are_named(folder, backend):
+    with pytest.raises(ConfigError, match=r"rollout\.options\.max_num_seq: .*did you mean 'max_num_seqs'"):
+        start(backend, folder, max_num_seq=4)
+
+
+def test_a_missing_vllm_says_how_to_install_it(folder, backend, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    build = registry.load("engines", "vllm")
+    with pytest.raises(PluginError, match=r"pip install -r requirements/cpu\.txt or set rollout\.engine=torch"):
+        build(None, None, folder, backend, RolloutConfig(), torch.float32, 256, 0)
