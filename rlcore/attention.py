@@ -1,11 +1,16 @@
 """Prefix-shared attention over a packed row, in plain torch: the yardstick for device kernels.
 
 Registered with transformers under `NAME`; a model called with `segments=` reaches it through its attention interface.
+Queries that share a shape are gathered into rectangles (prompts with prompts, responses with responses), so that a row of
+many short segments costs a few large calls; padding inside a rectangle is masked and bounded by `MAX_PADDING`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +21,28 @@ from transformers import AttentionInterface
 from rlcore.packing import Segment
 
 NAME = "rlcore_packed"
+MAX_PADDING = 1.5  # a rectangle's area over the area in use
+
+
+@dataclass(frozen=True)
+class Span:
+    """One prompt or response: its queries, and the prompt keys they see besides themselves."""
+
+    start: int
+    length: int
+    prefix_start: int
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """B spans as one attention call."""
+
+    queries: Tensor  # [B * Q] int64, places in the row; padding repeats the first
+    keys: Tensor  # [B * K]
+    mask: Tensor  # [B, 1, Q, K] bool, True where a query sees a key
+    used: Tensor  # places of [B * Q] that are no padding
+    targets: Tensor  # where those belong in the row
 
 
 def packed_attention(
@@ -24,28 +51,83 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """[1, H, T, D] x 2 [1, K, T, D] -> [1, T, H, D]. Prompt tokens attend causally to their prompt, response tokens to
     their whole prompt and causally to their own response. H is a multiple of K."""
-    outputs = []
-    for segment in segments:
-        begin, end = segment.start, segment.start + segment.prompt
-        prompt_key, prompt_value = key[:, :, begin:end], value[:, :, begin:end]
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, begin:end], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True
-            )
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, heads, D]
+    outputs, targets = [], []
+    for rectangle in layout(tuple(segments), query.device):
+        spans, _, width, _ = rectangle.mask.shape
+        attended = scaled_dot_product_attention(
+            _gather(query, rectangle.queries, spans), _gather(key, rectangle.keys, spans), _gather(value, rectangle.keys, spans),
+            attn_mask=rectangle.mask, scale=scaling, enable_gqa=True,
         )
-        for length in segment.responses:
-            begin, end = end, end + length
-            if length:
-                mask = torch.ones(length, segment.prompt + length, dtype=torch.bool, device=query.device).tril(segment.prompt)
-                outputs.append(
-                    scaled_dot_product_attention(
-                        query[:, :, begin:end],
-                        torch.cat([prompt_key, key[:, :, begin:end]], dim=2),
-                        torch.cat([prompt_value, value[:, :, begin:end]], dim=2),
-                        attn_mask=mask, scale=scaling, enable_gqa=True,
-                    )
-                )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        flat = attended.transpose(1, 2).reshape(spans * width, *query.shape[1:])
+        outputs.append(flat.index_select(0, rectangle.used))
+        targets.append(rectangle.targets)
+    place = torch.cat(targets).argsort()
+    return torch.cat(outputs).index_select(0, place)[None], None
+
+
+@lru_cache(maxsize=256)
+def layout(segments: tuple[Segment, ...], device: torch.device) -> list[Rectangle]:
+    """The rectangles of a packed row: every one of its tokens is a query exactly once."""
+    prompts = [Span(segment.start, segment.prompt, segment.start, 0) for segment in segments]
+    responses = [
+        Span(start, end - start, segment.start, segment.prompt)
+        for segment in segments
+        for start, end in pairwise(_starts(segment))
+        if end > start
+    ]
+    return [_rectangle(spans, device) for kind in (prompts, responses) for spans in _alike(kind)]
+
+
+def _gather(tensor: Tensor, places: Tensor, spans: int) -> Tensor:
+    """[T, heads, D] -> [B, heads, L, D]."""
+    return tensor.index_select(0, places).view(spans, -1, *tensor.shape[1:]).transpose(1, 2)
+
+
+def _starts(segment: Segment) -> list[int]:
+    """Where each response starts, and where the last ends."""
+    starts = [segment.start + segment.prompt]
+    for length in segment.responses:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _alike(spans: list[Span]) -> list[list[Span]]:
+    """The spans, longest first, in runs whose rectangle is not much larger than what is in it."""
+    runs: list[list[Span]] = []
+    used = 0
+    for span in sorted(spans, key=lambda span: (-span.length, -span.prefix)):
+        area = span.length * (span.prefix + span.length)
+        if runs:
+            run = [*runs[-1], span]
+            rectangle = len(run) * _longest(run, lambda s: s.length) * _longest(run, lambda s: s.prefix + s.length)
+            if rectangle <= MAX_PADDING * (used + area):
+                runs[-1] = run
+                used += area
+                continue
+        runs.append([span])
+        used = area
+    return runs
+
+
+def _longest(spans: Sequence[Span], size: Callable[[Span], int]) -> int:
+    return max(map(size, spans))
+
+
+def _rectangle(spans: Sequence[Span], device: torch.device) -> Rectangle:
+    queries = _longest(spans, lambda span: span.length)
+    prefix = _longest(spans, lambda span: span.prefix)
+    start, length, prefix_start, prefixes = (
+        torch.tensor(column)[:, None] for column in zip(*((s.start, s.length, s.prefix_start, s.prefix) for s in spans), strict=True)
+    )
+    own, shared = torch.arange(queries), torch.arange(prefix)
+    query_places = torch.where(own < length, start + own, start)
+    key_places = torch.cat([torch.where(shared < prefixes, prefix_start + shared, start), query_places], dim=1)
+    sees_prefix = (shared < prefixes)[:, None, :].expand(-1, queries, -1)
+    sees_own = (own[None, :] <= own[:, None]).expand(len(spans), -1, -1)
+    used = (own < length).flatten().nonzero()[:, 0]
+    tensors = (query_places.flatten(), key_places.flatten(), torch.cat([sees_prefix, sees_own], dim=2)[:, None], used)
+    return Rectangle(*(tensor.to(device) for tensor in tensors), targets=query_places.flatten()[used].to(device))
 
 
 AttentionInterface.register(NAME, packed_attention)

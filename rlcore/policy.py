@@ -89,9 +89,9 @@ class TorchActor(TorchReference):
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def weights(self) -> NamedTensors:
-        """The parameters under their published names; a tied head is not sent twice."""
-        for name, parameter in self.model.named_parameters():
-            yield self.adapter.published_name(name), parameter.detach()
+        """Everything an engine serves, under published names. A tied head is sent too: engines may keep a copy of their own."""
+        for name, tensor in self.model.state_dict().items():
+            yield self.adapter.published_name(name), tensor
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "model")
@@ -113,8 +113,7 @@ class TorchActor(TorchReference):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm, error_if_nonfinite=False)
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
-            rows = ", ".join(group.prompt.row.id for group in batch.groups)
-            raise RunError(f"the gradient of this step is not finite (norm {float(norm)}); its prompts: {rows}")
+            raise RunError(f"the gradient of this step is not finite (norm {float(norm)}); its prompts: {_rows(batch)}")
         rate = learning_rate(self.config, self.optimizer_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -139,9 +138,8 @@ class TorchActor(TorchReference):
         )
         result = self.loss(view)
         loss = result.loss.sum() / tally.tokens
-        if not math.isfinite(loss):
-            rows = ", ".join(batch.groups[number].prompt.row.id for number in range(len(batch.groups)))
-            raise RunError(f"the loss of this step is not finite ({float(loss)}); its prompts: {rows}")
+        if not math.isfinite(float(loss.detach())):
+            raise RunError(f"the loss of this step is not finite ({float(loss.detach())}); its prompts: {_rows(batch)}")
         loss.backward()
         tally.add(result)
 
@@ -170,3 +168,5 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
 
 
+def _rows(batch: Batch) -> str:
+    return ", ".join(group.prompt.row.id for group in batch.groups)

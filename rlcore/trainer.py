@@ -232,11 +232,11 @@ def _samples(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Iter
             }, score  # fmt: skip
 
 
-def _held_out(policy: Policy) -> list[Prompt]:
+def _held_out(policy: Policy) -> Sequence[Prompt]:
     data = policy.config.data
     if policy.config.evaluation is None or data.eval is None:
         return []
-    return encode_all(load_rows(data.eval), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+    return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
 
 
 def _restore(worker: Worker, source: PromptSource, saved: Path) -> int:

@@ -14,7 +14,7 @@ from rlcore.errors import ConfigError, RunError
 from rlcore.packing import Packed
 from rlcore.types import Prompt, Row
 
-from .causal_lm import CausalLM, image_parts  # noqa: TID251
+from .causal_lm import CausalLM, image_parts
 
 
 class Qwen2_5_VL(CausalLM):
