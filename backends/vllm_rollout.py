@@ -170,7 +170,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
     return shapes
 
 
@@ -199,8 +199,10 @@ def _undisturbed_random_state() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """What a packed matrix [N, K] does, where its numbers can no longer be read: on the CPU vLLM keeps linear layers in oneDNN's
-    own layout and drops the original."""
+    """What a packed matrix [N, K] does, where its numbers can no longer be read.
+
+    On the CPU vLLM keeps linear layers in oneDNN's own layout and drops the original.
+    """
 
     dense: Tensor  # [N] times a random vector: every element counts, to rounding
     column: Tensor  # [N] times a unit vector: one column, a different one for each version, to the bit
@@ -349,9 +351,11 @@ class _Shipment:
     def _held(self) -> dict[str, Any]:
         """By Hugging Face name; by the engine's where nobody sent it."""
         ledger = self._ledger
-        held = {ledger.title(place): None for place in ledger.needed if place not in self._names}
+        missing = [place for place in ledger.needed if place not in self._names]
+        incomplete = {(place.layer, place.parameter) for place in missing}
+        held: dict[str, Any] = {ledger.title(place): None for place in missing}
         for (layer, parameter), parts in self._parts.items():
-            if any(ledger.title(place) in held for place in ledger.needed if (place.layer, place.parameter) == (layer, parameter)):
+            if (layer, parameter) in incomplete:
                 held |= {name: self._sent[name] for name, _ in parts.values()}  # where the others begin is unknown
             else:
                 held |= self._parts_held(layer, parameter, [parts[index] for index in sorted(parts)])

@@ -62,7 +62,8 @@ class TorchRollout:
             for name, tensor in weights:
                 target = held.get(name)
                 if target is not None and target.shape != tensor.shape:
-                    raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the sampler holds {list(target.shape)}")
+                    shapes = f"was sent as {list(tensor.shape)}, the sampler holds {list(target.shape)}"
+                    raise RunError(f"weight sync: {name} {shapes}; is this the served model?")
                 tensor = tensor.detach() if target is None else tensor.detach().to(target.dtype)
                 began = time.perf_counter()
                 sent[name] = fingerprint(tensor)
@@ -142,7 +143,7 @@ class TorchRollout:
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """[S, V] -> token [S] and its log-probability [S] float32. Temperature 0 takes the likeliest token, of the plain softmax."""
+    """[S, V] -> token [S] and its log-probability [S] float32. Temperature 0 takes the likeliest token."""
     logits = logits.float() / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
