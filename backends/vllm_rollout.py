@@ -47,7 +47,7 @@ def build(
             f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
             " or set rollout.engine=torch"
         )
-    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(getattr(backend, "engine_options", dict)("vllm"))
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
     _refuse_unknown(config.options)
     with _undisturbed_random_state():
         from vllm import LLM

@@ -26,7 +26,12 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, 1 the run failed, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:  # overrides that stand behind an option
+        options.overrides += rest
     try:
         options.run(options)
     except RlcoreError as error:

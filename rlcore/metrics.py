@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcore.types import Group, Metrics, Score
+from rlcore.types import Group, Metrics, Receipt, Score
 
 OUTSIDE_ITERATION = ("save_checkpoint", "evaluate")  # timed, but no part of timing/all
 NON_OVERLAP = ("reference_model", "adv", "reward")
@@ -126,6 +126,13 @@ def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
         "reward/error": float(sum(score.status == "error" for score in flat)),
         "grpo/groups_without_signal": sum(len(values) == 1 for values in complete) / len(scores),
     }
+
+
+def sync(receipt: Receipt) -> Metrics:
+    """`sync/{bytes,seconds,check_seconds}` of a weight update, the last being the share spent on its receipt."""
+    return {
+        "sync/bytes": float(receipt.bytes), "sync/seconds": receipt.seconds, "sync/check_seconds": receipt.check_seconds,
+    }  # fmt: skip
 
 
 def memory() -> Metrics:

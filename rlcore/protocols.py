@@ -105,6 +105,10 @@ class Backend(Protocol):
         """Environment variables that must stand before torch is imported; what the user has set wins."""
         ...
 
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        """Arguments of an engine that are this device's affair; what the run file says comes on top."""
+        ...
+
     def device(self, local_rank: int) -> torch.device: ...
 
     def default_precision(self) -> str:

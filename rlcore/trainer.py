@@ -165,16 +165,15 @@ class Run:
         self.saved = self.done
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
-        batch, receipt = iteration.batch, iteration.receipt
+        batch = iteration.batch
         timing = metrics.timings(self.clock.take(), start, time.perf_counter())
-        sync = {"sync/bytes": float(receipt.bytes), "sync/seconds": receipt.seconds, "sync/check_seconds": receipt.check_seconds}
         return {
             **metrics.score_metrics(iteration.scores),
             **metrics.spread("grpo/rewards", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
             **metrics.lengths(batch.groups),
             "data/dropped_long": float(self.source.dropped_long),
-            **(sync if receipt else {}),
+            **(metrics.sync(iteration.receipt) if iteration.receipt else {}),
             **metrics.memory(),
             **timing,
             **metrics.throughput(batch.groups, timing, devices=1),
