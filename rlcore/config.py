@@ -204,19 +204,40 @@ class RunConfig(Strict):
         return self
 
 
+class _KeyTwice(Exception):
+    """`LINE: 'key' is already set on line LINE`."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML, which would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _KeyTwice(f"{line}: {key.value!r} is already set on line {lines[key.value]}; remove one")
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except _KeyTwice as twice:
+        raise ConfigError(f"{path}:{twice}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {_kind(values)}")
+        found = _kind(values)
+        raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {found}")
     for override in overrides:
         values = _override(values, override)
     return validate(RunConfig, values)

@@ -42,7 +42,8 @@ class Console:
         for group, group_scores in list(zip(groups, scores, strict=True))[: self.samples]:
             best = max(range(len(group_scores)), key=lambda i: _order(group_scores[i]))
             text = group.samples[best].text.strip().replace("\n", "\n    | ")
-            self.say(f"    {group.prompt.row.id} (answer {group.prompt.row.answer!r}, score {_shown(group_scores[best])})\n    | {text}")
+            row = group.prompt.row
+            self.say(f"    {row.id} (answer {row.answer!r}, score {_shown(group_scores[best])})\n    | {text}")
 
 
 def grpo_line(number: int, steps: int, row: Metrics) -> str:

@@ -7,6 +7,7 @@ they agree with what they say; the rest is defined here.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import time
@@ -178,11 +179,10 @@ def _keep_before(path: Path, step: int) -> None:
     """Drop the lines of this step and later ones, and a line that was cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] < step:
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    lines = path.read_bytes().splitlines(keepends=True)  # bytes: text also splits at U+2028 and the like, which samples hold
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))
+    os.replace(draft, path)
 
 
 def _union(spans: Iterable[Span]) -> float:

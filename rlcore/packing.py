@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlcore.errors import RunError
+from rlcore.errors import ConfigError
 from rlcore.types import Batch
 
 
@@ -61,7 +61,7 @@ def plan(groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[
     """Micro-batches for groups of (prompt tokens, response tokens of each sample), none above `cap` forwarded tokens.
 
     As few as first-fit-decreasing finds, then spread evenly over that many where the cap allows.
-    RunError names a sample that exceeds the cap by itself.
+    ConfigError names a sample that exceeds the cap by itself.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _split(index, *group, cap, names)]
     pieces.sort(key=lambda piece: -piece.tokens)
@@ -132,7 +132,7 @@ def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: S
     for sample, response in enumerate(responses):
         if prompt + response - 1 > cap:
             name = names[group] if names else f"group {group}"
-            raise RunError(
+            raise ConfigError(
                 f"{name}: sample {sample} needs {prompt + response - 1} tokens ({prompt} of the prompt, {response} of the"
                 f" response), more than train.max_tokens_per_microbatch {cap}; raise that limit"
             )

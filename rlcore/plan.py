@@ -13,14 +13,16 @@ def describe(config: RunConfig, rows: int) -> str:
     longest_prompt, longest_response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     share = prompts // train.minibatches_per_step
     full = [(longest_prompt, [longest_response] * group)] * share
-    most = len(microbatches(full, train.max_tokens_per_microbatch))
+    cap = train.max_tokens_per_microbatch
+    most = len(microbatches(full, cap))
+    longest = longest_prompt + longest_response
     lines = [
         ("training rows", f"{rows}"),
         ("prompts a step", f"{prompts} (train.prompts_per_step)"),
         ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
-        ("optimizer steps a step", f"{train.minibatches_per_step} (train.minibatches_per_step), each on {share * group} samples"),
-        ("micro-batches an optimizer step", f"at most {most}: none above {train.max_tokens_per_microbatch} tokens, each prompt once"),
-        ("longest sample", f"{longest_prompt + longest_response} tokens = {longest_prompt} prompt + {longest_response} response"),
+        ("optimizer steps a step", f"{train.minibatches_per_step} (train.minibatches_per_step), {share * group} samples each"),
+        ("micro-batches an optimizer step", f"at most {most}, none above {cap} tokens (train.max_tokens_per_microbatch)"),
+        ("longest sample", f"{longest} tokens = {longest_prompt} prompt + {longest_response} response"),
         ("steps", f"{train.steps} (train.steps)"),
         ("prompts in all", f"{train.steps * prompts} = {train.steps * prompts / rows:.2f} passes over the training rows"),
         ("samples in all", f"{train.steps * prompts * group}"),

@@ -18,6 +18,13 @@ def names(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=f"rlcore.{group}")})
 
 
+def check(group: str, name: str, key: str) -> None:
+    """PluginError, in the name of the setting `key`, when nothing of that name is installed. Imports nothing."""
+    if name not in (installed := names(group)):
+        hint = nearest(name, installed)
+        raise PluginError(f"{key}: none of the installed {group} is called {name!r}{hint}")
+
+
 def load(group: str, name: str) -> Any:
     """The plugin, imported."""
     points = [point for point in entry_points(group=f"rlcore.{group}") if point.name == name]
@@ -34,7 +41,7 @@ def load(group: str, name: str) -> Any:
 
 def load_dotted(path: str, what: str) -> Any:
     """The object at `package.module.attribute`."""
-    module, dot, attribute = path.rpartition(".")
+    module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import nn
 
 from rlcore import checkpoint, metrics
 from rlcore.config import RunConfig, SftConfig
@@ -13,31 +16,55 @@ from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.policy import TorchActor
 from rlcore.protocols import Adapter, Backend
-from rlcore.types import Batch, Group, Prompt, Sample, TokenLoss, TokenView
+from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss, TokenView
 from rlcore.worker import Policy
 
 
-def train(config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console) -> None:
-    """`rlcore sft`: the `sft` section as a run of its own."""
+def train(
+    config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
+) -> None:
+    """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
-        fit(Policy(config, backend), config.sft, folder, saved, console)
+        policy = Policy(config, backend)
+        source = policy.prompts(config.seed)
+        check_targets(source.rows, policy)
+        model = policy.load()
+        begin()
+        fit(policy, model, source, config.sft, folder, saved, console)
 
 
-def warm_start(policy: Policy, folder: Path, console: Console) -> Path:
-    """The Hugging Face folder of the warmed-up model: the run's initial policy and its reference. Made once a run."""
-    assert policy.config.sft is not None
+def warm_start(policy: Policy, model: nn.Module, folder: Path, console: Console) -> nn.Module:
+    """`model` after its warm start, the run's initial policy and its reference. Made once a run, then read from `folder`."""
+    config = policy.config
+    assert config.sft is not None
     if not (folder / "checkpoints" / "latest").exists():
-        fit(policy, policy.config.sft, folder, None, console)
-    return checkpoint.latest(folder) / "model"
+        fit(policy, model, policy.prompts(config.seed), config.sft, folder, None, console)
+    return policy.load(checkpoint.latest(folder) / "model")
 
 
-def fit(policy: Policy, config: SftConfig, folder: Path, saved: Path | None, console: Console) -> None:
+def check_targets(rows: Sequence[Row], policy: Policy) -> None:
+    """ConfigError names the first row that has no target, or one that no forward pass can hold."""
+    adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
+    for row in rows:
+        if not row.target:
+            raise ConfigError(f"{row.id}: no target to imitate; name the target column in data.train.options or remove sft")
+        tokens = adapter.prompt_length(row) + len(adapter.encode_response(row.target)) - 1
+        if tokens > cap:
+            raise ConfigError(
+                f"{row.id}: prompt and target need {tokens} tokens, more than train.max_tokens_per_microbatch {cap};"
+                " raise that limit or remove the row"
+            )
+
+
+def fit(
+    policy: Policy, model: nn.Module, source: PromptSource, config: SftConfig, folder: Path, saved: Path | None,
+    console: Console,
+) -> None:
     """Minimizes the mean negative log-probability of the target tokens."""
-    source = policy.prompts(policy.config.seed)
-    actor = TorchActor(policy.load(), policy.adapter, policy.settings, negative_log_likelihood, config.optimizer)
+    actor = TorchActor(model, policy.adapter, policy.settings, negative_log_likelihood, config.optimizer)
     done = 0
     if saved:
         state = checkpoint.read_state(saved)
@@ -53,7 +80,8 @@ def fit(policy: Policy, config: SftConfig, folder: Path, saved: Path | None, con
             row["timing/all"] = time.perf_counter() - start
             sinks.write(number, row)
             if number % config.log_every == 0 or number == config.steps:
-                console.step(f"sft {number}/{config.steps}  loss {row['sft/loss']:.4f}  grad {row['grad_norm']:.3g}", config.log_every)
+                line = f"sft {number}/{config.steps}  loss {row['sft/loss']:.4f}  grad {row['grad_norm']:.3g}"
+                console.step(line, config.log_every)
         state = {"step": config.steps, "drawn": source.drawn}
         checkpoint.save(folder, f"step_{config.steps:06d}", state, actor.save)
     finally:
@@ -73,7 +101,6 @@ def negative_log_likelihood(tokens: TokenView) -> TokenLoss:
 
 def _target(prompt: Prompt, adapter: Adapter) -> Sample:
     text = prompt.row.target
-    if not text:
-        raise ConfigError(f"{prompt.row.id}: has no target to imitate; name the target column in data.train.options or remove sft")
+    assert text, "check_targets comes first"
     token_ids = adapter.encode_response(text)
     return Sample(token_ids, [0.0] * len(token_ids), text, "stop", policy_version=0)

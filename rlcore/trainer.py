@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from rlcore.console import Console, grpo_line
 from rlcore.data import PromptSource, encode_all, load_rows
 from rlcore.interruption import Interruption
 from rlcore.protocols import Backend
+from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling, Score
-from rlcore.worker import Policy, Worker
+from rlcore.worker import Policy, Worker, start_rollout
 
 EVALUATION_SEED = 1 << 40  # far from every step's
 
@@ -29,7 +30,7 @@ class Iteration:
 
     batch: Batch
     scores: list[list[Score]]
-    receipt: Receipt | None
+    receipt: Receipt  # of the weights that were sampled from, whenever they were sent
     update: Metrics
 
 
@@ -65,7 +66,7 @@ class Evaluation:
     scores: list[list[Score]]
 
     def metrics(self) -> Metrics:
-        """`eval/score`: the mean over rows of the mean over a row's samples. A failed reward counts in `eval/error`, not as 0."""
+        """`eval/score`: the mean over rows of each row's mean. A failed reward counts in `eval/error`, never as 0."""
         values = [[score.value for score in group if score.value is not None] for group in self.scores]
         rows = [sum(row) / len(row) for row in values if row]
         lengths = [len(sample.token_ids) for group in self.groups for sample in group.samples]
@@ -86,15 +87,26 @@ def evaluate(worker: Worker, prompts: Sequence[Prompt], config: RunConfig, clock
         return Evaluation(groups, worker.reward.score(groups))
 
 
-def train(config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console) -> None:
-    """The whole run: warm start, evaluation, steps, checkpoints. An interrupt saves the last finished step and leaves."""
+def train(
+    config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
+) -> None:
+    """The whole run: warm start, evaluation, steps, checkpoints. An interrupt saves the last finished step and leaves.
+
+    `begin` is called when everything has loaded and before anything is written: a run that cannot start leaves no trace.
+    """
     with Interruption() as interruption:
         saved = checkpoint.latest(folder) if resume else None
         policy = Policy(config, backend)
         source = policy.prompts(config.seed)
         held_out = _held_out(policy)
-        warm = sft.warm_start(policy, folder / "sft", console) if config.sft else None
-        worker = Worker(policy, policy.load(warm))
+        if config.sft:
+            sft.check_targets(source.rows, policy)
+        reward, model = RewardFunctions(config.reward), policy.load()
+        engine = start_rollout(policy, model)
+        begin()
+        if config.sft:
+            model = sft.warm_start(policy, model, folder / "sft", console)
+        worker = Worker(policy, model, engine, reward)
         done = _restore(worker, source, saved) if saved else 0
         run = Run(config, worker, source, held_out, folder, console, interruption, done)
         run.go()
@@ -173,7 +185,7 @@ class Run:
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
             **metrics.lengths(batch.groups),
             "data/dropped_long": float(self.source.dropped_long),
-            **(metrics.sync(iteration.receipt) if iteration.receipt else {}),
+            **metrics.sync(iteration.receipt),
             **metrics.memory(),
             **timing,
             **metrics.throughput(batch.groups, timing, devices=1),
@@ -183,8 +195,9 @@ class Run:
         limit = self.config.rollout.max_mismatch
         if row.get("mismatch/mean", 0.0) > limit:
             self.console.say(
-                f"    warning: the engine's log-probabilities differ from the actor's by {row['mismatch/mean']:.3f} on average, more"
-                f" than rollout.max_mismatch {limit}; likely causes: a low rollout.top_p or top_k, or another precision in the engine"
+                f"    warning: the engine's log-probabilities differ from the actor's by {row['mismatch/mean']:.3f} on average,"
+                f" more than rollout.max_mismatch {limit}; likely causes: a low rollout.top_p or top_k, or another precision in"
+                " the engine"
             )
 
 

@@ -15,7 +15,6 @@ from rlcore.data import PromptSource, load_rows
 from rlcore.models import adapter_for, resolve
 from rlcore.policy import ForwardSettings, Loss, TorchActor, TorchReference
 from rlcore.protocols import Backend, Reward, Rollout
-from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Metrics, Receipt
 
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
@@ -51,27 +50,25 @@ class Policy:
 class Worker:
     """Actor, reference, rollout and reward in this process."""
 
-    def __init__(self, policy: Policy, model: torch.nn.Module) -> None:
+    def __init__(self, policy: Policy, model: torch.nn.Module, rollout: Rollout, reward: Reward) -> None:
+        """`model` is the initial policy; the reference stays what it is now."""
         config = policy.config
         loss: Loss = partial(grpo.loss, config=config.algorithm)
-        self.reward: Reward = RewardFunctions(config.reward)
         self.actor = TorchActor(
             model, policy.adapter, policy.settings, loss, config.optimizer, config.train.minibatches_per_step
         )
         self.reference: TorchReference | None = None
         if config.algorithm.kl_coef:
             self.reference = TorchReference(copy.deepcopy(model).requires_grad_(False), policy.adapter, policy.settings)
-        self.rollout = _rollout(policy, model)
+        self.rollout, self.reward = rollout, reward
         self.version = 0
-        self.served = -1
+        self.receipt: Receipt | None = None  # of the weights the engine serves
 
-    def sync_weights(self) -> Receipt | None:
-        """Make the engine serve the actor's weights; None when it does already."""
-        if self.served == self.version:
-            return None
-        receipt = self.rollout.load_weights(self.actor.weights(), self.version)
-        self.served = self.version
-        return receipt
+    def sync_weights(self) -> Receipt:
+        """Make the engine serve the actor's weights, if it does not already; the receipt of the weights it serves."""
+        if self.receipt is None or self.receipt.version != self.version:
+            self.receipt = self.rollout.load_weights(self.actor.weights(), self.version)
+        return self.receipt
 
     def update(self, batch: Batch) -> Metrics:
         """All optimizer steps of this batch: a new version of the weights."""
@@ -80,7 +77,8 @@ class Worker:
         return result
 
 
-def _rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
+def start_rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
+    """The engine that the run file or the backend chooses, started; weights reach it by `sync_weights`."""
     config, backend = policy.config, policy.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
     sampling = [config.rollout] + ([config.evaluation] if config.evaluation else [])

@@ -28,6 +28,14 @@ def models(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
+@pytest.fixture(scope="session")
+def tiny_llama(models) -> Path:
+    """The folder of a text model with 0.2 million random weights."""
+    folder = models / "tiny_llama"
+    registry.load("models", "tiny_llama")(folder, hidden_size=64, layers=2)
+    return folder
+
+
 def shared(*parts: str) -> Path:
     """Real rows that stand beside some checkouts; skips where they do not."""
     path = Path(__file__).parents[2].joinpath("shared", *parts)

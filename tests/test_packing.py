@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlcore.errors import RunError
+from rlcore.errors import ConfigError
 from rlcore.packing import microbatches, plan
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
@@ -15,8 +15,8 @@ shapes = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=8)),
 
 def group(name: str, prompt: int, responses: list[int]) -> Group:
     ids = list(range(10, 10 + prompt))
-    samples = [Sample(list(range(100 * (i + 1), 100 * (i + 1) + n)), [-1.0] * n, "", "stop", 0) for i, n in enumerate(responses)]
-    return Group(Prompt(Row(name, []), ids, ids), samples)
+    tokens = [list(range(100 * (i + 1), 100 * (i + 1) + n)) for i, n in enumerate(responses)]
+    return Group(Prompt(Row(name, []), ids, ids), [Sample(one, [-1.0] * len(one), "", "stop", 0) for one in tokens])
 
 
 @settings(max_examples=300, deadline=None)
@@ -59,7 +59,7 @@ def test_the_source_of_each_target_is_the_token_before_it():
 
 def test_a_sample_above_the_cap_is_named_with_the_numbers():
     batch = Batch.of([group("train:17", 50, [10, 80])])
-    with pytest.raises(RunError, match=r"train:17: sample 1 needs 129 tokens .*max_tokens_per_microbatch 100"):
+    with pytest.raises(ConfigError, match=r"train:17: sample 1 needs 129 tokens .*max_tokens_per_microbatch 100"):
         microbatches(batch, 100)
 
 

@@ -1,0 +1,87 @@
+"""The core imports no engine and names no device."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CORE = Path(__file__).parents[1] / "rlcore"
+FILES = sorted(CORE.rglob("*.py"))
+FOREIGN = {"vllm", "ray", "torch_npu", "megatron", "sglang", "rlcore_backends", "rlcore_adapters", "backends", "adapters"}
+NAMES = re.compile(r"cuda|npu(?!t)|nccl|hccl|gloo|vllm|sglang|megatron|ascend", re.IGNORECASE)  # npu(?!t): not "input"
+ALLOWED = {
+    "vllm_tps": "a metric's published name: MindSpeed-RL prints it whatever the engine is",
+}
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def imported(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """Top-level names of absolute imports, and of importlib's with a literal name."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            yield from ((node.lineno, arg.value.partition(".")[0]) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def words(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """Identifiers and strings of the code. Text that stands as a statement of its own documents: docstrings."""
+    documents = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
+def test_the_core_imports_no_engine_and_no_plugin(file):
+    assert [(line, name) for line, name in imported(tree(file)) if name in FOREIGN] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
+def test_the_core_names_no_device_and_no_collective(file):
+    found = [(line, word) for line, word in words(tree(file)) if NAMES.search(word) and word not in ALLOWED]
+    assert found == []
+
+
+def test_the_walk_sees_what_it_is_there_for():
+    code = "def f(cuda_x):\n    'cuda in a docstring'\n    import vllm.x\n    return torch.npu.y, 'nccl', input_ids, f'{x}cuda:0'\n"
+    module = ast.parse(code)
+    assert [name for _, name in imported(module)] == ["vllm"]
+    assert sorted(word for _, word in words(module) if NAMES.search(word)) == ["cuda:0", "cuda_x", "nccl", "npu"]
+
+
+def test_a_run_on_the_plain_sampler_imports_no_engine(tmp_path, tiny_llama):
+    """A whole run: what needs no engine never costs an engine's import."""
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "from rlcore.cli import main\n"
+        "settings = 'model: {path: ' + sys.argv[1] + '}\\ndata: {train: {name: arithmetic}, max_prompt_tokens: 64}\\n"
+        "reward: [{name: math}]\\nrollout: {engine: torch, max_new_tokens: 2}\\n"
+        "train: {steps: 1, prompts_per_step: 1, max_tokens_per_microbatch: 512}\\nlogging: {tensorboard: false}\\n'\n"
+        "Path(sys.argv[2]).write_text(settings)\n"
+        "assert main(['grpo', sys.argv[2], '--run-dir', sys.argv[3]]) == 0\n"
+        "engines = {'vllm', 'ray', 'sglang', 'megatron', 'torch_npu'} & set(sys.modules)\n"
+        "assert not engines, engines\n"
+    )
+    arguments = [str(tiny_llama), str(tmp_path / "run.yaml"), str(tmp_path / "run")]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
