@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHAPES = {"target": (1024, 151_936, 256), "smollm2": (4096, 49_152, 576)}  # tokens, vocabulary, width
@@ -35,14 +35,18 @@ def main() -> None:
     if options.sweep:
         for tiles in SWEEP:
             result = apart("rlcore", options.shape, options.repeats, tiles)
-            print(f"tiles {tiles[0]:5} x {tiles[1]:5} {result['seconds']:6.2f} s  {result['extra_mb']:5.0f} MB extra", flush=True)
+            print(f"tiles {tiles[0]:5} x {tiles[1]:5}", described(result), flush=True)
         return
     sides = {side: apart(side, options.shape, options.repeats, options.tiles) for side in ("naive", "rlcore")}
     for side, result in sides.items():
-        print(f"{side:6}  {result['seconds']:6.2f} s  {result['extra_mb']:6.0f} MB extra")
+        print(f"{side:6}", described(result))
     print(f"time ratio {sides['rlcore']['seconds'] / sides['naive']['seconds']:.2f}")
     if options.shape == "target":
         print(f"targets: at most {EXTRA_MB} MB extra and a time ratio of {TIME_RATIO}")
+
+
+def described(result: Mapping[str, float]) -> str:
+    return f"{result['seconds']:6.2f} s {result['extra_mb']:6.0f} MB extra"
 
 
 def apart(side: str, shape: str, repeats: int, tiles: Sequence[int] | None) -> dict[str, float]:

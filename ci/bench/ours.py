@@ -1,0 +1,64 @@
+"""rlcore's side of a race: `python ours.py RUN.yaml STEPS` trains through Policy, Worker and trainer.step, as `rlcore grpo`
+does, and prints a line of JSON a step in the stages of peer_trl.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rlcore import config as configuration
+from rlcore import registry
+
+STAGES = {
+    "rollout": "generate", "reward": "score", "adv": "score", "reference_model": "score", "old_log_p": "score",
+    "update": "update", "resharding_to_infer": "sync",
+}  # fmt: skip
+
+
+def contains_answer(response: str, answer: str, fields: Mapping[str, Any]) -> float:
+    """The reward of trl_smol.py."""
+    return float(answer in response)
+
+
+def sevens(response: str, answer: str, fields: Mapping[str, Any]) -> float:
+    """The reward of trl_tiny.py."""
+    return response.count("7") / max(1, len(response))
+
+
+def main(file: str, steps: int) -> None:
+    config = configuration.load(file)
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options())
+    os.environ.update(backend.environment())
+
+    from rlcore import trainer
+    from rlcore.interruption import Interruption
+    from rlcore.metrics import Clock
+    from rlcore.rewards.runner import RewardFunctions
+    from rlcore.worker import Policy, Worker, start_rollout
+
+    with Interruption() as interruption:
+        policy = Policy(config, backend)
+        source = policy.prompts(config.seed)
+        model = policy.load()
+        worker = Worker(policy, model, start_rollout(policy, model), RewardFunctions(config.reward))
+        for number in range(1, steps + 1):
+            interruption.release()
+            clock, start = Clock(), time.perf_counter()
+            iteration = trainer.step(worker, source.draw(config.train.prompts_per_step), config, number, clock, interruption)
+            stages = Counter({"all": time.perf_counter() - start})
+            for span in clock.take():
+                stages[STAGES[span.stage]] += span.end - span.start
+            groups = iteration.batch.groups
+            stages["response_tokens"] = sum(len(sample.token_ids) for group in groups for sample in group.samples)
+            stages["prompt_tokens"] = max(len(group.prompt.token_ids) for group in groups)
+            print(json.dumps(stages), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
