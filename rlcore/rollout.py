@@ -57,7 +57,7 @@ class TorchRollout:
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
         started, checking, size = time.perf_counter(), 0.0, 0
-        held, sent = self._model.state_dict(keep_vars=True), {}
+        held, sent = self._weights(), {}
         with torch.no_grad():
             for name, tensor in weights:
                 target = held.get(name)
@@ -77,11 +77,16 @@ class TorchRollout:
         self._version = version
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
 
+    def _weights(self) -> dict[str, Tensor]:
+        """What is served, under the names that an actor sends."""
+        named = self._model.state_dict(keep_vars=True).items()
+        return {self._adapter.published_name(name): tensor for name, tensor in named}
+
     def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
         """Fingerprints of everything served, and which names share storage with which."""
         owners: dict[int, str] = {}
         held, tied = {}, {}
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
+        for name, tensor in self._weights().items():
             owner = owners.setdefault(id(tensor), name)
             held[name] = held[owner] if owner != name else fingerprint(tensor)
             if owner != name:

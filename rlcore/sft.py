@@ -28,6 +28,7 @@ def train(
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
+        checkpoint.seed_random_states(config.seed)
         policy = Policy(config, backend)
         source = policy.prompts(config.seed)
         check_targets(source.rows, policy)

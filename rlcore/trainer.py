@@ -96,6 +96,7 @@ def train(
     """
     with Interruption() as interruption:
         saved = checkpoint.latest(folder) if resume else None
+        checkpoint.seed_random_states(config.seed)
         policy = Policy(config, backend)
         source = policy.prompts(config.seed)
         held_out = _held_out(policy)

@@ -1,0 +1,470 @@
+"""The command line: what it says of every mistake, and one whole small run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlcore import cli, registry
+
+ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
+
+
+def settings(folder, **sections):
+    """The smallest run that a test can wait for: the plain sampler, one thread."""
+    return {
+        "model": {"path": str(folder)},
+        "backend": {"options": {"threads": 1}},
+        "data": {"train": ARITHMETIC, "max_prompt_tokens": 64},
+        "rollout": {"engine": "torch", "max_new_tokens": 4},
+        "reward": [{"name": "math"}],
+        "algorithm": {"group_size": 4},
+        "train": {"steps": 2, "prompts_per_step": 2, "max_tokens_per_microbatch": 256},
+        "logging": {"tensorboard": False},
+        **sections,
+    }
+
+
+def never(response, answer, fields):
+    """A reward that fails on every second sample of a text's length, and gives 1 to the others."""
+    if len(response) % 2:
+        raise RuntimeError("no verdict")
+    return 1.0
+
+
+@pytest.fixture(autouse=True)
+def _threads(backend):
+    yield
+    backend.prepare()
+
+
+@pytest.fixture
+def start(tmp_path, tiny_llama, capsys):
+    """Runs a command on a run file; gives its status, stdout, stderr and run folder."""
+
+    def run(*overrides, command="grpo", folder=tmp_path / "run", **sections):
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump(settings(tiny_llama, **sections)), encoding="utf-8")
+        place = ["--run-dir", str(folder)] if command in ("grpo", "sft") else []
+        capsys.readouterr()
+        status = cli.main([command, str(file), *overrides, *place])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err, folder
+
+    return run
+
+
+@pytest.fixture
+def refused(start):
+    """The one message of a run that does not start, and leaves nothing behind."""
+
+    def run(*overrides, **sections):
+        status, _, said, folder = start(*overrides, **sections)
+        assert status == 2, said
+        assert said.startswith("rlcore: ") and len(said.splitlines()) == 1
+        assert not folder.exists()
+        return said.removeprefix("rlcore: ").rstrip("\n")
+
+    return run
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def of_file(path, **options):
+    return {"data": {"train": {"path": path, "options": options}, "max_prompt_tokens": 64}}
+
+
+GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.grop_size=8", "algorithm.grop_size: no such setting; did you mean 'group_size'?"),
+        ("train.steps=ten", "train.steps: input should be a valid integer, .* it is 'ten'"),
+        ("algorithm.group_size=1", "algorithm.group_size: 1 leaves nothing to compare .*; use 2 or more"),
+        ("train.max_tokens_per_microbatch=67", "train.max_tokens_per_microbatch: 67 cannot hold one sample of up to 68 .* at least 68"),
+        ("backend.name=tpu", "backend.name: none of the installed backends is called 'tpu'; .*cpu"),
+        ("rollout.engine=torhc", "rollout.engine: none of the installed engines is called 'torhc'; did you mean 'torch'?"),
+        ("reward.0.name=maths", "reward.0.name: none of the installed rewards is called 'maths'; did you mean 'math'?"),
+        ("data.train.name=arithmetics", "data.train.name: none of the installed datasets is called .* mean 'arithmetic'?"),
+        ("model.adapter=lama", "model.adapter: none of the installed adapters is called 'lama'; did you mean 'llama'?"),
+        ("backend.options.thread=1", "backend.options.thread: no such setting; did you mean 'threads'?"),
+        ("data.train.options.cuont=1", "data.train.options.cuont: no such setting; did you mean 'count'?"),
+        ("data.train.options.count=0", "data.train.options.count: input should be greater than 0; it is 0"),
+        ("reward.0.options.strictly=true", "reward.0.options.strictly: no such setting"),
+        ("rollout.options.top=1", "rollout.options.top: no such setting"),
+        ("reward.0.name=no_such_module.reward", "reward.0.name: no module 'no_such_module' .*PYTHONPATH"),
+        ("reward.0.name=json.dump_it", "reward.0.name: 'json' has no 'dump_it'"),
+        ("reward=[{name: math}, {name: math}]", "reward.1.name: 'math' is already reward.0; list each reward once"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_remedy(refused, override, message):
+    said = refused(override)
+    assert re.match(message.replace("?", r"\?"), said), said
+
+
+def test_an_engine_that_is_not_installed_names_the_file_that_installs_it(refused, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else real(name, *rest))
+    assert refused("rollout.engine=vllm") == (
+        "rollout.engine: vllm is not installed; pip install -r requirements/cpu.txt or set rollout.engine=torch"
+    )
+
+
+def test_supervised_training_without_its_section_is_refused(refused):
+    assert refused(command="sft").startswith("sft: must be set for supervised training")
+
+
+# data
+
+
+def test_a_missing_data_file_is_named(refused, tmp_path):
+    assert refused(**of_file(str(tmp_path / "no.jsonl"))) == f"{tmp_path / 'no.jsonl'}: no such data file or folder"
+
+
+def test_a_data_set_without_a_path_says_what_it_needs(refused):
+    assert "set its path to a .jsonl" in refused(data={"train": {"name": "gsm8k"}, "max_prompt_tokens": 64})
+
+
+def test_an_empty_data_set_is_named(refused, tmp_path):
+    assert refused(**of_file(jsonl(tmp_path / "empty.jsonl"))) == f"{tmp_path / 'empty.jsonl'}: holds no rows"
+
+
+def test_a_broken_line_is_named_by_its_number(refused, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n{broken\n", encoding="utf-8")
+    assert refused(**of_file(str(path))).startswith("rows.jsonl:2: not valid JSON: ")
+
+
+def test_a_missing_column_is_named_with_those_there_are(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", GOOD, {"promt": "What is 1 + 2?", "answer": "3"})
+    assert refused(**of_file(path)) == "rows.jsonl:2: no column 'prompt' among promt, answer; did you mean 'promt'?"
+
+
+def test_a_missing_answer_is_named_by_its_row(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", GOOD, {"prompt": "What is 1 + 2?", "answer": ""})
+    assert refused(**of_file(path)) == "rows.jsonl:2: column 'answer' is empty; fill it or remove the row"
+
+
+def test_a_broken_image_is_named_by_its_row(refused, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"this is no picture")
+    path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "image": "broken.png"})
+    assert refused(**of_file(path, images="image")).startswith("rows.jsonl:1: the image cannot be opened: ")
+
+
+def test_a_missing_image_is_named_by_its_row(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "image": "gone.png"})
+    assert refused(**of_file(path, images="image")) == f"rows.jsonl:1: no image file {tmp_path / 'gone.png'}"
+
+
+def test_images_for_a_text_model_are_refused(refused, tmp_path):
+    Image.new("RGB", (28, 28)).save(tmp_path / "fine.png")
+    path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "image": "fine.png"})
+    assert refused(**of_file(path, images="image")).startswith("rows:1: the row has 1 images but the model reads text only; use a")
+
+
+def test_no_prompt_left_after_the_limit_says_what_the_shortest_needs(refused):
+    assert refused("data.max_prompt_tokens=5").startswith("all 16 prompts are longer than data.max_prompt_tokens 5; the shortest has")
+
+
+def test_a_long_prompt_is_refused_where_dropping_is_not_wanted(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", GOOD, {"prompt": "7 + " * 60, "answer": "420"})
+    said = refused("data.long_prompts=refuse", **of_file(path))
+    assert said.startswith("rows:2: ") and "(1 of 2 rows are too long); raise it to" in said
+
+
+def test_a_row_without_a_target_is_named_before_the_warm_start(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", GOOD)
+    for command in ("grpo", "sft"):
+        said = refused("sft.steps=1", command=command, **of_file(path))
+        assert said == "rows:1: no target to imitate; name the target column in data.train.options or remove sft"
+
+
+def test_a_target_longer_than_the_token_cap_is_named_before_the_warm_start(refused, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "target": "7 " * 300})
+    said = refused("sft.steps=1", command="sft", **of_file(path, target="target"))
+    assert said.startswith("rows:1: prompt and target need ") and "more than train.max_tokens_per_microbatch 256; raise" in said
+
+
+def test_held_out_rows_are_checked_before_training(refused, tmp_path):
+    data = {"train": ARITHMETIC, "eval": {"path": str(tmp_path / "no.jsonl")}, "max_prompt_tokens": 64}
+    assert refused(data=data, evaluation={}) == f"{tmp_path / 'no.jsonl'}: no such data file or folder"
+
+
+# model
+
+
+def test_a_model_folder_that_is_missing_lists_the_sources(refused, tmp_path):
+    said = refused(f"model.path={tmp_path / 'gone'}")
+    assert said.startswith(f"model.path: '{tmp_path / 'gone'}' is neither a folder nor an installed model source; sources: ")
+    assert "tiny_llama" in said
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(refused, tmp_path, tiny_llama):
+    folder = tmp_path / "no_model"
+    folder.mkdir()
+    assert refused(f"model.path={folder}") == f"model.path: {folder} has no config.json; give the folder that holds it"
+    (folder / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    assert refused(f"model.path={folder}").startswith(f"model.path: {folder} has a config.json but no *.safetensors; copy")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    assert refused(f"model.path={folder}").startswith(f"model.path: {folder} has no usable tokenizer or processor files")
+    for file in tiny_llama.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    assert refused(f"model.path={folder}").startswith(f"model.path: {folder} does not load: ")
+
+
+def test_a_family_without_an_adapter_lists_those_there_are(refused, tmp_path, tiny_llama):
+    folder = tmp_path / "mamba"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    (folder / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
+    said = refused(f"model.path={folder}")
+    assert said.startswith(f"model.path: {folder} is of the family 'mamba'; supported: ") and "llama" in said
+
+
+# run folders
+
+
+def test_a_refused_start_does_not_block_the_second(start, tmp_path):
+    folder = tmp_path / "run"
+    assert start("data.max_prompt_tokens=5", folder=folder)[0] == 2
+    assert start("train.steps=1", folder=folder)[0] == 0
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(start):
+    _, _, _, folder = start("train.steps=1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    status, _, said, _ = start("train.steps=2", "seed=5")
+    assert status == 2
+    assert said == f"rlcore: --run-dir: {folder} already holds a run; give --resume to go on with it, or another folder\n"
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_written_is_named(start, tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    status, _, said, folder = start(folder=tmp_path / "file" / "run")
+    assert status == 2
+    assert said.startswith(f"rlcore: --run-dir: {folder} cannot be written: ") and said.endswith("; give another folder\n")
+
+
+def test_resuming_needs_a_run_and_a_checkpoint(start, tmp_path):
+    status, _, said, folder = start("--resume")
+    assert status == 2 and said == f"rlcore: --resume: {folder} holds no run (no config.yaml)\n"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    status, _, said, _ = start("--resume")
+    assert status == 2
+    assert said == f"rlcore: --resume: {folder} holds no checkpoint; start it without --resume in a new folder\n"
+
+
+def test_resuming_without_a_folder_asks_for_it(tmp_path, tiny_llama, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings(tiny_llama)), encoding="utf-8")
+    assert cli.main(["grpo", str(file), "--resume"]) == 2
+    assert capsys.readouterr().err == "rlcore: --resume: say which run with --run-dir DIR\n"
+
+
+# commands
+
+
+def test_help_lists_the_commands_and_what_an_exit_status_means(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert all(command in text for command in ("grpo", "sft", "plan", "show", "Exit status"))
+
+
+@pytest.mark.parametrize("command", ["grpo", "sft", "plan", "show"])
+def test_each_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    assert all(part in text for part in ("RUN.yaml", "a.b=value", "--backend NAME", "replaces backend.name"))
+    assert ("--resume" in text) == (command in ("grpo", "sft"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["tarin", "run.yaml"], ["grpo"], ["grpo", "run.yaml", "--resum-from", "x"]])
+def test_a_wrong_command_line_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: rlcore")
+
+
+def test_show_prints_every_setting_with_overrides_before_and_after_options(tmp_path, tiny_llama, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings(tiny_llama)), encoding="utf-8")
+    assert cli.main(["show", str(file), "seed=3", "--backend", "cpu", "train.steps=7"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["seed"], shown["backend"]["name"], shown["train"]["steps"]) == (3, "cpu", 7)
+    assert shown["optimizer"]["betas"] == [0.9, 0.999]
+
+
+def test_plan_does_the_arithmetic(start):
+    status, out, _, _ = start(
+        "train.prompts_per_step=4", "train.minibatches_per_step=2", "sft={steps: 3, rows_per_step: 5}", command="plan"
+    )
+    said = {line[:33].strip(): line[33:].strip() for line in out.splitlines()}
+    assert status == 0
+    assert said["warm start"] == "3 supervised steps x 5 rows = 15"
+    assert said["training rows"] == "16"
+    assert said["samples a step"] == "16 = 4 prompts x 4 (algorithm.group_size)"
+    assert said["optimizer steps a step"] == "2 (train.minibatches_per_step), 8 samples each"
+    assert said["micro-batches an optimizer step"] == "at most 1, none above 256 tokens (train.max_tokens_per_microbatch)"
+    assert said["longest sample"] == "68 tokens = 64 prompt + 4 response"
+    assert said["prompts in all"] == "8 = 0.50 passes over the training rows"
+    assert said["samples in all"] == "32" and said["optimizer steps in all"] == "4"
+
+
+# one whole run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_llama):
+    """Two steps with everything on: warm start, reference, evaluation, minibatches, TensorBoard."""
+    folder = tmp_path_factory.mktemp("whole")
+    values = settings(
+        tiny_llama,
+        data={"train": ARITHMETIC, "eval": {"name": "arithmetic", "options": {"split": "test", "count": 5}}, "max_prompt_tokens": 64},
+        sft={"steps": 2, "rows_per_step": 2, "optimizer": {"lr": 1e-3}},
+        reward=[{"name": f"{__name__}.never"}, {"name": "math", "weight": 2}],
+        algorithm={"group_size": 4, "kl_coef": 0.1, "entropy_coef": 0.01},
+        evaluation={"every": 1, "samples": 2, "temperature": 1.0, "max_new_tokens": 4},
+        logging={"tensorboard": True},
+    )
+    values["train"]["minibatches_per_step"] = 2
+    (folder / "settings.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert cli.main(["grpo", str(folder / "settings.yaml"), "--run-dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_writes_its_settings_its_surroundings_and_a_line_a_step(whole):
+    assert cli.main(["show", str(whole / "config.yaml")]) == 0
+    surroundings = json.loads((whole / "environment.json").read_text(encoding="utf-8"))
+    assert surroundings["packages"]["torch"] == torch.__version__
+    assert [row["step"] for row in lines(whole / "metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in lines(whole / "sft" / "metrics.jsonl")] == [1, 2]
+    assert list((whole / "tensorboard").glob("events.*"))
+
+
+def test_every_metric_of_one_process_is_there(whole):
+    row = lines(whole / "metrics.jsonl")[-1]
+    stages = ("all", "rollout", "reward", "adv", "reference_model", "old_log_p", "update", "resharding_to_infer", "save_checkpoint",
+              "evaluate", "other", "non_overlap_reward", "non_overlap_adv", "non_overlap_reference_model")  # fmt: skip
+    names = [f"timing/{stage}" for stage in stages]
+    names += [f"actor/{name}" for name in ("entropy", "kl_loss", "pg_loss", "pg_clipfrac", "ppo_kl")]
+    names += [f"{name}/{kind}" for name in ("response_length", "prompt_length", "grpo/rewards") for kind in ("mean", "max", "min")]
+    names += ["grad_norm", "grpo/lr", "mismatch/mean", "mismatch/max", "mismatch/k3", "sync/bytes", "sync/seconds", "reward/error",
+              "reward/timeout", "data/dropped_long", "e2e_tps", "update_tps", "vllm_tps", "decode_tps", "tps_throughput",
+              "memory/peak_rss_gib", "eval/score", "eval/rows"]  # fmt: skip
+    assert [name for name in names if name not in row] == []
+
+
+def test_every_held_out_row_is_scored_once_an_evaluation(whole):
+    samples = [sample for sample in lines(whole / "samples.jsonl") if sample["phase"] == "eval"]
+    counts = Counter((sample["step"], sample["row"], sample["sample"]) for sample in samples)
+    assert set(counts.values()) == {1}
+    assert len(counts) == 3 * 5 * 2, "three evaluations of five rows, two samples each"
+    assert [row["eval/rows"] for row in lines(whole / "metrics.jsonl")] == [5, 5, 5]
+
+
+def test_a_reward_that_raises_is_counted_and_never_a_zero(whole):
+    for row in lines(whole / "metrics.jsonl")[1:]:
+        samples = [s for s in lines(whole / "samples.jsonl") if s["step"] == row["step"] and s["phase"] == "train"]
+        failed = [sample for sample in samples if len(sample["response"]) % 2]
+        assert len(samples) == 8 and row["reward/error"] == len(failed)
+        for sample in failed:
+            assert sample["score"] is None and sample["status"] == "error" and sample["advantage"] == 0
+            assert sample["not_trained"] == "reward error" and "RuntimeError: no verdict" in sample["detail"]
+        values = [sample["score"] for sample in samples if sample["status"] == "value"]
+        assert all(value >= 1 for value in values)
+        assert row.get("grpo/score/mean") == (pytest.approx(sum(values) / len(values)) if values else None)
+
+
+def test_at_least_one_reward_of_the_run_did_raise(whole):
+    assert sum(row["reward/error"] for row in lines(whole / "metrics.jsonl")[1:]) > 0
+
+
+def test_the_saved_model_loads_with_transformers_alone(whole):
+    assert (whole / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_000002"
+    folder = whole / "checkpoints" / "step_000002" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False, add_generation_prompt=True)
+    assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
+
+
+def test_training_moved_the_weights_away_from_the_warm_start(whole):
+    first = AutoModelForCausalLM.from_pretrained(whole / "sft" / "checkpoints" / "step_000002" / "model").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / "step_000002" / "model").state_dict()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_the_run_is_introduced_and_closed_with_where_to_look(start):
+    status, out, err, folder = start("train.steps=1")
+    assert status == 0 and err == ""
+    assert out.startswith(f"run folder: {folder}\nstep 1/1  score ")
+    assert "checkpoints/        step_000001/model loads with from_pretrained" in out
+
+
+def test_no_steps_at_all_is_a_run_that_ends_well(start):
+    status, out, _, folder = start("train.steps=0")
+    assert status == 0 and f"run folder: {folder}" in out
+    assert not (folder / "checkpoints").exists()
+
+
+def test_supervised_training_is_a_run_of_its_own(start):
+    status, _, err, folder = start("sft.steps=2", "sft.rows_per_step=2", command="sft")
+    assert status == 0, err
+    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2]
+    assert (folder / "checkpoints" / "step_000002" / "model" / "config.json").is_file()
+
+
+def test_pictures_reach_the_end_of_a_step(start, models):
+    folder = models / "cli_vl"
+    registry.load("models", "tiny_qwen2_5_vl")(folder, hidden_size=64, layers=2, vision_layers=2)
+    data = {"train": {"name": "geometry_figures", "options": {"count": 8, "kinds": ["count"]}}, "max_prompt_tokens": 64}
+    status, _, err, run = start("train.steps=1", model={"path": str(folder)}, data=data, reward=[{"name": "tagged_answer"}])
+    assert status == 0, err
+    assert len(lines(run / "samples.jsonl")) == 8
+
+
+def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models):
+    """Its header reads, its pixels do not: known when the row is drawn."""
+    folder = models / "cli_vl_broken"
+    registry.load("models", "tiny_qwen2_5_vl")(folder, hidden_size=64, layers=2, vision_layers=2)
+    picture = tmp_path / "whole.png"
+    Image.effect_noise((56, 56), 50).save(picture)
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-600])
+    path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "image": "cut.png"})
+    status, _, said, _ = start(model={"path": str(folder)}, **of_file(path, images="image"))
+    assert status == 2 and said.startswith("rlcore: rows.jsonl:1: the image cannot be decoded: ")
+
+
+def test_the_run_of_this_file_is_where_it_was_put(whole):
+    assert isinstance(whole, Path) and {path.name for path in whole.iterdir()} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
+    }  # fmt: skip

@@ -1,0 +1,266 @@
+"""A run that is stopped, however it is stopped, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlcore import checkpoint, cli
+from rlcore.errors import ConfigError
+from rlcore.interruption import Interruption
+from rlcore.metrics import Sinks
+
+REWARD = "test_resume.graded"
+STEPS = 5
+TRAIN_CALLS, EVAL_CALLS = 2 * 4, 3  # of the reward: a step's, an evaluation's
+calls = 0
+
+
+def graded(response, answer, fields, *, signal: int = 0, call: int = 0):
+    """A score with some spread; on its `call`-th call it sends `signal` to its own process."""
+    module = importlib.import_module("test_resume")  # whatever name this file runs under
+    module.calls += 1
+    if module.calls == call:
+        os.kill(os.getpid(), signal)
+    return len(set(response)) / 10
+
+
+def reward_call(step: int) -> int:
+    """The second reward call of that step's samples, evaluations (before, and after every second step) counted in."""
+    return EVAL_CALLS + (step - 1) * TRAIN_CALLS + ((step - 1) // 2) * EVAL_CALLS + 2
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tiny_llama):
+    """`rlcore grpo RUN.yaml`: warm start, reference, minibatches, evaluation, epochs of five rows; a checkpoint every two steps."""
+    rows = {"name": "arithmetic", "options": {"count": 5, "max_value": 9}}
+    file = tmp_path_factory.mktemp("settings") / "run.yaml"
+    file.write_text(
+        yaml.safe_dump({
+            "model": {"path": str(tiny_llama)},
+            "backend": {"options": {"threads": 1}},
+            "data": {
+                "train": rows, "max_prompt_tokens": 64,
+                "eval": {"name": "arithmetic", "options": {"split": "test", "count": EVAL_CALLS}},
+            },
+            "sft": {"steps": 2, "rows_per_step": 2, "optimizer": {"lr": 1e-3}},
+            "rollout": {"engine": "torch", "max_new_tokens": 6},
+            "reward": [{"name": REWARD}],
+            "algorithm": {"group_size": 4, "kl_coef": 0.1},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 7},
+            "train": {
+                "steps": STEPS, "prompts_per_step": 2, "minibatches_per_step": 2, "max_tokens_per_microbatch": 128, "save_every": 2,
+            },
+            "evaluation": {"every": 2, "at_end": False, "max_new_tokens": 6, "temperature": 1.0},
+        }),
+        encoding="utf-8",
+    )  # fmt: skip
+    return ["grpo", str(file), "--run-dir"]
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch, backend):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    importlib.import_module("test_resume").calls = 0
+    yield
+    backend.prepare()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, command):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        assert cli.main([*command, str(folder)]) == 0
+    return folder
+
+
+def numbers(folder):
+    """metrics.jsonl without what a clock or the operating system says."""
+    times = ("timing/", "memory/", "sync/seconds", "sync/check_seconds")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.dumps({name: value for name, value in row.items() if not name.startswith(times) and not name.endswith(("_tps", "_throughput"))})
+        for row in rows
+    ]  # fmt: skip
+
+
+def assert_same(folder, expected):
+    assert numbers(folder) == numbers(expected)
+    assert (folder / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+    last = Path("checkpoints") / f"step_{STEPS:06d}"
+    for name in ("model/model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (folder / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in numbers(folder)]
+
+
+def test_the_run_that_is_compared_with_says_something(uninterrupted):
+    """It learns, its reference is not its policy, and it passes more than one epoch."""
+    rows = [json.loads(line) for line in numbers(uninterrupted)]
+    assert steps(uninterrupted) == [0, 1, 2, 3, 4, 5]
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+    assert rows[3]["actor/kl_loss"] > rows[1]["actor/kl_loss"] > 0, "minibatches: the second is off the reference already"
+
+
+def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
+    """Killed while step 4 is scored: step 3 is written but not in the checkpoint of step 2, and is done again."""
+    folder = tmp_path / "run"
+    killed = [f"reward.0.options={{signal: {int(signal.SIGKILL)}, call: {reward_call(4)}}}"]
+    program = "import sys; from rlcore.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", program, *command, str(folder), *killed], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert steps(folder) == [0, 1, 2, 3]
+    assert checkpoint.latest(folder).name == "step_000002"
+    warm = (folder / "sft" / "metrics.jsonl").read_bytes()
+    assert cli.main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+    assert (folder / "sft" / "metrics.jsonl").read_bytes() == warm, "the warm start is read, not made again"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted, tmp_path, number, capsys):
+    """While step 4 is scored nothing of it is worth keeping: step 3 is saved."""
+    folder = tmp_path / "run"
+    assert cli.main([*command, str(folder), f"reward.0.options={{signal: {int(number)}, call: {reward_call(4)}}}"]) == 130
+    assert capsys.readouterr().err == "rlcore: interrupted\n"
+    assert steps(folder) == [0, 1, 2, 3]
+    assert checkpoint.latest(folder).name == "step_000003"
+    assert signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    assert cli.main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+
+
+def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, tmp_path, capsys):
+    """During the evaluation that follows step 2: the step is evaluated, saved and written, then the run stops."""
+    folder = tmp_path / "run"
+    call = reward_call(3) - 2
+    assert cli.main([*command, str(folder), f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {call}}}"]) == 130
+    assert "stopping after this step is saved; once more to stop at once" in capsys.readouterr().err
+    assert numbers(folder) == numbers(uninterrupted)[:3]
+    assert checkpoint.latest(folder).name == "step_000002"
+    assert cli.main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
+    assert cli.main([*command, str(uninterrupted), "--resume"]) == 0
+    assert before == {
+        path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+# checkpoints
+
+
+def content(text):
+    def write(folder):
+        (folder / "weights").write_text(text, encoding="utf-8")
+
+    return write
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+    checkpoint.save(tmp_path, "step_000001", {"step": 1}, content("first"))
+
+    def fail(folder):
+        (folder / "weights").write_text("half of", encoding="utf-8")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, "step_000002", {"step": 2}, fail)
+    assert checkpoint.latest(tmp_path).name == "step_000001"
+    assert not (tmp_path / "checkpoints" / "step_000002").exists()
+    checkpoint.save(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert checkpoint.read_state(checkpoint.latest(tmp_path))["step"] == 2
+    assert (checkpoint.latest(tmp_path) / "weights").read_text(encoding="utf-8") == "second"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000001", "step_000002", "latest"}
+
+
+def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, "step_000001", {"step": 1}, content("first"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "replace_text", lambda path, text: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert checkpoint.latest(tmp_path).name == "step_000001"
+    checkpoint.save(tmp_path, "step_000002", {"step": 2}, content("again"))
+    assert (checkpoint.latest(tmp_path) / "weights").read_text(encoding="utf-8") == "again"
+
+
+def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
+    folder = checkpoint.save(tmp_path, "step_000001", {"step": 1}, content("first"))
+    (folder / "state.json").unlink()
+    with pytest.raises(ConfigError, match="names step_000001, which is missing or not whole"):
+        checkpoint.latest(tmp_path)
+
+
+def test_random_states_come_back():
+    import random
+
+    import numpy
+    import torch
+
+    saved = json.loads(json.dumps(checkpoint.random_states()))
+    first = (random.random(), numpy.random.rand(), torch.rand(1).item())
+    checkpoint.restore_random_states(saved)
+    assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == first
+
+
+# what was written
+
+
+def test_lines_of_unfinished_steps_are_dropped_whatever_characters_a_sample_holds(tmp_path):
+    sinks = Sinks(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        sinks.write(step, {"score": 0.5}, [{"response": "one\u2028two\x85three\x0bfour"}])
+    sinks.close()
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write('{"step": 4, "response": "cut off é'.encode()[:-1])
+    Sinks(tmp_path, tensorboard=False, first_step=3).close()
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [line["step"] for line in kept] == [1, 2]
+    assert kept[0]["response"] == "one\u2028two\x85three\x0bfour"
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 2
+
+
+# signals
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def test_outside_a_step_a_signal_stops_at_once():
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+        send()
+    assert not interruption.abandoned
+
+
+def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():
+    with Interruption() as interruption:
+        interruption.hold()
+        send()
+        with pytest.raises(KeyboardInterrupt):
+            interruption.release()
+        assert not interruption.abandoned
+    with Interruption() as interruption:
+        interruption.hold()
+        send()
+        with pytest.raises(KeyboardInterrupt):
+            send()
+        assert interruption.abandoned
