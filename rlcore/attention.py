@@ -56,8 +56,8 @@ def packed_attention(
     for rectangle in layout(tuple(segments), query.device):
         spans, _, width, _ = rectangle.mask.shape
         attended = scaled_dot_product_attention(
-            _gather(query, rectangle.queries, spans), _gather(key, rectangle.keys, spans), _gather(value, rectangle.keys, spans),
-            attn_mask=rectangle.mask, scale=scaling, enable_gqa=True,
+            _gather(query, rectangle.queries, spans), _gather(key, rectangle.keys, spans),
+            _gather(value, rectangle.keys, spans), attn_mask=rectangle.mask, scale=scaling, enable_gqa=True,
         )
         flat = attended.transpose(1, 2).reshape(spans * width, *query.shape[1:])
         outputs.append(flat.index_select(0, rectangle.used))
@@ -117,9 +117,8 @@ def _longest(spans: Sequence[Span], size: Callable[[Span], int]) -> int:
 def _rectangle(spans: Sequence[Span], device: torch.device) -> Rectangle:
     queries = _longest(spans, lambda span: span.length)
     prefix = _longest(spans, lambda span: span.prefix)
-    start, length, prefix_start, prefixes = (
-        torch.tensor(column)[:, None] for column in zip(*((s.start, s.length, s.prefix_start, s.prefix) for s in spans), strict=True)
-    )
+    numbers = torch.tensor([(span.start, span.length, span.prefix_start, span.prefix) for span in spans])
+    start, length, prefix_start, prefixes = numbers.T[..., None]
     own, shared = torch.arange(queries), torch.arange(prefix)
     query_places = torch.where(own < length, start + own, start)
     key_places = torch.cat([torch.where(shared < prefixes, prefix_start + shared, start), query_places], dim=1)

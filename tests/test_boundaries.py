@@ -63,8 +63,8 @@ def test_the_core_names_no_device_and_no_collective(file):
 
 
 def test_the_walk_sees_what_it_is_there_for():
-    code = "def f(cuda_x):\n    'cuda in a docstring'\n    import vllm.x\n    return torch.npu.y, 'nccl', input_ids, f'{x}cuda:0'\n"
-    module = ast.parse(code)
+    body = "    'cuda in a docstring'\n    import vllm.x\n    return torch.npu.y, 'nccl', input_ids, f'{x}cuda:0'\n"
+    module = ast.parse(f"def f(cuda_x):\n{body}")
     assert [name for _, name in imported(module)] == ["vllm"]
     assert sorted(word for _, word in words(module) if NAMES.search(word)) == ["cuda:0", "cuda_x", "nccl", "npu"]
 

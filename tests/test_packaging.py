@@ -27,8 +27,9 @@ def wheel(tmp_path_factory) -> set[str]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.splitlines()
     names = listed or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    needed = ("rlcore/", "backends/", "adapters/", "requirements/", "pyproject.toml", "README.md")
     for name in names:
-        if (ROOT / name).is_file() and name.startswith(("rlcore/", "backends/", "adapters/", "requirements/", "pyproject", "README")):
+        if (ROOT / name).is_file() and name.startswith(needed):
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(folder / "tree")]

@@ -22,7 +22,7 @@ from rlcore.data import Pictures, chat
 from rlcore.errors import ConfigError
 from rlcore.types import Row
 
-Kind = Literal["count", "sides", "length", "angle", "area"]
+Kind = Literal["dots", "count", "sides", "length", "angle", "area"]
 Mark = tuple[Any, ...]  # a shape's name, its numbers in canvas units, its colour
 
 CANVAS = 112
@@ -49,15 +49,20 @@ def geometry_figures(
     path: Path | None = None, *, split: Literal["train", "test"] = "train", count: PositiveInt = 512, seed: int = 0,
     size: Annotated[int, Field(ge=CANVAS)] = CANVAS,
     kinds: Annotated[Sequence[Kind], Field(min_length=1)] = ("count", "sides", "length", "angle", "area"),
-    answer_format: Literal["tag", "boxed"] = "tag", instruction: str = "",
+    largest: PositiveInt | None = None, answer_format: Literal["tag", "boxed"] = "tag", instruction: str = "",
 ) -> list[Row]:
-    """Square figures of `size` pixels, the kinds in turn, the answers of a kind equally likely.
+    """Square figures of `size` pixels, the kinds in turn, the answers of a kind (up to `largest`) equally likely.
 
     The target is `<answer>N</answer>`, or boxed: `<think>...</think> \\boxed{N}`. Row i depends on seed, split, kinds and i.
     """
     if path is not None:
         raise ConfigError(f"{path}: geometry_figures makes its own rows; remove the path")
-    return [_row(index, split, seed, size, kinds[index % len(kinds)], answer_format, instruction) for index in range(count)]
+    for kind in kinds:
+        if largest is not None and largest < min(_KINDS[kind][0]):
+            raise ConfigError(f"largest: {largest} leaves {kind} no answer; its smallest is {min(_KINDS[kind][0])}")
+    return [
+        _row(index, split, seed, size, kinds[index % len(kinds)], largest, answer_format, instruction) for index in range(count)
+    ]
 
 
 def draw(source: tuple[Figure, int]) -> Image.Image:
@@ -70,8 +75,10 @@ def draw(source: tuple[Figure, int]) -> Image.Image:
     return image
 
 
-def _row(index: int, split: str, seed: int, size: int, kind: Kind, answer_format: str, instruction: str) -> Row:
-    figure = _figure(random.Random(f"geometry:{seed}:{split}:{index}"), kind, split)
+def _row(
+    index: int, split: str, seed: int, size: int, kind: Kind, largest: int | None, answer_format: str, instruction: str
+) -> Row:
+    figure = _figure(random.Random(f"geometry:{seed}:{split}:{index}"), kind, largest, split)
     target = f"<answer>{figure.answer}</answer>"
     if answer_format == "boxed":
         target = f"<think>{figure.thought}</think> \\boxed{{{figure.answer}}}"
@@ -85,10 +92,10 @@ def _row(index: int, split: str, seed: int, size: int, kind: Kind, answer_format
     )
 
 
-def _figure(source: random.Random, kind: Kind, split: str) -> Figure:
+def _figure(source: random.Random, kind: Kind, largest: int | None, split: str) -> Figure:
     """The answer is drawn first and kept while figures of the other split are thrown away, so that it stays uniform."""
     answers, make = _KINDS[kind]
-    answer = source.choice(answers)
+    answer = source.choice([answer for answer in answers if largest is None or answer <= largest])
     while True:
         figure = make(source, answer)
         if _split(figure) == split:
@@ -97,6 +104,12 @@ def _figure(source: random.Random, kind: Kind, split: str) -> Figure:
 
 def _split(figure: Figure) -> str:
     return "train" if zlib.crc32(repr(figure.marks).encode()) % _TEST_SHARE else "test"
+
+
+def _dots(source: random.Random, answer: int) -> Figure:
+    """Circles in the cells of a 4 x 4 grid, and nothing else."""
+    marks = [_small(source, "circle", cell) for cell in sorted(source.sample(range(16), answer))]
+    return Figure(tuple(marks), "How many circles?", answer, f"I count {answer} circle{'s' * (answer > 1)}.")
 
 
 def _count(source: random.Random, answer: int) -> Figure:
@@ -149,6 +162,7 @@ def _area(source: random.Random, answer: int) -> Figure:
 
 
 _KINDS = {
+    "dots": (range(1, 10), _dots),
     "count": (range(1, 7), _count),
     "sides": (range(3, 9), _sides),
     "length": (range(1, 10), _length),

@@ -114,6 +114,7 @@ def tiny_qwen2_5_vl(
             "depth": vision_layers, "hidden_size": vision_hidden_size, "intermediate_size": 2 * vision_hidden_size,
             "num_heads": vision_heads, "out_hidden_size": hidden_size, "patch_size": IMAGE_UNIT // 2, "spatial_merge_size": 2,
             "window_size": 112, "fullatt_block_indexes": list(range(1, vision_layers, 2)),
+            "initializer_range": _deviation(vision_hidden_size),
         },
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=tied,
@@ -147,7 +148,13 @@ def _text_config(hidden_size: int, layers: int, heads: int, key_value_heads: int
     return {
         "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": key_value_heads, "max_position_embeddings": context,
+        "initializer_range": _deviation(hidden_size),
     }  # fmt: skip
+
+
+def _deviation(width: int) -> float:
+    """Of random weights: keeps a signal's size from layer to layer. The usual 0.02 fits widths of thousands, not these."""
+    return width**-0.5
 
 
 def _check_heads(prefix: str, hidden_size: int, heads: int, even: int) -> None:
