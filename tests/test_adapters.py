@@ -119,6 +119,22 @@ def test_packed_gradients_are_those_of_each_sample_alone(name, models):
 
 
 @torch.no_grad()
+def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(models):
+    folder, adapter = made("tiny_qwen2_5_vl", models)
+    prompt, image = adapter.encode(image_row(1)), adapter.processor.image_token_id
+    response = [5, image, 17, image, 3]
+    model = adapter.load(folder, torch.float32)
+    ours = packed_logprobs(adapter, model, batch_of([prompt], [response]), 4096)
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    read = theirs(input_ids=torch.tensor([prompt.token_ids]), position_ids=prompt.position_ids[:, None], **prompt.vision)
+    positions = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)[:, None]
+    rest = theirs(input_ids=torch.tensor([response]), position_ids=positions, past_key_values=read.past_key_values)
+    logits = torch.cat([read.logits[0, -1:], rest.logits[0, :-1]])
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+    assert (ours - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
 def test_an_image_changes_what_follows(models):
     folder, adapter = made("tiny_qwen2_5_vl", models)
     model = adapter.load(folder, torch.float32)

@@ -69,17 +69,20 @@ def tokens(groups):
 
 
 def gap(model, groups, temperature=1.0):
-    """The largest difference of the engine's log-probabilities from one whole forward pass of `model`."""
+    """The largest difference of the engine's log-probabilities from those of `model`: the prompt, then the whole response."""
     worst = 0.0
     for prompt, sample in ((group.prompt, sample) for group in groups for sample in group.samples):
-        extra = dict(prompt.vision or {})
+        first, after = dict(prompt.vision or {}), {}
         if prompt.position_ids is not None:
-            after = torch.arange(len(sample.token_ids)) + prompt.next_position
-            extra["position_ids"] = torch.cat([prompt.position_ids, after.expand(3, -1)], 1)[:, None]
+            first["position_ids"] = prompt.position_ids[:, None]
+            positions = torch.arange(len(sample.token_ids) - 1) + prompt.next_position
+            after["position_ids"] = positions.expand(3, -1)[:, None]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt.token_ids + sample.token_ids]), **extra).logits[0]
-        logprobs = (logits[len(prompt.token_ids) - 1 : -1] / temperature).log_softmax(-1)
-        expected = logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+            read = model(input_ids=torch.tensor([prompt.token_ids]), use_cache=True, **first)
+            response = torch.tensor([sample.token_ids[:-1]])
+            rest = model(input_ids=response, past_key_values=read.past_key_values, **after).logits if response.numel() else None
+        logits = torch.cat([read.logits[0, -1:], *([] if rest is None else [rest[0]])])
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
         worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
     return worst
 

@@ -55,13 +55,11 @@ class Qwen2_5_VL(CausalLM):
 
     def hidden(self, model: Any, packed: Packed) -> Tensor:
         """[T, D]. The vision tower runs once over all images of the row."""
-        axes = packed.position_ids.expand(3, -1)
-        output = model.model(
-            input_ids=packed.input_ids[None].to(model.device),
-            position_ids=axes[:, None].to(model.device),
+        output = model.model.language_model(
+            inputs_embeds=self._embedded(model.model, packed)[None],
+            position_ids=packed.position_ids.expand(3, -1)[:, None].to(model.device),
             segments=packed.segments,
             use_cache=False,
-            **{name: values.to(model.device) for name, values in _concatenated(packed.vision).items()},
         )
         return output.last_hidden_state[0]
 
@@ -75,6 +73,22 @@ class Qwen2_5_VL(CausalLM):
                 " give each image one part {type: image}, where it belongs in the text"
             )
         return list(row.messages)
+
+    def _embedded(self, model: Any, packed: Packed) -> Tensor:
+        """[T, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
+
+        transformers' own forward pass counts those too, and refuses the sample.
+        """
+        embedded = model.get_input_embeddings()(packed.input_ids.to(model.device))
+        if not packed.vision:
+            return embedded
+        vision = {name: torch.cat([prompt[name] for prompt in packed.vision]).to(model.device) for name in packed.vision[0]}
+        images = model.get_image_features(**vision, return_dict=True)
+        in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
+        for segment in packed.segments:
+            in_prompt[segment.start : segment.start + segment.prompt] = True
+        places = (in_prompt & (packed.input_ids == self.processor.image_token_id)).nonzero()[:, 0]
+        return embedded.index_copy(0, places.to(model.device), torch.cat(images.pooler_output).to(embedded.dtype))
 
     def _template_ids(self, row: Row) -> list[int]:
         token_ids = super()._template_ids(row)
@@ -123,7 +137,3 @@ def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]
     """Each placeholder repeated as often as its image has tokens."""
     remaining = iter(counts)
     return [token for token in token_ids for _ in range(next(remaining) if token == image_token_id else 1)]
-
-
-def _concatenated(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([prompt[name] for prompt in vision]) for name in (vision[0] if vision else ())}
