@@ -124,7 +124,8 @@ def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(mod
     prompt, image = adapter.encode(image_row(1)), adapter.processor.image_token_id
     response = [5, image, 17, image, 3]
     model = adapter.load(folder, torch.float32)
-    ours = packed_logprobs(adapter, model, batch_of([prompt], [response]), 4096)
+    sample = Sample(response, [0.0] * len(response), "", "length", policy_version=0)
+    ours = packed_logprobs(adapter, model, Batch.of([Group(prompt, [sample])]), 4096)
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     read = theirs(input_ids=torch.tensor([prompt.token_ids]), position_ids=prompt.position_ids[:, None], **prompt.vision)
     positions = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)[:, None]
