@@ -89,9 +89,9 @@ class TorchActor(TorchReference):
         return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
     def weights(self) -> NamedTensors:
-        """Everything an engine serves, under published names. A tied head is sent too: engines may keep a copy of their own."""
-        for name, tensor in self.model.state_dict().items():
-            yield self.adapter.published_name(name), tensor
+        """Every parameter once, under its published name: a tied head is its embedding."""
+        for name, tensor in self.model.named_parameters():
+            yield self.adapter.published_name(name), tensor.detach()
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder / "model")

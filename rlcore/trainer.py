@@ -182,7 +182,7 @@ class Run:
         timing = metrics.timings(self.clock.take(), start, time.perf_counter())
         return {
             **metrics.score_metrics(iteration.scores),
-            **metrics.spread("grpo/rewards", batch.sample_values(batch.advantages)),
+            **metrics.spread("grpo/advantages", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
             **metrics.lengths(batch.groups),
             "data/dropped_long": float(self.source.dropped_long),

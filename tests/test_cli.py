@@ -382,7 +382,7 @@ def test_every_metric_of_one_process_is_there(whole):
     )  # fmt: skip
     names = [f"timing/{stage}" for stage in stages]
     names += [f"actor/{name}" for name in ("entropy", "kl_loss", "pg_loss", "pg_clipfrac", "ppo_kl")]
-    spreads = ("response_length", "prompt_length", "grpo/rewards")
+    spreads = ("response_length", "prompt_length", "grpo/score", "grpo/rewards", "grpo/advantages")
     names += [f"{name}/{kind}" for name in spreads for kind in ("mean", "max", "min")]
     names += [
         "grad_norm", "grpo/lr", "mismatch/mean", "mismatch/max", "mismatch/k3", "sync/bytes", "sync/seconds", "reward/error",
