@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -79,6 +80,7 @@ class CpuBackend:
 
         torch.set_num_threads(self.threads)
         cure_torchvision()
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "Disabling Triton" is no news on a CPU
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
 
 

@@ -51,11 +51,12 @@ def grpo_line(number: int, steps: int, row: Metrics) -> str:
     parts = [f"step {number}/{steps}", f"score {row['grpo/score/mean']:.3f}" if "grpo/score/mean" in row else "no score"]
     if "eval/score" in row:
         parts.append(f"eval {row['eval/score']:.3f}")
-    parts += [
-        f"entropy {row.get('actor/entropy', float('nan')):.2f}", f"kl {row.get('actor/kl_loss', 0.0):.4f}",
-        f"grad {row['grad_norm']:.3g}", f"mismatch {row.get('mismatch/mean', float('nan')):.1e}",
-        f"length {row['response_length/mean']:.0f}", f"{row['timing/all']:.1f} s",
-    ]
+    known = {
+        "entropy": ("actor/entropy", ".2f"), "kl": ("actor/kl_loss", ".4f"), "grad": ("grad_norm", ".3g"),
+        "mismatch": ("mismatch/mean", ".1e"), "length": ("response_length/mean", ".0f"),
+    }  # fmt: skip
+    parts += [f"{label} {row[name]:{form}}" for label, (name, form) in known.items() if name in row]
+    parts.append(f"{row['timing/all']:.1f} s")
     stages = ("resharding_to_infer", "rollout", "reward", "reference_model", "old_log_p", "update")
     times = " ".join(f"{stage} {row[f'timing/{stage}']:.1f}" for stage in stages if row.get(f"timing/{stage}", 0) >= 0.05)
     return "  ".join(parts) + (f" ({times})" if times else "")

@@ -1,4 +1,4 @@
-"""The tests run on the cpu backend: its environment stands before anything imports torch."""
+"""The tests run on the cpu backend: its environment stands before anything imports torch, its cures before transformers."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,7 @@ from rlcore import registry
 CPU = registry.load("backends", "cpu")
 BACKEND = CPU(CPU.Options())
 os.environ.update(BACKEND.environment())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _prepared() -> None:
-    BACKEND.prepare()
+BACKEND.prepare()
 
 
 @pytest.fixture(scope="session")
