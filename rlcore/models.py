@@ -8,15 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import create_model
-
 from rlcore import registry
-from rlcore.config import ModelConfig, Strict, nearest, validate
+from rlcore.config import ModelConfig, nearest
 from rlcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,24 +67,12 @@ def model_type(folder: Path) -> str:
 
 def _made(config: ModelConfig, cache: Path) -> Path:
     source: Source = registry.load("models", config.path)
-    options = validate(_options_of(source), config.options, "model.options.").model_dump()
+    options = registry.checked_options(source, config.options, "model.options.", given=1)
     folder = cache / f"{config.path}-{_fingerprint(source, options)}"
     if not folder.is_dir():
         _make(source, options, folder)
     _check_complete(folder)
     return folder
-
-
-def _options_of(source: Source) -> type[Strict]:
-    """A schema of the source's keyword-only parameters, so that a wrong option is explained like any other setting."""
-    annotations = typing.get_type_hints(source, include_extras=True)
-    parameters = inspect.signature(source).parameters.values()
-    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    fields: dict[str, Any] = {
-        option.name: (annotations.get(option.name, Any), ... if option.default is option.empty else option.default)
-        for option in options
-    }
-    return create_model("Options", __base__=Strict, **fields)
 
 
 def _fingerprint(source: Source, options: Mapping[str, Any]) -> str:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections import Counter
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
 
-from rlcore.config import nearest
+from pydantic import ConfigDict, create_model
+
+from rlcore.config import Strict, nearest, validate
 from rlcore.errors import PluginError
 
 GROUPS = ("backends", "adapters", "models", "engines", "rewards", "datasets")
@@ -50,3 +54,26 @@ def load_dotted(path: str, what: str) -> Any:
         raise PluginError(f"{what}: {module!r} has no {attribute!r}") from None
     except Exception as error:
         raise PluginError(f"{what}: {path!r} does not import: {error!r}") from error
+
+
+class _Options(Strict):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def checked_options(function: Callable[..., Any], options: Mapping[str, Any], prefix: str, given: int) -> dict[str, Any]:
+    """Every option of the function as its annotations want it; a wrong name or value is a ConfigError under `prefix`.
+
+    given: how many leading parameters are not options.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        hints = {}
+    taken = [p for p in parameters[given:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in taken}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    free = {name: value for name, value in options.items() if takes_any and name not in fields}
+    named = {name: value for name, value in options.items() if name not in free}
+    checked = validate(create_model("Options", __base__=_Options, **fields), named, prefix)
+    return {name: getattr(checked, name) for name in fields} | free

@@ -13,20 +13,12 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from rlcore.chat import chat, conversation
 from rlcore.config import DatasetConfig
-from rlcore.data import (
-    Pictures,
-    Prompts,
-    PromptSource,
-    chat,
-    conversation,
-    decode_image,
-    encode_all,
-    load_rows,
-    read_records,
-    rows,
-)
+from rlcore.data import Prompts, PromptSource, encode_all, load_rows, rows
 from rlcore.errors import ConfigError
+from rlcore.images import Pictures, decode_image
+from rlcore.records import read_records
 from rlcore.types import Prompt, Row
 
 

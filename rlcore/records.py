@@ -1,0 +1,130 @@
+"""The rows of data files as they stand there, each knowing its place for messages."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcore.config import nearest
+from rlcore.errors import ConfigError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a data file, as it stands there."""
+
+    where: str  # `train.jsonl:17` or `train.parquet row 17`, counted from 1, for messages
+    id: str  # `train:17`
+    folder: Path  # of the file; image paths are relative to it
+    values: Mapping[str, Any]
+
+    def value(self, column: str) -> Any:
+        """What the column holds; ConfigError with the columns there are when it is missing."""
+        if column not in self.values:
+            columns = list(self.values)
+            hint = nearest(column, columns)
+            hint = hint if "did you mean" in hint else ""
+            raise ConfigError(f"{self.where}: no column {column!r} among {', '.join(columns) or 'none'}{hint}")
+        return self.values[column]
+
+    def text(self, column: str) -> str:
+        """A text or number as text; ConfigError when it is missing, empty or neither."""
+        value = self.value(column)
+        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+            raise ConfigError(f"{self.where}: column {column!r} is empty; fill it or remove the row")
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{self.where}: column {column!r} holds a {type(value).__name__}; it must be a text or a number")
+        return str(value)
+
+    def without(self, *columns: str | None) -> dict[str, Any]:
+        """The other columns, bytes left out: what a reward may want to see."""
+        return {name: value for name, value in self.values.items() if name not in columns and not isinstance(value, bytes)}
+
+
+def read_records(path: str | Path | None) -> Iterator[Record]:
+    """The rows of a .jsonl, .json (lines or one list) or .parquet file, or of a folder of files of one of these kinds.
+
+    ConfigError for a missing or unreadable file, an unknown suffix, a broken line (with its number), and no rows at all.
+    """
+    count = 0
+    for file in _files(path):
+        for record in _READERS[file.suffix](file):
+            count += 1
+            yield record
+    if not count:
+        raise ConfigError(f"{path}: holds no rows")
+
+
+def _files(path: str | Path | None) -> list[Path]:
+    if path is None:
+        raise ConfigError(f"this data set is read from files; set its path to a {', '.join(SUFFIXES)} file or a folder of them")
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such data file or folder")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        kinds = sorted({file.suffix for file in files})
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "no data files"
+            raise ConfigError(f"{path}: a data folder holds files of one kind of {', '.join(SUFFIXES)}, this has {found}")
+    elif path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: unknown suffix {path.suffix!r}; a data file is {', '.join(SUFFIXES)}")
+    return files
+
+
+def _read_json(file: Path) -> Iterator[Record]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".json" and lines.read(64).lstrip().startswith("["):
+                lines.seek(0)
+                yield from _read_list(file, lines.read())
+                return
+            lines.seek(0)
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{file.name}:{number}"
+                    yield _record(where, file, number, _parse(line, where))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+
+
+def _read_list(file: Path, text: str) -> Iterator[Record]:
+    for number, values in enumerate(_parse(text, file.name), start=1):
+        yield _record(f"{file.name} row {number}", file, number, values)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+
+
+def _read_parquet(file: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for values in batch.to_pylist():
+                number += 1
+                yield _record(f"{file.name} row {number}", file, number, values)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{file}: not a readable parquet file: {error}") from None
+
+
+def _record(where: str, file: Path, number: int, values: Any) -> Record:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: a row is an object with columns, this is a {type(values).__name__}")
+    return Record(where, f"{file.stem}:{number}", file.parent, values)
+
+
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet}
