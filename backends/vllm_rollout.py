@@ -52,7 +52,11 @@ def build(
     with _undisturbed_random_state():
         from vllm import LLM
 
-        return VllmRollout(LLM(**(defaults | config.options)), adapter, dtype, _shapes(folder))
+        try:
+            llm = LLM(**(defaults | config.options))
+        except ValueError as error:
+            raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
+        return VllmRollout(llm, adapter, dtype, _shapes(folder))
 
 
 class VllmRollout:

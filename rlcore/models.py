@@ -65,6 +65,12 @@ def model_type(folder: Path) -> str:
         raise ConfigError(f"model.path: {path} names no model_type: {error!r}; restore the model's own config.json") from None
 
 
+def context_length(folder: Path) -> int | None:
+    """The positions that the folder's text model has, where its config.json says."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
 def _made(config: ModelConfig, cache: Path) -> Path:
     source: Source = registry.load("models", config.path)
     options = registry.checked_options(source, config.options, "model.options.", given=1)

@@ -12,7 +12,8 @@ from rlcore import registry
 from rlcore.algorithms import grpo
 from rlcore.config import RunConfig
 from rlcore.data import PromptSource, load_rows
-from rlcore.models import adapter_for, resolve
+from rlcore.errors import ConfigError
+from rlcore.models import adapter_for, context_length, resolve
 from rlcore.policy import ForwardSettings, Loss, TorchActor, TorchReference
 from rlcore.protocols import Backend, Reward, Rollout
 from rlcore.types import Batch, Metrics, Receipt
@@ -82,7 +83,13 @@ def start_rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
     config, backend = policy.config, policy.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
     sampling = [config.rollout] + ([config.evaluation] if config.evaluation else [])
-    longest = config.data.max_prompt_tokens + max(settings.max_new_tokens for settings in sampling)
+    response = max(settings.max_new_tokens for settings in sampling)
+    longest, context = config.data.max_prompt_tokens + response, context_length(policy.folder)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens: {config.data.max_prompt_tokens} and {response} new tokens are {longest}, more than the"
+            f" {context} positions of {config.model.path}; lower it to {context - response} or less, or max_new_tokens"
+        )
     build = registry.load("engines", name)
     return build(
         model=model, adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,

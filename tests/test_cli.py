@@ -211,6 +211,12 @@ def test_held_out_rows_are_checked_before_training(refused, tmp_path):
 # model
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(refused):
+    said = refused("data.max_prompt_tokens=2045", "train.max_tokens_per_microbatch=4096")
+    assert said.startswith("data.max_prompt_tokens: 2045 and 4 new tokens are 2049, more than the 2048 positions of ")
+    assert said.endswith("; lower it to 2044 or less, or max_new_tokens")
+
+
 def test_a_model_folder_that_is_missing_lists_the_sources(refused, tmp_path):
     said = refused(f"model.path={tmp_path / 'gone'}")
     assert said.startswith(f"model.path: '{tmp_path / 'gone'}' is neither a folder nor an installed model source; sources: ")
