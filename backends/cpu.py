@@ -90,7 +90,6 @@ def cure_torchvision() -> None:
     Why: PyPI's torchvision is built for CUDA. On CPU torch its operator library does not load, and the import dies with
         "operator torchvision::nms does not exist", taking transformers' and vLLM's image processors with it.
     How: declare the two operators that the import describes to torch; their kernels stay absent, and nothing here calls them.
-        vLLM's model inspection runs in a process of its own, so this is also a `vllm.general_plugins` entry point.
     Upstream: https://github.com/pytorch/vision/issues (the import should not need operators that did not load).
     Delete when: pip's torchvision imports on CPU torch, or requirements/cpu.txt can name PyTorch's CPU index everywhere.
     """

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def build(
     with _undisturbed_random_state():
         from vllm import LLM
 
+        _register_class(folder)
         try:
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
@@ -165,6 +167,18 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
     if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
     return arguments
+
+
+def _register_class(folder: Path) -> None:
+    """Has vLLM look at the model's class in this process.
+
+    Otherwise it starts one of its own to do so, which takes some ten seconds and dies where torchvision needs its cure.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
@@ -387,15 +401,20 @@ class _Shipment:
 def _product(tensor: Tensor, version: int) -> _Product:
     """What a packed layer with the weight [N, K] is expected to do."""
     column = version % tensor.shape[1]
-    return _Product(tensor.mv(_probe(tensor.shape[1], version, tensor.dtype)[0]), tensor[:, column].clone())
+    return _Product(tensor.mv(_noise(tensor.shape[1]).to(tensor.dtype)), tensor[:, column].clone())
 
 
 def _probe(width: int, version: int, dtype: torch.dtype) -> Tensor:
     """[2, width]: a random row, and the unit row of the column that this version checks to the bit."""
     probe = torch.zeros(2, width, dtype=dtype)
-    probe[0] = torch.randn(width, generator=torch.Generator().manual_seed(width))
+    probe[0] = _noise(width)
     probe[1, version % width] = 1
     return probe
+
+
+@lru_cache
+def _noise(width: int) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(width))
 
 
 def _fingerprint_as(tensor: Tensor, shape: torch.Size) -> Any:

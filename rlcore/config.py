@@ -51,7 +51,9 @@ class BackendConfig(Strict):
 
 class DatasetConfig(Strict):
     name: str = "rows"
+    """An installed data set (rows is any file by column names), or the dotted path of a function (path, **options) -> rows."""
     path: str | None = None
+    """A file, or a folder of files; None where the data set makes its rows."""
     options: dict[str, Any] = {}
     max_rows: PositiveInt | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,15 +74,15 @@ def _hash_rows(rows: Tensor) -> Tensor:
 
     A flipped highest bit moves such a sum by 2**63 whatever the multiplier, so two would cancel: upper halves are summed again.
     """
-    weights, upper_weights = _multipliers(rows.shape[1], rows.device)
+    weights, upper_weights = _multipliers(rows.device)[:, : rows.shape[1]]
     return torch.cat([block.mv(weights) + (block >> 32).mv(upper_weights) for block in rows.split(_ROWS)])
 
 
-def _multipliers(count: int, device: torch.device) -> Tensor:
-    """[2, count] odd int64, always the same."""
+@lru_cache
+def _multipliers(device: torch.device) -> Tensor:
+    """[2, _COLUMNS] odd int64, always the same."""
     generator = torch.Generator().manual_seed(0x726C)
-    numbers = torch.randint(-(2**62), 2**62, (2, _COLUMNS), generator=generator) * 2 + 1
-    return numbers[:, :count].to(device)
+    return (torch.randint(-(2**62), 2**62, (2, _COLUMNS), generator=generator) * 2 + 1).to(device)
 
 
 def _with_tied(side: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The tests run on the cpu backend: its environment stands before anything imports torch, its cures before transformers."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from rlcore import registry
 CPU = registry.load("backends", "cpu")
 BACKEND = CPU(CPU.Options())
 os.environ.update(BACKEND.environment())
+CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # nothing that an earlier vLLM left behind
+os.environ["VLLM_CACHE_ROOT"] = CACHE.name
 BACKEND.prepare()
 
 
