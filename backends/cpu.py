@@ -80,7 +80,8 @@ class CpuBackend:
 
         torch.set_num_threads(self.threads)
         cure_torchvision()
-        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "Disabling Triton" is no news on a CPU
+        for name in ("vllm.triton_utils.importing", "torch._library.triton"):  # no Triton is no news on a CPU
+            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
 
 
