@@ -1,0 +1,56 @@
+"""bf16 compute is the fp32 model to rounding: log-probabilities, gradient, and weights that stay fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlcore import registry
+from rlcore.config import OptimizerConfig
+from rlcore.policy import ForwardSettings, TorchActor
+from rlcore.sft import negative_log_likelihood
+from rlcore.types import Batch, Group, Row, Sample
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama):
+    return registry.load("adapters", "llama")(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def batch(adapter):
+    rows = [Row(text, [{"role": "user", "content": text}]) for text in ("What is 3 + 4?", "And 12 + 30?")]
+    generator = torch.Generator().manual_seed(0)
+    responses = [[torch.randint(8, 200, (length,), generator=generator).tolist() for length in (3, 5)] for _ in rows]
+    return Batch.of([
+        Group(adapter.encode(row), [Sample(ids, [0.0] * len(ids), "", "length", 0) for ids in group])
+        for row, group in zip(rows, responses, strict=True)
+    ])  # fmt: skip
+
+
+def actor(adapter, folder, dtype):
+    settings = ForwardSettings(torch.device("cpu"), dtype, 256, 1.0)
+    model = adapter.load(folder, torch.float32)
+    return TorchActor(model, adapter, settings, negative_log_likelihood, OptimizerConfig(lr=1e-3))
+
+
+@pytest.fixture
+def both(adapter, tiny_llama):
+    return [actor(adapter, tiny_llama, dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def test_bf16_logprobs_are_those_of_fp32_to_rounding(both, batch):
+    exact, rounded = (one.logprobs(batch) for one in both)
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    assert rounded.dtype == torch.float32
+
+
+def test_a_bf16_update_takes_the_fp32_step_to_rounding(both, batch):
+    before = [parameter.detach().clone() for parameter in both[0].model.parameters()]
+    norms = [one.update(batch)["grad_norm"] for one in both]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+    assert {parameter.dtype for parameter in both[1].model.parameters()} == {torch.float32}
+    steps = [
+        torch.cat([(new - old).flatten() for new, old in zip(one.model.parameters(), before, strict=True)]) for one in both
+    ]
+    assert torch.cosine_similarity(*steps, dim=0) > 0.95
