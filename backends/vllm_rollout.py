@@ -72,7 +72,9 @@ class VllmRollout:
         self._llm = llm
         self._adapter = adapter
         self._runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
+        model = self._runner.get_model()
+        _check_heads(model)
+        self._ledger = _Ledger(model, dtype, shapes)
         self._version = 0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -179,6 +181,18 @@ def _register_class(folder: Path) -> None:
     for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
         if architecture in ModelRegistry.models:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _check_heads(model: nn.Module) -> None:
+    """ConfigError for attention heads that vLLM starts with and then fails to compute."""
+    for layer in model.modules():
+        kind, size = getattr(layer, "attn_backend", None), getattr(layer, "head_size", None)
+        if kind and size and not kind.supports_head_size(size):
+            known = ", ".join(map(str, kind.get_supported_head_sizes()))
+            raise ConfigError(
+                f"rollout.engine: vLLM's {kind.get_name()} has no kernel for this model's attention heads of {size} (it has"
+                f" {known}); set rollout.engine=torch"
+            )
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

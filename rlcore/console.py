@@ -22,6 +22,10 @@ class Console:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
+    def warn(self, line: str | None) -> None:
+        if line:
+            self.say(f"    warning: {line}")
+
     def start(self, what: str, steps: int, done: int = 0) -> None:
         self.bar = tqdm(
             total=steps, initial=done, desc=what, unit="step", leave=False, file=sys.stderr, disable=not sys.stderr.isatty()

@@ -34,6 +34,7 @@ def train(
         check_targets(source.rows, policy)
         model = policy.load()
         begin()
+        console.warn(policy.caution)
         fit(policy, model, source, config.sft, folder, saved, console)
 
 

@@ -105,6 +105,7 @@ def train(
         reward, model = RewardFunctions(config.reward), policy.load()
         engine = start_rollout(policy, model)
         begin()
+        console.warn(policy.caution)
         if config.sft:
             model = sft.warm_start(policy, model, folder / "sft", console)
         worker = Worker(policy, model, engine, reward)
@@ -195,8 +196,8 @@ class Run:
     def _warn(self, row: Metrics) -> None:
         limit = self.config.rollout.max_mismatch
         if row.get("mismatch/mean", 0.0) > limit:
-            self.console.say(
-                f"    warning: the engine's log-probabilities differ from the actor's by {row['mismatch/mean']:.3f} on average,"
+            self.console.warn(
+                f"the engine's log-probabilities differ from the actor's by {row['mismatch/mean']:.3f} on average,"
                 f" more than rollout.max_mismatch {limit}; likely causes: a low rollout.top_p or top_k, or another precision in"
                 " the engine"
             )

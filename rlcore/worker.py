@@ -19,6 +19,10 @@ from rlcore.protocols import Backend, Reward, Rollout
 from rlcore.types import Batch, Metrics, Receipt
 
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
+EMULATED = (
+    "model.precision bf16: this {} has no bf16 instructions, and emulating them takes a hundred times as long as fp32;"
+    " model.precision=auto takes the fast one"
+)
 
 
 class Policy:
@@ -29,8 +33,9 @@ class Policy:
         backend.prepare()
         self.folder = resolve(config.model, MODEL_CACHE)
         self.adapter = adapter_for(self.folder, config.model)
-        precision = backend.default_precision() if config.model.precision == "auto" else config.model.precision
-        self.precision = precision
+        fast = backend.default_precision()
+        self.precision = precision = fast if config.model.precision == "auto" else config.model.precision
+        self.caution = EMULATED.format(backend.name) if precision == "bf16" != fast else None
         self.settings = ForwardSettings(
             device=backend.device(0),
             compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,

@@ -445,6 +445,12 @@ def test_the_run_is_introduced_and_closed_with_where_to_look(start):
     assert "checkpoints/        step_000001/model loads with from_pretrained" in out
 
 
+def test_a_precision_that_the_processor_emulates_is_said(start, monkeypatch):
+    monkeypatch.setattr(registry.load("backends", "cpu"), "default_precision", lambda self: "fp32")
+    _, out, _, _ = start("train.steps=1", "model.precision=bf16")
+    assert len(re.findall("warning: model.precision bf16: this cpu has no bf16 instructions", out)) == 1
+
+
 def test_no_steps_at_all_is_a_run_that_ends_well(start):
     status, out, _, folder = start("train.steps=0")
     assert status == 0 and f"run folder: {folder}" in out

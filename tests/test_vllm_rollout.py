@@ -207,6 +207,13 @@ def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
 
 
 @vllm
+def test_heads_without_a_kernel_are_refused_before_the_first_sample(tmp_path, backend):
+    registry.load("models", "tiny_qwen2_5_vl")(tmp_path, hidden_size=64, layers=1, heads=4)
+    with pytest.raises(ConfigError, match=r"CPU_ATTN has no kernel for .* heads of 16 \(it has 32, .*rollout.engine=torch"):
+        start(backend, tmp_path)
+
+
+@vllm
 def test_unknown_options_are_named(folder, backend):
     with pytest.raises(ConfigError, match=r"rollout\.options\.max_num_seq: .*did you mean 'max_num_seqs'"):
         start(backend, folder, max_num_seq=4)
