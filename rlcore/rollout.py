@@ -17,6 +17,9 @@ from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Fingerprint, compare, fingerprint
 
 
+_ROWS = 256  # sequences continued at a time
+
+
 class TorchOptions(Strict):
     """`rollout.options` of this sampler: there are none."""
 
@@ -37,7 +40,7 @@ def build(
 
 
 class TorchRollout:
-    """Serves one model, one prompt at a time, its samples as one batch.
+    """Serves one model; prompts of one length are continued together.
 
     Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
     """
@@ -50,9 +53,13 @@ class TorchRollout:
         self._version = 0
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group a prompt; each prompt has a seed of its own, so a call repeats and other prompts' lengths do not matter."""
+        """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
+        by rounding at most."""
+        groups: dict[int, Group] = {}
         with torch.inference_mode():
-            return [self._group(prompt, sampling, place) for place, prompt in enumerate(prompts)]
+            for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
+                groups |= zip(places, self._groups([prompts[place] for place in places], places, sampling), strict=True)
+        return [groups[place] for place in range(len(prompts))]
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
@@ -93,24 +100,30 @@ class TorchRollout:
                 tied[name] = owner
         return held, tied
 
-    def _group(self, prompt: Prompt, sampling: Sampling, place: int) -> Group:
-        generator = torch.Generator().manual_seed(_seed(sampling.seed, place))
-        steps = list(self._steps(prompt, sampling, generator))
-        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1)  # [S, R]
-        logprobs = torch.stack([values for _, values in steps], dim=1)
-        return Group(prompt, [self._sample(*sample) for sample in zip(token_ids, logprobs, strict=True)])
+    def _groups(self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling) -> list[Group]:
+        generators = [torch.Generator().manual_seed(_seed(sampling.seed, place)) for place in places]
+        steps = list(self._steps(prompts, sampling, generators))
+        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # of [S, R], one a prompt
+        logprobs = torch.stack([values for _, values in steps], dim=1).split(sampling.samples)
+        return [
+            Group(prompt, [self._sample(*sample) for sample in zip(*drawn, strict=True)])
+            for prompt, *drawn in zip(prompts, token_ids, logprobs, strict=True)
+        ]
 
-    def _steps(self, prompt: Prompt, sampling: Sampling, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token and log-probability [S] of each step, until every sample has stopped."""
-        logits, cache = self._read(prompt)
+    def _steps(
+        self, prompts: Sequence[Prompt], sampling: Sampling, generators: Sequence[torch.Generator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token and log-probability [prompts x samples] of each step, until every sample has stopped."""
+        logits, cache = _joined([self._read(prompt) for prompt in prompts])
         cache.batch_repeat_interleave(sampling.samples)
-        logits = logits.expand(sampling.samples, -1)
-        running = torch.ones(sampling.samples, dtype=torch.bool, device=logits.device)
-        room = self._max_tokens - len(prompt.token_ids)
+        logits = logits.repeat_interleave(sampling.samples, dim=0)
+        positions = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(sampling.samples)
+        running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        room = self._max_tokens - len(prompts[0].token_ids)
         for step in range(min(sampling.max_new_tokens, room)):
             if step:
-                logits = self._continue(tokens, cache, prompt.next_position + step - 1)  # noqa: F821 - of the step before
-            tokens, logprobs = draw(logits, sampling, generator)
+                logits = self._continue(tokens, cache, positions + step - 1)  # noqa: F821 - of the step before
+            tokens, logprobs = draw(logits, sampling, generators)
             yield tokens, logprobs
             running &= ~torch.isin(tokens, self._stop)
             if not running.any():
@@ -131,9 +144,9 @@ class TorchRollout:
         )
         return output.logits[:, -1], output.past_key_values
 
-    def _continue(self, tokens: Tensor, cache: Any, position: int) -> Tensor:
-        """Logits [S, V] after one more token each."""
-        positions = torch.full((len(tokens), 1), position, device=tokens.device)
+    def _continue(self, tokens: Tensor, cache: Any, positions: Tensor) -> Tensor:
+        """tokens [S] at positions [S] -> logits [S, V] after them."""
+        positions = positions.to(tokens.device)[:, None]
         if self._model.config.get_text_config().rope_parameters.get("mrope_section"):
             positions = positions.expand(3, -1, -1)
         output = self._model(input_ids=tokens[:, None], position_ids=positions, past_key_values=cache, use_cache=True)
@@ -147,15 +160,18 @@ class TorchRollout:
         return Sample(tokens, logprobs[:length].tolist(), self._adapter.decode(tokens), finish, self._version)
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """[S, V] -> token [S] and its log-probability [S] float32. Temperature 0 takes the likeliest token."""
+def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """[S, V] -> token [S] and its log-probability [S] float32, an equal share of the rows from each generator. Temperature 0
+    takes the likeliest token."""
     logits = logits.float() / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         tokens = logprobs.argmax(-1)
     else:
         logprobs = _truncated(logits, sampling.top_k, sampling.top_p).log_softmax(-1)
-        tokens = torch.multinomial(logprobs.exp().cpu(), 1, generator=generator)[:, 0].to(logits.device)
+        shares = logprobs.exp().cpu().chunk(len(generators))
+        drawn = [torch.multinomial(odds, 1, generator=one)[:, 0] for odds, one in zip(shares, generators, strict=True)]
+        tokens = torch.cat(drawn).to(logits.device)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -168,6 +184,24 @@ def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         beyond = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return logits
+
+
+def _alike(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
+    """The places of prompts of the same length, at most so many at a time."""
+    by_length: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.token_ids), []).append(place)
+    for places in by_length.values():
+        yield from (places[first : first + most] for first in range(0, len(places), most))
+
+
+def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Logits [1, V] and the cache of each of several prompts of one length, as one."""
+    logits, caches = zip(*read, strict=True)
+    for first, *others in zip(*(cache.layers for cache in caches), strict=True):
+        first.keys = torch.cat([first.keys, *(layer.keys for layer in others)])
+        first.values = torch.cat([first.values, *(layer.values for layer in others)])
+    return torch.cat(logits), caches[0]
 
 
 def _seed(seed: int, place: int) -> int:

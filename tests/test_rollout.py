@@ -77,6 +77,21 @@ def test_images_and_text_are_sampled_alike(vision):
         assert gap(model, group) < 1e-4
 
 
+def test_prompts_of_one_length_are_continued_together_as_if_alone(vision):
+    _, adapter, sampler = vision
+    wide = picture("red", 224)
+    rows = [row("How many?", wide), row("How many?"), row("How many?", wide.rotate(90, expand=True))]
+    prompts = [adapter.encode(one) for one in rows]
+    assert len(prompts[0].token_ids) == len(prompts[2].token_ids) != len(prompts[1].token_ids)
+    assert prompts[0].next_position == prompts[2].next_position != len(prompts[0].token_ids)
+    for temperature in (0.0, 1.0):
+        together = sampler.generate(prompts, Sampling(3, 8, temperature))
+        assert [group.prompt for group in together] == prompts
+        assert tokens(together[:1]) == tokens(sampler.generate(prompts[:1], Sampling(3, 8, temperature)))
+    alone = [group for prompt in prompts for group in sampler.generate([prompt], Sampling(3, 8, 0.0))]
+    assert tokens(sampler.generate(prompts, Sampling(3, 8, 0.0))) == tokens(alone)
+
+
 def test_a_seed_repeats_a_call_whatever_came_before(text):
     _, adapter, sampler = text
     prompts = [adapter.encode(row(q)) for q in QUESTIONS]
@@ -112,7 +127,7 @@ def test_temperature_0_is_greedy(text):
 def test_top_k_and_top_p_leave_out_the_unlikely():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, -1)
     for sampling, kept in [(Sampling(1, 1, top_k=2), 2), (Sampling(1, 1, top_p=0.7), 2), (Sampling(1, 1, top_p=0.9), 3)]:
-        drawn, logprobs = rollout.draw(logits, sampling, torch.Generator().manual_seed(0))
+        drawn, logprobs = rollout.draw(logits, sampling, [torch.Generator().manual_seed(0)])
         assert set(drawn.tolist()) == set(range(kept))
         share = logits[0].exp() / logits[0, :kept].exp().sum()
         torch.testing.assert_close(logprobs.exp(), share[drawn])
