@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKEN_TILE = 512  # of these sizes a tile stays in a processor's cache between the passes over it
-VOCABULARY_TILE = 2048
+TOKEN_TILE = 1024  # of these sizes a tile stays in a processor's cache between the passes over it
+VOCABULARY_TILE = 1024
 _NOTHING = -1e30  # the log-sum-exp of no logits, finite so that 0 times it is 0
 
 
