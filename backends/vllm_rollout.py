@@ -187,9 +187,7 @@ def _check_heads(model: nn.Module) -> None:
     """ConfigError for attention heads that vLLM starts with and then fails to compute."""
     for layer in model.modules():
         kind = getattr(layer, "attn_backend", None)  # a vision tower's is the backend's name: it has none of the engine's kernels
-        if not isinstance(kind, type):
-            continue
-        if not kind.supports_head_size(size := layer.head_size):
+        if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
             known = ", ".join(map(str, kind.get_supported_head_sizes()))
             raise ConfigError(
                 f"rollout.engine: vLLM's {kind.get_name()} has no kernel for this model's attention heads of {size} (it has"
