@@ -186,7 +186,7 @@ def _register_class(folder: Path) -> None:
 def _check_heads(model: nn.Module) -> None:
     """ConfigError for attention heads that vLLM starts with and then fails to compute."""
     for layer in model.modules():
-        kind = getattr(layer, "attn_backend", None)  # a vision tower's is the backend's name: it has none of the engine's kernels
+        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: the engine's kernels are not for it
         if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
             known = ", ".join(map(str, kind.get_supported_head_sizes()))
             raise ConfigError(

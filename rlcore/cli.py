@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -55,11 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rlcore {metadata.version('rlcore')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, what in (
-        ("grpo", _grpo, "train by Group Relative Policy Optimization (after the warm start, if sft is set)"),
-        ("sft", _sft, "supervised training alone: the sft section"),
+    for name, module, what in (
+        ("grpo", "rlcore.trainer", "train by a policy gradient: the algorithm section (after the warm start, if sft is set)"),
+        ("sft", "rlcore.sft", "supervised training alone: the sft section"),
+        ("dpo", "rlcore.dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
     ):
-        command = _command(commands, name, run, what)
+        command = _command(commands, name, partial(_train, module), what)
         command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<run file's name>-<date>-<time>")
         command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
     _command(commands, "plan", _plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
@@ -112,28 +114,16 @@ def _plan(options: argparse.Namespace) -> None:
     print(plan.describe(config, len(load_rows(config.data.train))))
 
 
-def _grpo(options: argparse.Namespace) -> None:
+def _train(module: str, options: argparse.Namespace) -> None:
     config = _load(options)
     backend = _backend(config)
     folder = _run_folder(options)
-    from rlcore import trainer
+    train = importlib.import_module(module).train
     from rlcore.console import Console
 
     _hush()
     console = Console(config.logging.samples_on_console)
-    trainer.train(config, backend, folder, options.resume, console, partial(_begin, folder, config))
-    _closing(folder)
-
-
-def _sft(options: argparse.Namespace) -> None:
-    config = _load(options)
-    backend = _backend(config)
-    folder = _run_folder(options)
-    from rlcore import sft
-    from rlcore.console import Console
-
-    _hush()
-    sft.train(config, backend, folder, options.resume, Console(), partial(_begin, folder, config))
+    train(config, backend, folder, options.resume, console, partial(_begin, folder, config))
     _closing(folder)
 
 

@@ -21,16 +21,26 @@ from pydantic import (
     model_validator,
 )
 
+from rlcore.algorithms import LIMITS, PRESETS
 from rlcore.errors import ConfigError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
-ClipWidth = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Strict(BaseModel):
     """Unknown keys are errors, and nothing changes after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraConfig(Strict):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The product of the two small matrices counts alpha / rank times."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Layers by the end of their name."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What the engine is sent: whole weights with the product added, or the two small matrices alone."""
 
 
 class ModelConfig(Strict):
@@ -42,6 +52,10 @@ class ModelConfig(Strict):
     """The model family; auto reads model_type from the folder's config.json."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What the matrices are multiplied in; weights and optimizer stay fp32. auto asks the device."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions (arXiv 2106.09685) to weights that stay as they are."""
+    freeze: list[str] = []
+    """Parts that stay as they are, by the start of their names in the saved model; `vision` is the vision tower."""
 
 
 class BackendConfig(Strict):
@@ -97,23 +111,88 @@ class RewardConfig(Strict):
 
 
 class AlgorithmConfig(Strict):
-    name: Literal["grpo"] = "grpo"
+    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline", "ppo"] = "grpo"
+    """Stands for the settings that the paper fixes (rlcore/algorithms); what is set beside it wins."""
     group_size: PositiveInt = 8
-    """Samples of one prompt; advantages compare them with each other."""
+    """Samples of one prompt."""
+    advantage: Literal["group", "leave_one_out", "batch", "batch_over_group", "gae"] = "group"
+    """What a reward is compared with: its group's mean, the others of its group, the whole batch (after its group's mean),
+    or what a critic expected."""
     advantage_std: Literal["population", "sample", "none"] = "sample"
-    """Divide by the group's standard deviation (ddof 0 or 1), or not at all."""
+    """Of advantage group: divide by the group's standard deviation (ddof 0 or 1), or not at all."""
     advantage_eps: PositiveFloat = 1e-6
-    clip_low: ClipWidth = 0.2
+    surrogate: Literal["clip", "sequence_clip", "clipped_weight"] = "clip"
+    """Clip each token's ratio, the response's ratio, or the weight of a token's log-probability."""
+    clip_low: Fraction = 0.2
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    diff_clip: PositiveFloat | None = None
+    """The log-ratio is at most this (ChatLearn)."""
+    final_clip: PositiveFloat | None = None
+    """A token's policy loss is at most this (ChatLearn; dual clip, arXiv 1912.09729)."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
+    """How token losses become one: mean over tokens; mean over responses of their mean, sum, or sum over a constant length."""
+    aggregation_length: PositiveInt | None = None
+    """Of aggregation constant; unset is rollout.max_new_tokens."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the k3 divergence from the reference; 0 needs no reference."""
+    """Weight of the divergence from the reference; 0 needs no reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["kl", "abs", "mse", "low_var_kl"] = "low_var_kl"
+    kl_target: PositiveFloat | None = None
+    """Divergence a token that kl_coef is moved towards; unset keeps kl_coef."""
+    kl_horizon: PositiveInt = 10_000
+    """Samples over which kl_coef follows."""
     entropy_coef: float = 0.0
+    correction: Literal["none", "token_tis", "sequence_tis", "icepop", "geometric"] = "none"
+    """Of the ratio between trainer and engine: truncated weights by token or response, or tokens or responses left out."""
+    correction_low: NonNegativeFloat | None = None
+    correction_high: PositiveFloat | None = None
+    """Limits of that ratio; unset is what the correction's authors use."""
+    mask_truncated: bool = False
+    """Leave out responses that ended at max_new_tokens."""
+    overlong_penalty: NonNegativeFloat = 0.0
+    """Taken from the reward of a response of max_new_tokens; falls to 0 over the last overlong_share of that length."""
+    overlong_share: Fraction = 0.2
+    max_refills: NonNegativeInt = 0
+    """Times a step that groups whose samples all scored the same are replaced by other prompts'."""
+    gae_gamma: Fraction = 1.0
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    value_clip: PositiveFloat = 0.2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_settings(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        bounds = LIMITS.get(values.get("correction", "none"), ())
+        limits = dict(zip(("correction_low", "correction_high"), bounds, strict=False))
+        given = {key: value for key, value in values.items() if value is not None or key not in limits}
+        name = values.get("name", "grpo")
+        return {**limits, **(PRESETS.get(name, {}) if isinstance(name, str) else {}), **given}
 
     @model_validator(mode="after")
-    def _groups_can_be_compared(self) -> AlgorithmConfig:
-        if self.group_size == 1:
-            raise ValueError("group_size: 1 leaves nothing to compare a sample with, so every advantage is 0; use 2 or more")
+    def _settings_go_together(self) -> AlgorithmConfig:
+        compares = self.advantage in ("group", "leave_one_out", "batch_over_group")
+        if self.group_size == 1 and compares:
+            raise ValueError(
+                f"group_size: 1 leaves nothing to compare a sample with under algorithm.advantage {self.advantage}, so every"
+                " advantage is 0; use 2 or more"
+            )
+        if self.max_refills and not compares:
+            raise ValueError(
+                f"max_refills: {self.max_refills} replaces groups without spread, which algorithm.advantage {self.advantage}"
+                " can learn from; set it to 0"
+            )
+        if self.surrogate == "sequence_clip" and self.kl_in == "reward" and self.kl_coef:
+            raise ValueError(
+                "kl_in: reward penalizes single tokens, and algorithm.surrogate sequence_clip has one ratio for a whole"
+                " response; set algorithm.kl_in=loss"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_target: needs an algorithm.kl_coef above 0 to start from")
+        low, high = self.correction_low, self.correction_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"correction_low: {low} is not below algorithm.correction_high {high}; swap or spread them")
         return self
 
 
@@ -124,16 +203,30 @@ class OptimizerConfig(Strict):
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the rate rises linearly from lr / warmup_steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does between the warm-up and the last optimizer step."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where linear and cosine end."""
     max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _the_rate_falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: {self.min_lr} is above lr {self.lr}; lower it")
+        return self
 
 
 class TrainConfig(Strict):
     steps: NonNegativeInt = 100
     prompts_per_step: PositiveInt = 8
     minibatches_per_step: PositiveInt = 1
-    """Optimizer steps on each step's samples."""
+    """Equal shares of a step's groups, shuffled; an optimizer step on each."""
+    epochs_per_step: PositiveInt = 1
+    """Passes over a step's samples."""
     max_tokens_per_microbatch: PositiveInt = 16384
     """No forward pass holds more tokens than this."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations."""
     save_every: NonNegativeInt = 0
     """0 saves at the end only."""
 
@@ -152,6 +245,24 @@ class SftConfig(Strict):
     rows_per_step: PositiveInt = 32
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
     log_every: PositiveInt = 10
+
+
+class CriticConfig(Strict):
+    path: str | None = None
+    """The model that its weights start from; unset is the policy's own."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+
+
+class DpoConfig(Strict):
+    steps: PositiveInt
+    pairs_per_step: PositiveInt = 16
+    beta: PositiveFloat = 0.1
+    """How far the policy may leave the reference: the weight of the log-ratio."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs taken to be labelled the wrong way round."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
+    log_every: PositiveInt = 1
 
 
 class EvaluationConfig(SamplingConfig):
@@ -179,12 +290,16 @@ class RunConfig(Strict):
     backend: BackendConfig = BackendConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    reward: list[RewardConfig] = Field(min_length=1)
+    reward: list[RewardConfig] = []
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig | None = None
+    """The value model of algorithm.advantage gae."""
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig | None = None
     """Supervised warm start on the training rows' targets, before the first step of `rlcore grpo`; all of `rlcore sft`."""
+    dpo: DpoConfig | None = None
+    """All of `rlcore dpo`."""
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
 
@@ -196,6 +311,23 @@ class RunConfig(Strict):
                 f"train.max_tokens_per_microbatch: {self.train.max_tokens_per_microbatch} cannot hold one sample of up to"
                 f" {longest} tokens (data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_new_tokens"
                 f" {self.rollout.max_new_tokens}); raise it to at least {longest} or lower the other two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_go_together(self) -> RunConfig:
+        algorithm, rollout = self.algorithm, self.rollout
+        if algorithm.advantage == "gae" and self.critic is None:
+            raise ValueError(
+                "critic: algorithm.advantage gae needs a value model; add the section (critic: {}) or choose another advantage"
+            )
+        if self.critic is not None and algorithm.advantage != "gae":
+            raise ValueError(f"critic: algorithm.advantage {algorithm.advantage} asks no critic; remove the section or set gae")
+        if algorithm.correction != "none" and (rollout.top_p < 1 or rollout.top_k):
+            key = f"rollout.top_p {rollout.top_p}" if rollout.top_p < 1 else f"rollout.top_k {rollout.top_k}"
+            raise ValueError(
+                f"algorithm.correction: {algorithm.correction} compares log-probabilities, and under {key} the engine's are of"
+                " another distribution than the trainer's; sample from the whole one or set algorithm.correction=none"
             )
         return self
 

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 def rows(
     path: str | Path | None, *, prompt: str = "prompt", answer: str | None = "answer", target: str | None = None,
-    images: str | None = None, id: str | None = None, system: str | None = None, instruction: str = "",
+    rejected: str | None = None, images: str | None = None, id: str | None = None, system: str | None = None,
+    instruction: str = "",
 ) -> list[Row]:
     """Rows of a file by column names; `system` and `instruction` are texts. Other columns go to the reward as fields.
 
-    The prompt column holds a text or a list of chat messages. answer=None is for data without answers.
+    The prompt column holds a text or a list of chat messages. answer=None is for data without answers; target is the response
+    to imitate, and with rejected the preferred one of a pair.
     """
-    return [_row(record, prompt, answer, target, images, id, system, instruction) for record in read_records(path)]
+    return [_row(record, prompt, answer, target, rejected, images, id, system, instruction) for record in read_records(path)]
 
 
 def load_rows(config: DatasetConfig, key: str = "data.train") -> list[Row]:
@@ -128,8 +130,8 @@ class PromptSource:
 
 
 def _row(
-    record: Record, prompt: str, answer: str | None, target: str | None, images: str | None, id: str | None,
-    system: str | None, instruction: str,
+    record: Record, prompt: str, answer: str | None, target: str | None, rejected: str | None, images: str | None,
+    id: str | None, system: str | None, instruction: str,
 ) -> Row:
     shown = pictures(record.value(images), record.where, record.folder) if images else ()
     asked = record.value(prompt)
@@ -139,8 +141,9 @@ def _row(
         messages=conversation(messages, len(shown), system, instruction, record.where),
         answer=record.text(answer) if answer else "",
         target=record.text(target) if target else None,
+        rejected=record.text(rejected) if rejected else None,
         images=shown,
-        fields=record.without(prompt, answer, target, images, id),
+        fields=record.without(prompt, answer, target, rejected, images, id),
     )
 
 

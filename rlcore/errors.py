@@ -1,5 +1,8 @@
 """What rlcore raises. The command line turns each class into its exit status (`status`)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class RlcoreError(Exception):
     """Anything rlcore says about a run; the message names the thing, the numbers and the remedy."""
@@ -18,4 +21,13 @@ class PluginError(ConfigError):
 
 
 class RunError(RlcoreError):
-    """The run failed: a non-finite loss, weights that did not arrive."""
+    """The run failed: weights that did not arrive, an engine that answers wrongly."""
+
+
+class NonFinite(RunError):
+    """A loss or gradient that is no number, before the optimizer saw it."""
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        """`report` holds the samples and the numbers, as JSON can write them."""
+        super().__init__(message)
+        self.report = report

@@ -114,15 +114,14 @@ def lengths(groups: Sequence[Group]) -> Metrics:
 
 
 def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
-    """`grpo/score/*` over samples that have a value, `grpo/rewards/*` what the advantage is made of, `reward/<part>` each
-    reward's mean, `reward/{timeout,error}` counts, and the share of groups whose samples all got the same score."""
+    """`grpo/score/*` over samples that have a value, `reward/<part>` each reward's mean, `reward/{timeout,error}` counts,
+    and the share of groups whose samples all got the same score."""
     flat = [score for group in scores for score in group]
     valued = [score.value for score in flat if score.value is not None]
     names = dict.fromkeys(name for score in flat for name in score.parts)
     complete = [{score.value for score in group} for group in scores]
     return {
         **spread("grpo/score", valued),
-        **spread("grpo/rewards", valued),
         **{f"reward/{name}": statistics.fmean(score.parts[name] for score in flat if name in score.parts) for name in names},
         "reward/timeout": float(sum(score.status == "timeout" for score in flat)),
         "reward/error": float(sum(score.status == "error" for score in flat)),

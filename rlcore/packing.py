@@ -57,13 +57,17 @@ class Piece:
     tokens: int
 
 
-def plan(groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
+def plan(
+    groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[str] | None = None, whole_groups: bool = False
+) -> list[list[Piece]]:
     """Micro-batches for groups of (prompt tokens, response tokens of each sample), none above `cap` forwarded tokens.
 
     As few as first-fit-decreasing finds, then spread evenly over that many where the cap allows.
-    ConfigError names a sample that exceeds the cap by itself.
+    ConfigError names a sample that exceeds the cap by itself, or a group where it must stay whole.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _split(index, *group, cap, names)]
+    if whole_groups:
+        _check_whole(pieces, groups, cap, names)
     pieces.sort(key=lambda piece: -piece.tokens)
     packed = _first_fit(pieces, cap)
     even = _spread(pieces, len(packed))
@@ -118,11 +122,11 @@ def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     )
 
 
-def microbatches(batch: Batch, cap: int) -> list[Packed]:
+def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
     """The whole batch as packed rows."""
     shapes = [(len(g.prompt.token_ids), [len(s.token_ids) for s in g.samples]) for g in batch.groups]
     names = [group.prompt.row.id for group in batch.groups]
-    return [pack(batch, pieces) for pieces in plan(shapes, cap, names)]
+    return [pack(batch, pieces) for pieces in plan(shapes, cap, names, whole_groups)]
 
 
 def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: Sequence[str] | None) -> list[Piece]:
@@ -144,6 +148,20 @@ def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: S
     if samples:
         pieces.append(Piece(group, tuple(samples), tokens))
     return pieces
+
+
+def _check_whole(
+    pieces: Sequence[Piece], groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[str] | None
+) -> None:
+    for piece in pieces:
+        prompt, responses = groups[piece.group]
+        if len(piece.samples) < len(responses):
+            tokens = prompt + sum(responses) - len(responses)
+            name = names[piece.group] if names else f"group {piece.group}"
+            raise ConfigError(
+                f"{name}: its {len(responses)} responses need {tokens} tokens in one"
+                f" forward pass, more than train.max_tokens_per_microbatch {cap}; raise that limit or remove the row"
+            )
 
 
 def _first_fit(pieces: Sequence[Piece], cap: int) -> list[list[Piece]]:

@@ -20,13 +20,13 @@ def describe(config: RunConfig, rows: int) -> str:
         ("training rows", f"{rows}"),
         ("prompts a step", f"{prompts} (train.prompts_per_step)"),
         ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
-        ("optimizer steps a step", f"{train.minibatches_per_step} (train.minibatches_per_step), {share * group} samples each"),
+        ("optimizer steps a step", _optimizer_steps(config) + f", {share * group} samples each"),
         ("micro-batches an optimizer step", f"at most {most}, none above {cap} tokens (train.max_tokens_per_microbatch)"),
         ("longest sample", f"{longest} tokens = {longest_prompt} prompt + {longest_response} response"),
         ("steps", f"{train.steps} (train.steps)"),
         ("prompts in all", f"{train.steps * prompts} = {train.steps * prompts / rows:.2f} passes over the training rows"),
         ("samples in all", f"{train.steps * prompts * group}"),
-        ("optimizer steps in all", f"{train.steps * train.minibatches_per_step}"),
+        ("optimizer steps in all", f"{train.steps * train.epochs_per_step * train.minibatches_per_step}"),
     ]  # fmt: skip
     if config.sft:
         examples = config.sft.steps * config.sft.rows_per_step
@@ -35,6 +35,13 @@ def describe(config: RunConfig, rows: int) -> str:
         lines.append(("evaluation", _evaluations(config)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _optimizer_steps(config: RunConfig) -> str:
+    minibatches, epochs = config.train.minibatches_per_step, config.train.epochs_per_step
+    if epochs == 1:
+        return f"{minibatches} (train.minibatches_per_step)"
+    return f"{epochs * minibatches} = {epochs} passes (train.epochs_per_step) x {minibatches} (train.minibatches_per_step)"
 
 
 def _evaluations(config: RunConfig) -> str:

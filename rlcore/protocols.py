@@ -15,6 +15,7 @@ from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, 
 if TYPE_CHECKING:
     from rlcore.config import RolloutConfig
     from rlcore.packing import Packed
+    from rlcore.vision import ImageCache
 
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 
@@ -35,6 +36,18 @@ class Actor(Reference, Protocol):
     def save(self, folder: Path) -> None:
         """Everything needed to go on training, into an empty folder; `folder/model` is a Hugging Face folder."""
         ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class Critic(Protocol):
+    def values(self, batch: Batch) -> Tensor:
+        """[N] float32: what the response was expected to earn, before each token."""
+        ...
+
+    def update(self, batch: Batch) -> Metrics: ...
+
+    def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
 
@@ -74,9 +87,11 @@ class Adapter(Protocol):
         """Response tokens as text, special tokens left out."""
         ...
 
-    def hidden(self, model: nn.Module, packed: Packed) -> Tensor:
-        """[T, D]: the last hidden states of a packed row, after the final norm."""
+    def hidden(self, model: nn.Module, packed: Packed, images: ImageCache | None = None) -> Tensor:
+        """[T, D]: the last hidden states of a packed row, after the final norm. `images` keeps what a frozen tower gives."""
         ...
+
+    def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
 
     def head(self, model: nn.Module) -> Tensor:
         """[V, D]: the output projection (the embedding itself where they are tied)."""

@@ -16,7 +16,6 @@ from rlcore.protocols import Adapter, Backend, NamedTensors
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Fingerprint, compare, fingerprint
 
-
 _ROWS = 256  # sequences continued at a time
 
 

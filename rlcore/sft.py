@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from rlcore import checkpoint, metrics
+from rlcore.algorithms import aggregation
 from rlcore.config import RunConfig, SftConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
-from rlcore.policy import TorchActor
+from rlcore.learner import Objective, tokens
+from rlcore.policy import Passes, TorchActor
 from rlcore.protocols import Adapter, Backend
 from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss, TokenView
 from rlcore.worker import Policy
@@ -66,26 +69,56 @@ def fit(
     console: Console,
 ) -> None:
     """Minimizes the mean negative log-probability of the target tokens."""
-    actor = TorchActor(model, policy.adapter, policy.settings, negative_log_likelihood, config.optimizer)
+    objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
+    actor = TorchActor(
+        policy.trainable(model), policy.adapter, policy.settings, objective, config.optimizer, Passes(config.steps),
+        policy.image_cache(model),
+    )  # fmt: skip
+
+    def batch() -> Batch:
+        return Batch.of(targets(source, config.rows_per_step, policy.adapter))
+
+    task = Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
+    loop(task, actor, source, policy.config, folder, saved, console)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training that samples nothing."""
+
+    name: str
+    steps: int
+    log_every: int
+    batch: Callable[[], Batch]  # the next
+    shown: tuple[str, ...]  # metrics on the console
+
+
+def loop(
+    task: Task, actor: TorchActor, source: PromptSource, config: RunConfig, folder: Path, saved: Path | None,
+    console: Console,
+) -> None:
+    """The steps that are not done yet, and a checkpoint at the end; what an interrupt stops keeps its metrics."""
     done = 0
     if saved:
         state = checkpoint.read_state(saved)
         actor.load(saved)
         done, source.drawn = state["step"], state["drawn"]
     folder.mkdir(parents=True, exist_ok=True)
-    sinks = metrics.Sinks(folder, policy.config.logging.tensorboard, done + 1 if done else 0)
-    console.start("sft", config.steps, done)
+    sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
+    console.start(task.name, task.steps, done)
     try:
-        for number in range(done + 1, config.steps + 1):
+        for number in range(done + 1, task.steps + 1):
             start = time.perf_counter()
-            row = actor.update(Batch.of(targets(source, config.rows_per_step, policy.adapter)))
+            row = actor.update(task.batch())
+            if actor.images:
+                row["vision/images_encoded"] = float(actor.images.clear())
             row["timing/all"] = time.perf_counter() - start
             sinks.write(number, row)
-            if number % config.log_every == 0 or number == config.steps:
-                line = f"sft {number}/{config.steps}  loss {row['sft/loss']:.4f}  grad {row['grad_norm']:.3g}"
-                console.step(line, config.log_every)
-        state = {"step": config.steps, "drawn": source.drawn}
-        checkpoint.save(folder, f"step_{config.steps:06d}", state, actor.save)
+            if number % task.log_every == 0 or number == task.steps:
+                shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
+                console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
+        state = {"step": task.steps, "drawn": source.drawn}
+        checkpoint.save(folder, f"step_{task.steps:06d}", state, actor.save)
     finally:
         console.stop()
         sinks.close()
@@ -96,13 +129,17 @@ def targets(source: PromptSource, count: int, adapter: Adapter) -> list[Group]:
     return [Group(prompt, [_target(prompt, adapter)]) for prompt in source.draw(count)]
 
 
-def negative_log_likelihood(tokens: TokenView) -> TokenLoss:
-    loss = -tokens.logprobs
-    return TokenLoss(loss, {"sft/loss": loss, "sft/entropy": tokens.entropy})
+def negative_log_likelihood(view: TokenView) -> TokenLoss:
+    loss = -view.logprobs
+    return TokenLoss(loss, {"sft/loss": loss, "sft/entropy": view.entropy})
 
 
 def _target(prompt: Prompt, adapter: Adapter) -> Sample:
-    text = prompt.row.target
-    assert text, "check_targets comes first"
+    assert prompt.row.target, "check_targets comes first"
+    return written(prompt.row.target, adapter)
+
+
+def written(text: str, adapter: Adapter) -> Sample:
+    """A response that no engine drew."""
     token_ids = adapter.encode_response(text)
     return Sample(token_ids, [0.0] * len(token_ids), text, "stop", policy_version=0)

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlcore import checkpoint, metrics, sft
-from rlcore.algorithms import grpo
-from rlcore.config import RunConfig, SamplingConfig
+from rlcore.algorithms import dapo
+from rlcore.algorithms.advantages import advantages
+from rlcore.algorithms.kl import Controller, divergence
+from rlcore.config import AlgorithmConfig, RunConfig, SamplingConfig
 from rlcore.console import Console, grpo_line
 from rlcore.data import PromptSource, encode_all, load_rows
+from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
 from rlcore.protocols import Backend
 from rlcore.rewards.runner import RewardFunctions
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling, Score
+from rlcore.types import Batch, Group, Metrics, Outcome, Prompt, Receipt, Sampling, Score
 from rlcore.worker import Policy, Worker, start_rollout
 
 EVALUATION_SEED = 1 << 40  # far from every step's
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Groups and what the reward said of each of their samples."""
+
+    groups: list[Group]
+    scores: list[list[Score]]
+
+    def __add__(self, other: Scored) -> Scored:
+        return Scored(self.groups + other.groups, self.scores + other.scores)
 
 
 @dataclass(frozen=True)
@@ -29,33 +45,75 @@ class Iteration:
     """What one step did."""
 
     batch: Batch
-    scores: list[list[Score]]
+    scores: list[list[Score]]  # of the batch's groups
+    outcome: Outcome
+    replaced: Scored  # groups without signal that other prompts took the place of
     receipt: Receipt  # of the weights that were sampled from, whenever they were sent
     update: Metrics
 
 
 def step(
-    worker: Worker, prompts: Sequence[Prompt], config: RunConfig, number: int, clock: metrics.Clock, interruption: Interruption
+    worker: Worker, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int, kl_coef: float,
+    clock: metrics.Clock, interruption: Interruption,
 ) -> Iteration:
     """Sample, score, compare, update. Weights go first: a broken path fails before any training."""
     with clock.span("resharding_to_infer"):
         receipt = worker.sync_weights()
-    with clock.span("rollout"):
-        groups = worker.rollout.generate(prompts, sampling(config.rollout, config.algorithm.group_size, config.seed + number))
-    with clock.span("reward"):
-        scores = worker.reward.score(groups)
-    with clock.span("adv"):
-        batch = with_advantages(Batch.of(groups), scores, config)
+    kept, replaced = collect(worker, draw, config, number, clock)
+    batch = replace(Batch.of(kept.groups), kl_coef=kl_coef)
     if worker.reference is not None:
         with clock.span("reference_model"):
             batch = replace(batch, ref_logprobs=worker.reference.logprobs(batch))
-    if config.train.minibatches_per_step > 1:
+    if needs_old_logprobs(config):
         with clock.span("old_log_p"):
             batch = replace(batch, old_logprobs=worker.actor.logprobs(batch))
+    if worker.critic is not None:
+        with clock.span("values"):
+            batch = replace(batch, values=worker.critic.values(batch))
+    with clock.span("adv"):
+        outcome = outcome_of(batch, kept.scores, config)
+        batch = with_advantages(batch, outcome, config.algorithm)
     interruption.hold()
     with clock.span("update"):
         update = worker.update(batch)
-    return Iteration(batch, scores, receipt, update)
+    if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
+        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef
+    return Iteration(batch, kept.scores, outcome, replaced, receipt, update)
+
+
+def collect(
+    worker: Worker, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int, clock: metrics.Clock
+) -> tuple[Scored, Scored]:
+    """A step's groups, and those that were replaced because they taught nothing (DAPO's dynamic sampling).
+
+    At most algorithm.max_refills times other prompts are drawn for them; what is still missing then stays missing, but a step
+    in which no group at all has signal keeps the last ones.
+    """
+    kept, replaced = Scored([], []), Scored([], [])
+    for refill in range(config.algorithm.max_refills + 1):
+        with clock.span("data"):
+            prompts = draw(config.train.prompts_per_step - len(kept.groups))
+        with clock.span("rollout"):
+            seed = config.seed + number + (refill << 32)
+            groups = worker.rollout.generate(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
+        with clock.span("reward"):
+            scored = Scored(groups, worker.reward.score(groups))
+        if not config.algorithm.max_refills:
+            return scored, replaced
+        signal = [dapo.has_signal(scores) for scores in scored.scores]
+        kept += _chosen(scored, signal)
+        replaced += _chosen(scored, [not one for one in signal])
+        if len(kept.groups) == config.train.prompts_per_step:
+            break
+    if not kept.groups:
+        kept, replaced = scored, Scored(replaced.groups[: -len(groups)], replaced.scores[: -len(groups)])
+    return kept, replaced
+
+
+def needs_old_logprobs(config: RunConfig) -> bool:
+    """Whether the actor's log-probabilities are wanted before the update gives them anyway."""
+    updates = config.train.minibatches_per_step * config.train.epochs_per_step
+    return updates > 1 or (config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "reward")
 
 
 @dataclass(frozen=True)
@@ -94,6 +152,8 @@ def train(
 
     `begin` is called when everything has loaded and before anything is written: a run that cannot start leaves no trace.
     """
+    if not config.reward:
+        raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
     with Interruption() as interruption:
         saved = checkpoint.latest(folder) if resume else None
         checkpoint.seed_random_states(config.seed)
@@ -109,9 +169,8 @@ def train(
         if config.sft:
             model = sft.warm_start(policy, model, folder / "sft", console)
         worker = Worker(policy, model, engine, reward)
-        done = _restore(worker, source, saved) if saved else 0
-        run = Run(config, worker, source, held_out, folder, console, interruption, done)
-        run.go()
+        done, kl_coef = _restore(worker, source, saved) if saved else (0, None)
+        Run(config, worker, source, held_out, folder, console, interruption, done, kl_coef).go()
 
 
 class Run:
@@ -119,11 +178,13 @@ class Run:
 
     def __init__(
         self, config: RunConfig, worker: Worker, source: PromptSource, held_out: Sequence[Prompt], folder: Path,
-        console: Console, interruption: Interruption, done: int,
+        console: Console, interruption: Interruption, done: int, kl_coef: float | None = None,
     ) -> None:
+        """`kl_coef`: where an adaptive one stood after step `done`."""
         self.config, self.worker, self.source, self.held_out = config, worker, source, held_out
         self.folder, self.console, self.interruption = folder, console, interruption
         self.done = self.saved = done  # steps
+        self.kl = Controller.start(config.algorithm) if kl_coef is None else Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
         self.clock = metrics.Clock()
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
@@ -148,18 +209,28 @@ class Run:
 
     def _step(self, number: int) -> None:
         config, start = self.config, time.perf_counter()
-        with self.clock.span("data"):
-            prompts = self.source.draw(config.train.prompts_per_step)
-        iteration = step(self.worker, prompts, config, number, self.clock, self.interruption)
+        try:
+            iteration = step(
+                self.worker, self.source.draw, config, number, self.kl.coefficient, self.clock, self.interruption
+            )
+        except NonFinite as error:
+            path = self.folder / f"nonfinite_step_{number:06d}.json"
+            path.write_text(json.dumps({"step": number, **error.report}, indent=1) + "\n", encoding="utf-8")
+            raise RunError(f"{error}; nothing was updated, the numbers are in {path}") from error
         self.done, self.drawn = number, self.source.drawn
+        apart = iteration.update.get("actor/kl_loss", iteration.update.get("actor/kl_penalty"))
+        if apart is not None:
+            self.kl.observe(apart, len(iteration.batch.samples))
         evaluation = None
         if config.evaluation and self._due(config.evaluation.every, config.evaluation.at_end):
             evaluation = evaluate(self.worker, self.held_out, config, self.clock)
         if self._due(config.train.save_every, at_end=True):
             with self.clock.span("save_checkpoint"):
                 self._save()
-        row = self._row(iteration, start) | (evaluation.metrics() if evaluation else {})
-        self.sinks.write(number, row, [*records(iteration, config), *(evaluation_records(evaluation) if evaluation else ())])
+        row, lines = self._row(iteration, start), [*records(iteration, config.algorithm)]
+        if evaluation:
+            row, lines = row | evaluation.metrics(), [*lines, *evaluation_records(evaluation)]
+        self.sinks.write(number, row, lines)
         self.console.step(grpo_line(number, config.train.steps, row))
         self.console.show(iteration.batch.groups, iteration.scores)
         self._warn(row)
@@ -174,23 +245,29 @@ class Run:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.config.train.steps)
 
     def _save(self) -> None:
-        state = {"step": self.done, "drawn": self.drawn}
-        checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.worker.actor.save)
+        state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient}
+        checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.worker.save)
         self.saved = self.done
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
-        batch = iteration.batch
+        batch, outcome = iteration.batch, iteration.outcome
         timing = metrics.timings(self.clock.take(), start, time.perf_counter())
+        sampled = [*batch.groups, *iteration.replaced.groups]
+        images = self.worker.images
         return {
-            **metrics.score_metrics(iteration.scores),
+            **metrics.score_metrics([*iteration.scores, *iteration.replaced.scores]),
+            **metrics.spread("grpo/rewards", outcome.penalized[outcome.valid].tolist()),
             **metrics.spread("grpo/advantages", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
-            **metrics.lengths(batch.groups),
+            **metrics.lengths(sampled),
             "data/dropped_long": float(self.source.dropped_long),
+            **({"data/replaced_groups": float(len(iteration.replaced.groups))} if self.config.algorithm.max_refills else {}),
+            **({"grpo/kl_coef": batch.kl_coef} if self.config.algorithm.kl_target else {}),
+            **({"vision/images_encoded": float(images.clear())} if images else {}),
             **metrics.sync(iteration.receipt),
             **metrics.memory(),
             **timing,
-            **metrics.throughput(batch.groups, timing, devices=1),
+            **metrics.throughput(sampled, timing, devices=1),
         }
 
     def _warn(self, row: Metrics) -> None:
@@ -207,28 +284,48 @@ def sampling(config: SamplingConfig, samples: int, seed: int) -> Sampling:
     return Sampling(samples, config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed)
 
 
-def with_advantages(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfig) -> Batch:
-    """The batch with each sample's advantage on its tokens; samples whose reward failed are masked out of the loss."""
+def outcome_of(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfig) -> Outcome:
+    """What the advantages are made of: scores, less what long responses and distance from the reference cost."""
+    algorithm = config.algorithm
     flat = [score for group in scores for score in group]
-    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat])
     valid = torch.tensor([score.value is not None for score in flat])
+    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat])
+    if algorithm.overlong_penalty:
+        rewards += dapo.overlong_penalty(batch.lengths, config.rollout.max_new_tokens, algorithm) * valid
+    penalties = torch.zeros(len(batch.loss_mask))
+    if batch.ref_logprobs is not None and algorithm.kl_in == "reward":
+        assert batch.old_logprobs is not None
+        penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator)
     groups = torch.tensor([number for number, group in enumerate(scores) for _ in group])
-    advantages = grpo.advantages(rewards, groups, valid, config.algorithm)
-    return replace(batch, advantages=batch.per_token(advantages), loss_mask=batch.per_token(valid))
+    return Outcome(rewards, valid, groups, batch.lengths, penalties, batch.values)
 
 
-def records(iteration: Iteration, config: RunConfig) -> Iterator[dict[str, Any]]:
+def with_advantages(batch: Batch, outcome: Outcome, config: AlgorithmConfig) -> Batch:
+    """The batch with each token's advantage; samples whose reward failed, and truncated ones if so set, leave the loss."""
+    values, returns = advantages(outcome, config)
+    counts = outcome.valid
+    if config.mask_truncated:
+        counts = counts & torch.tensor([sample.finish == "stop" for sample in batch.samples])
+    return replace(batch, advantages=values, returns=returns, loss_mask=batch.per_token(counts))
+
+
+def records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str, Any]]:
     """A line of samples.jsonl for every sample: what it said, what it got, and why it taught nothing, if so."""
-    advantages = iter(iteration.batch.sample_values(iteration.batch.advantages))
-    regularized = bool(config.algorithm.kl_coef or config.algorithm.entropy_coef)
-    for record, score in _samples(iteration.batch.groups, iteration.scores):
-        advantage = next(advantages)
+    batch = iteration.batch
+    values = batch.sample_values(batch.advantages)
+    regularized = bool(config.kl_coef or config.entropy_coef)
+    for (record, score), advantage in zip(_samples(batch.groups, iteration.scores), values, strict=True):
         reason = None
         if score.value is None:
             reason = f"reward {score.status}"
+        elif config.mask_truncated and record["finish"] == "length":
+            reason = "cut off at rollout.max_new_tokens"
         elif advantage == 0 and not regularized:
             reason = "no advantage: every sample of the group scored the same"
         yield {"phase": "train", **record, "advantage": advantage, "not_trained": reason}
+    for record, _ in _samples(iteration.replaced.groups, iteration.replaced.scores):
+        reason = "no advantage: every sample of the group scored the same, so another prompt took its place"
+        yield {"phase": "train", **record, "advantage": None, "not_trained": reason}
 
 
 def evaluation_records(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -246,6 +343,10 @@ def _samples(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Iter
             }, score  # fmt: skip
 
 
+def _chosen(scored: Scored, wanted: Sequence[bool]) -> Scored:
+    return Scored(list(compress(scored.groups, wanted)), list(compress(scored.scores, wanted)))
+
+
 def _held_out(policy: Policy) -> Sequence[Prompt]:
     data = policy.config.data
     if policy.config.evaluation is None or data.eval is None:
@@ -253,9 +354,10 @@ def _held_out(policy: Policy) -> Sequence[Prompt]:
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
 
 
-def _restore(worker: Worker, source: PromptSource, saved: Path) -> int:
-    worker.actor.load(saved)
+def _restore(worker: Worker, source: PromptSource, saved: Path) -> tuple[int, float]:
+    """The step of the checkpoint, and the coefficient of the divergence after it."""
+    worker.load(saved)
     state = checkpoint.read_state(saved)
     worker.version, source.drawn = state["step"], state["drawn"]
     checkpoint.restore_random_states(state["random"])
-    return state["step"]
+    return state["step"], state["kl_coef"]

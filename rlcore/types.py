@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from rlcore.errors import RunError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -27,7 +29,8 @@ class Row:
     id: str  # unique within the data set; error messages and samples.jsonl name it
     messages: Sequence[Mapping[str, Any]]  # chat messages; content is text or a list of {type: image} / {type: text, text}
     answer: str = ""  # what the reward compares with
-    target: str | None = None  # the whole response to imitate, for supervised training
+    target: str | None = None  # the whole response to imitate, or the preferred one of a pair
+    rejected: str | None = None  # the other of the pair
     images: Sequence[Image] = ()  # RGB, in the order of the image parts
     fields: Mapping[str, Any] = field(default_factory=dict)  # the other columns, handed to the reward
 
@@ -99,9 +102,20 @@ class Batch:
     advantages: Tensor | None = None  # [N] float32
     ref_logprobs: Tensor | None = None  # [N] float32
     old_logprobs: Tensor | None = None  # [N] float32; None is "the actor's own, detached"
+    values: Tensor | None = None  # [N] float32, the critic's before this step's updates
+    returns: Tensor | None = None  # [N] float32, what it should have said
+    kl_coef: float = 0.0  # of this step
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Batch:
+        """RunError when an engine gave another number of log-probabilities than tokens."""
+        for group in groups:
+            for sample in group.samples:
+                if len(sample.logprobs) != len(sample.token_ids):
+                    raise RunError(
+                        f"{group.prompt.row.id}: the engine gave {len(sample.logprobs)} log-probabilities for"
+                        f" {len(sample.token_ids)} tokens; training needs one for each"
+                    )
         logprobs = [value for group in groups for sample in group.samples for value in sample.logprobs]
         rollout_logprobs = torch.tensor(logprobs, dtype=torch.float32)
         return cls(groups, rollout_logprobs, torch.ones(len(logprobs), dtype=torch.bool))
@@ -113,24 +127,52 @@ class Batch:
     @cached_property
     def lengths(self) -> Tensor:
         """[S] response tokens of each sample."""
-        return torch.tensor([len(sample.token_ids) for sample in self.samples])
+        return torch.tensor([len(sample.token_ids) for sample in self.samples], dtype=torch.int64)
 
-    def select(self, chosen: range) -> Batch:
-        """The groups of that range, with their tokens."""
-        sizes = [sum(len(sample.token_ids) for sample in group.samples) for group in self.groups]
-        tokens = slice(sum(sizes[: chosen.start]), sum(sizes[: chosen.stop]))
-        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs")
+    @property
+    def sequence(self) -> Tensor:
+        """[N]: the number of the sample that each token belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+    def select(self, chosen: Sequence[int]) -> Batch:
+        """Those groups, in that order, with their tokens."""
+        sizes = torch.tensor([sum(len(sample.token_ids) for sample in group.samples) for group in self.groups])
+        starts = (sizes.cumsum(0) - sizes).tolist()
+        tokens = torch.cat([torch.arange(starts[index], starts[index] + int(sizes[index])) for index in chosen])
+        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns")
         cut = {name: value[tokens] for name in fields if (value := getattr(self, name)) is not None}
-        return Batch(self.groups[chosen.start : chosen.stop], **cut)
+        return Batch([self.groups[index] for index in chosen], **cut, kl_coef=self.kl_coef)
 
     def per_token(self, per_sample: Tensor) -> Tensor:
         """[S] -> [N], each sample's value on each of its tokens."""
         return per_sample.repeat_interleave(self.lengths)
 
     def sample_values(self, per_token: Tensor) -> list[float]:
-        """[N] -> S, the value on each sample's first token."""
-        ends = self.lengths.cumsum(0)
-        return per_token[ends - self.lengths].tolist()
+        """[N] -> S, the mean over each sample's tokens."""
+        sums = torch.zeros(len(self.lengths), dtype=torch.float64).index_add(0, self.sequence, per_token.double())
+        return (sums / self.lengths).tolist()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What advantages are made of: S responses and what they earned."""
+
+    rewards: Tensor  # [S] float32; 0 where invalid
+    valid: Tensor  # [S] bool
+    groups: Tensor  # [S] int64, the number of each response's group
+    lengths: Tensor  # [S] int64
+    penalties: Tensor  # [N] float32, taken from the reward token by token: kl_coef x divergence
+    values: Tensor | None = None  # [N] float32, what a critic expected
+
+    @property
+    def sequence(self) -> Tensor:
+        """[N]: the number of the response that each token belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+    @property
+    def penalized(self) -> Tensor:
+        """[S]: rewards less the penalties of all tokens."""
+        return self.rewards.index_add(0, self.sequence, -self.penalties)
 
 
 @dataclass(frozen=True)
@@ -146,20 +188,33 @@ class Receipt:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What a loss sees of one micro-batch: M unmasked response tokens, float32."""
+    """What a loss sees of one micro-batch: M response tokens that count, float32. A response is never cut in two."""
 
     logprobs: Tensor  # [M], with gradient
     entropy: Tensor  # [M], with gradient
+    sequence: Tensor  # [M] int64, not falling: which response of the micro-batch, from 0
     rollout_logprobs: Tensor  # [M]
-    advantages: Tensor | None  # [M]
-    ref_logprobs: Tensor | None  # [M]
-    old_logprobs: Tensor | None  # [M]; None is "logprobs, detached"
+    advantages: Tensor | None = None  # [M]
+    ref_logprobs: Tensor | None = None  # [M]
+    old_logprobs: Tensor | None = None  # [M]; None is "logprobs, detached"
+    kl_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValueView:
+    """The same for a critic."""
+
+    values: Tensor  # [M], with gradient
+    old_values: Tensor  # [M]
+    returns: Tensor  # [M]
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss by token, and what to report: means over all tokens of the optimizer step, and maxima."""
+    """A loss by token, and what to report over all tokens of the optimizer step: means, maxima, and effective sample sizes of
+    weights as shares, (sum w)^2 / (M sum w^2)."""
 
     loss: Tensor  # [M]
     means: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
     maxima: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
+    effective: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each

@@ -99,6 +99,7 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         ("train.steps=ten", "train.steps: input should be a valid integer, .* it is 'ten'"),
         ("algorithm.group_size=1", "algorithm.group_size: 1 leaves nothing to compare .*; use 2 or more"),
         ("train.max_tokens_per_microbatch=67", "train.max_tokens_per_microbatch: 67 cannot hold one sample of up to 68 tokens"),
+        ("reward=[]", "reward: must list at least one reward"),
         ("backend.name=tpu", "backend.name: none of the installed backends is called 'tpu'; .*cpu"),
         ("rollout.engine=torhc", "rollout.engine: none of the installed engines is called 'torhc'; did you mean 'torch'?"),
         ("reward.0.name=maths", "reward.0.name: none of the installed rewards is called 'maths'; did you mean 'math'?"),

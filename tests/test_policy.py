@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from rlcore import registry
+from rlcore.algorithms import aggregation
 from rlcore.config import OptimizerConfig
-from rlcore.policy import ForwardSettings, TorchActor
+from rlcore.learner import Objective, tokens
+from rlcore.policy import ForwardSettings, Passes, TorchActor
 from rlcore.sft import negative_log_likelihood
 from rlcore.types import Batch, Group, Row, Sample
 
@@ -31,7 +33,8 @@ def batch(adapter):
 def actor(adapter, folder, dtype):
     settings = ForwardSettings(torch.device("cpu"), dtype, 256, 1.0)
     model = adapter.load(folder, torch.float32)
-    return TorchActor(model, adapter, settings, negative_log_likelihood, OptimizerConfig(lr=1e-3))
+    objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
+    return TorchActor(model, adapter, settings, objective, OptimizerConfig(lr=1e-3), Passes(total_steps=1))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError
 from rlcore.packing import Packed
 from rlcore.types import Prompt, Row
+from rlcore.vision import ImageCache
 
 
 class CausalLM:
@@ -66,7 +67,7 @@ class CausalLM:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def hidden(self, model: Any, packed: Packed) -> Tensor:
+    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None) -> Tensor:
         """[T, D]: the last hidden states after the final norm, on the model's device."""
         output = model.model(
             input_ids=packed.input_ids[None].to(model.device),
@@ -79,6 +80,9 @@ class CausalLM:
     def head(self, model: Any) -> Tensor:
         """[V, D]."""
         return model.lm_head.weight
+
+    def vision_tower(self, model: Any) -> nn.Module | None:
+        return None
 
     def published_name(self, name: str) -> str:
         """The name under which `save_pretrained` and the Hugging Face hub know the tensor that state_dict() calls `name`."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
 from rlcore.packing import Packed
 from rlcore.types import Prompt, Row
+from rlcore.vision import ImageCache
 
 from .causal_lm import CausalLM, image_parts
 
@@ -53,15 +54,18 @@ class Qwen2_5_VL(CausalLM):
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
         )
 
-    def hidden(self, model: Any, packed: Packed) -> Tensor:
-        """[T, D]. The vision tower runs once over all images of the row."""
+    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None) -> Tensor:
+        """[T, D]. The vision tower runs once over the row's images, or over those that `images` does not keep."""
         output = model.model.language_model(
-            inputs_embeds=self._embedded(model.model, packed)[None],
+            inputs_embeds=self._embedded(model.model, packed, images)[None],
             position_ids=packed.position_ids.expand(3, -1)[:, None].to(model.device),
             segments=packed.segments,
             use_cache=False,
         )
         return output.last_hidden_state[0]
+
+    def vision_tower(self, model: Any) -> nn.Module | None:
+        return model.model.visual
 
     def published_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
@@ -74,7 +78,7 @@ class Qwen2_5_VL(CausalLM):
             )
         return list(row.messages)
 
-    def _embedded(self, model: Any, packed: Packed) -> Tensor:
+    def _embedded(self, model: Any, packed: Packed, cache: ImageCache | None) -> Tensor:
         """[T, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
 
         transformers' own forward pass counts those too, and refuses the sample.
@@ -82,13 +86,21 @@ class Qwen2_5_VL(CausalLM):
         embedded = model.get_input_embeddings()(packed.input_ids.to(model.device))
         if not packed.vision:
             return embedded
-        vision = {name: torch.cat([prompt[name] for prompt in packed.vision]).to(model.device) for name in packed.vision[0]}
-        images = model.get_image_features(**vision, return_dict=True)
+
+        def encode(prompts: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
+            vision = {name: torch.cat([prompt[name] for prompt in prompts]).to(model.device) for name in prompts[0]}
+            encoded = iter(model.get_image_features(**vision, return_dict=True).pooler_output)
+            return [[next(encoded) for _ in prompt["image_grid_thw"]] for prompt in prompts]
+
+        if cache is None:
+            images = [image for prompt in encode(packed.vision) for image in prompt]
+        else:
+            images = cache.embed(packed.vision, encode)
         in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
         for segment in packed.segments:
             in_prompt[segment.start : segment.start + segment.prompt] = True
         places = (in_prompt & (packed.input_ids == self.processor.image_token_id)).nonzero()[:, 0]
-        return embedded.index_copy(0, places.to(model.device), torch.cat(images.pooler_output).to(embedded.dtype))
+        return embedded.index_copy(0, places.to(model.device), torch.cat(images).to(embedded.dtype))
 
     def _template_ids(self, row: Row) -> list[int]:
         token_ids = super()._template_ids(row)

@@ -50,10 +50,10 @@ def main(file: str, steps: int) -> None:
         for number in range(1, steps + 1):
             interruption.release()
             clock, start = Clock(), time.perf_counter()
-            iteration = trainer.step(worker, source.draw(config.train.prompts_per_step), config, number, clock, interruption)
+            iteration = trainer.step(worker, source.draw, config, number, config.algorithm.kl_coef, clock, interruption)
             stages = Counter({"all": time.perf_counter() - start})
             for span in clock.take():
-                stages[STAGES[span.stage]] += span.end - span.start
+                stages[STAGES.get(span.stage, "other")] += span.end - span.start
             groups = iteration.batch.groups
             stages["response_tokens"] = sum(len(sample.token_ids) for group in groups for sample in group.samples)
             stages["prompt_tokens"] = max(len(group.prompt.token_ids) for group in groups)

@@ -7,7 +7,7 @@ import argparse
 import os
 import statistics
 import time
-from functools import partial
+from dataclasses import replace
 
 from rlcore import registry
 from rlcore.config import AlgorithmConfig, ModelConfig, OptimizerConfig
@@ -28,9 +28,9 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlcore.algorithms import grpo
+    from rlcore.algorithms.loss import objective
     from rlcore.models import adapter_for, resolve
-    from rlcore.policy import ForwardSettings, TorchActor
+    from rlcore.policy import ForwardSettings, Passes, TorchActor
     from rlcore.types import Batch, Group, Prompt, Row, Sample
     from rlcore.worker import MODEL_CACHE
 
@@ -49,11 +49,13 @@ def main() -> None:
         for number, prompt in enumerate(prompts)
     ]
     batch = Batch.of(groups)
-    batch = Batch(groups, batch.rollout_logprobs, batch.loss_mask, batch.per_token(advantages))
+    batch = replace(batch, advantages=batch.per_token(advantages))
 
     settings = ForwardSettings(torch.device("cpu"), torch.float32, max_tokens=16_384, temperature=1.0)
-    loss = partial(grpo.loss, config=AlgorithmConfig())
-    packed = TorchActor(adapter.load(folder, torch.float32), adapter, settings, loss, OptimizerConfig(max_grad_norm=UNCLIPPED))
+    packed = TorchActor(
+        adapter.load(folder, torch.float32), adapter, settings, objective(AlgorithmConfig(), RESPONSE),
+        OptimizerConfig(max_grad_norm=UNCLIPPED), Passes(total_steps=repeats),
+    )  # fmt: skip
     padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(padded.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
@@ -69,7 +71,7 @@ def main() -> None:
     gradients: list[list[torch.Tensor]] = []
     hooks = [
         each.register_step_pre_hook(lambda *_, model=model: gradients.append([p.grad.clone() for p in model.parameters()]))
-        for each, model in ((packed.optimizer, packed.model), (optimizer, padded))
+        for each, model in ((packed.learner.optimizer, packed.model), (optimizer, padded))
     ]
     times: dict[str, list[float]] = {"packed": [], "padded": []}
     for repeat in range(repeats):

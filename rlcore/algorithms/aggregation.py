@@ -1,0 +1,45 @@
+"""How token losses become one number: each token's share of the loss, over the whole optimizer batch.
+
+Shares are worked out once for the batch and then cut with it, so that no packing, micro-batch or rank can change a mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlcore.config import AlgorithmConfig
+from rlcore.distributed import total
+from rlcore.types import Batch
+
+
+def shares(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
+    """[N] float32, 0 where the loss does not count.
+
+    token_mean: 1 / all tokens (DAPO, arXiv 2503.14476). sequence_mean: 1 / (tokens of the response x responses) (GRPO, arXiv
+    2402.03300). sequence_sum: 1 / responses (RLOO, arXiv 2402.14740). constant: 1 / (`longest` x responses), whatever the
+    lengths (Dr. GRPO, arXiv 2503.20783). Only responses with a token that counts are counted.
+    """
+    if config.aggregation == "token_mean":
+        return token_mean(batch)
+    mask = batch.loss_mask.float()
+    counts = sums(mask, batch.sequence, len(batch.lengths))
+    responses = total(counts.count_nonzero()).clamp(min=1)
+    if config.aggregation == "sequence_mean":
+        return mask / (counts.clamp(min=1) * responses)[batch.sequence]
+    return mask / (responses * (1 if config.aggregation == "sequence_sum" else config.aggregation_length or longest))
+
+
+def token_mean(batch: Batch) -> Tensor:
+    mask = batch.loss_mask.float()
+    return mask / total(mask.sum()).clamp(min=1)
+
+
+def pair_mean(batch: Batch) -> Tensor:
+    """Each group is one pair, and its loss stands on one token."""
+    return batch.loss_mask / total(torch.tensor(float(len(batch.groups)))).clamp(min=1)
+
+
+def sums(values: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """[M] values and which of `count` responses each belongs to -> [count]: their totals."""
+    return values.new_zeros(count).index_add(0, sequence, values)

@@ -1,0 +1,22 @@
+"""What DAPO (Yu et al., arXiv 2503.14476) adds to GRPO besides its clip and its token mean: which samples to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rlcore.config import AlgorithmConfig
+from rlcore.types import Score
+
+
+def has_signal(scores: Sequence[Score]) -> bool:
+    """Whether a group's samples differ in reward: otherwise every advantage is 0 (dynamic sampling, section 3.2)."""
+    return len({score.value for score in scores if score.value is not None}) > 1
+
+
+def overlong_penalty(lengths: Tensor, limit: int, config: AlgorithmConfig) -> Tensor:
+    """[S] response tokens -> [S] <= 0: nothing up to the last overlong_share of the limit, then down to -overlong_penalty
+    at the limit (soft overlong punishment, section 3.4)."""
+    margin = config.overlong_share * limit
+    return -config.overlong_penalty * ((lengths - (limit - margin)) / margin).clamp(0, 1)

@@ -1,0 +1,43 @@
+"""Divergence from the reference policy: estimates by token, and the coefficient that keeps it near a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlcore.config import AlgorithmConfig
+
+
+def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """[M], [M] -> [M]: an estimate of KL(policy || reference) from the drawn token.
+
+    kl is k1, unbiased and of either sign; mse is k2 and low_var_kl is k3 (Schulman, "Approximating KL Divergence", 2020), never
+    negative; abs is |k1|. As a loss, only the gradient of mse is that of the divergence on average.
+    """
+    ahead = logprobs - ref_logprobs
+    if estimator == "kl":
+        return ahead
+    if estimator == "abs":
+        return ahead.abs()
+    if estimator == "mse":
+        return ahead.square() / 2
+    return (-ahead).exp() + ahead - 1
+
+
+@dataclass
+class Controller:
+    """The coefficient of the divergence: fixed, or moved towards `kl_target` (Ziegler et al., arXiv 1909.08593)."""
+
+    config: AlgorithmConfig
+    coefficient: float
+
+    @classmethod
+    def start(cls, config: AlgorithmConfig) -> Controller:
+        return cls(config, config.kl_coef)
+
+    def observe(self, mean_divergence: float, samples: int) -> None:
+        """The mean by token of a step with that many samples. At most a fifth of the error counts, by samples / kl_horizon."""
+        if self.config.kl_target is not None:
+            error = max(-0.2, min(0.2, mean_divergence / self.config.kl_target - 1))
+            self.coefficient *= 1 + error * samples / self.config.kl_horizon

@@ -1,0 +1,83 @@
+"""`rlcore dpo`: preference pairs through the same packed actor; both responses share their prompt's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rlcore import checkpoint
+from rlcore.algorithms import aggregation
+from rlcore.algorithms import dpo as algorithm
+from rlcore.config import RunConfig
+from rlcore.console import Console
+from rlcore.data import PromptSource
+from rlcore.errors import ConfigError
+from rlcore.interruption import Interruption
+from rlcore.learner import Objective
+from rlcore.policy import Passes, TorchActor
+from rlcore.protocols import Adapter, Backend
+from rlcore.sft import Task, loop, written
+from rlcore.types import Batch, Group, Row
+from rlcore.worker import Policy, reference_of
+
+
+def train(
+    config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
+) -> None:
+    """The `dpo` section as a run. `begin` is called before anything is written."""
+    if config.dpo is None:
+        raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
+    with Interruption():
+        saved = checkpoint.latest(folder) if resume else None
+        checkpoint.seed_random_states(config.seed)
+        policy = Policy(config, backend)
+        source = policy.prompts(config.seed)
+        check_pairs(source.rows, policy)
+        model = policy.load()
+        begin()
+        console.warn(policy.caution)
+        reference, model = reference_of(policy, model)
+        objective = Objective(partial(algorithm.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
+        actor = TorchActor(
+            model, policy.adapter, policy.settings, objective, config.dpo.optimizer, Passes(config.dpo.steps), reference.images
+        )
+        count = config.dpo.pairs_per_step
+
+        def batch() -> Batch:
+            pairs = Batch.of(preferences(source, count, policy.adapter))
+            return replace(pairs, ref_logprobs=reference.logprobs(pairs))
+
+        task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
+        loop(task, actor, source, config, folder, saved, console)
+
+
+def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
+    """ConfigError names the first row without a preferred or a rejected response, with equal ones, or too long for one pass."""
+    adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
+    for row in rows:
+        if not row.target or not row.rejected:
+            missing = "preferred" if not row.target else "rejected"
+            raise ConfigError(f"{row.id}: no {missing} response; name the columns in data.train.options (target, rejected)")
+        if row.target == row.rejected:
+            raise ConfigError(f"{row.id}: the preferred and the rejected response are the same; remove the row")
+        responses = [len(adapter.encode_response(text)) - 1 for text in (row.target, row.rejected)]
+        needed = adapter.prompt_length(row) + sum(responses)
+        if needed > cap:
+            raise ConfigError(
+                f"{row.id}: prompt and both responses need {needed} tokens in one forward pass, more than"
+                f" train.max_tokens_per_microbatch {cap}; raise that limit or remove the row"
+            )
+
+
+def preferences(source: PromptSource, count: int, adapter: Adapter) -> list[Group]:
+    """The next rows, each with its preferred and its rejected response."""
+    return [
+        Group(prompt, [written(text, adapter) for text in (prompt.row.target or "", prompt.row.rejected or "")])
+        for prompt in source.draw(count)
+    ]
+
+
+def _pairs(batch: Batch) -> float:
+    return float(len(batch.groups))
