@@ -276,3 +276,29 @@ def test_a_group_has_signal_when_its_valid_rewards_differ():
     scores = [Score(1.0), Score(1.0), Score(None, "error")]
     assert not dapo.has_signal(scores)
     assert dapo.has_signal([*scores, Score(0.0)])
+
+
+def bandit_gradient(correction):
+    """Of the expected reward of a softmax over four arms, estimated from what a slightly different engine drew."""
+    random = torch.Generator().manual_seed(0)
+    rewards = torch.tensor([0.0, 0.2, 0.5, 1.0])
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.0], requires_grad=True)
+    engine = (logits.detach() + torch.tensor([0.5, 0.0, -0.4, 0.3])).log_softmax(0)
+    arms = torch.multinomial(engine.exp(), 400_000, replacement=True, generator=random)
+    logprobs = logits.log_softmax(0)[arms]
+    config = AlgorithmConfig(correction=correction, correction_high=5.0, correction_low=0.0)
+    tokens = TokenView(logprobs, torch.zeros(len(arms)), torch.arange(len(arms)), engine[arms], rewards[arms])
+    (-policy_loss(tokens, config).loss.mean()).backward()
+    odds = logits.detach().softmax(0)
+    return logits.grad, odds * (rewards - (odds * rewards).sum())
+
+
+@pytest.mark.parametrize("correction", ["token_tis", "sequence_tis", "icepop"])
+def test_a_corrected_off_policy_gradient_is_the_analytic_one(correction):
+    estimated, exact = bandit_gradient(correction)
+    assert (estimated - exact).norm() / exact.norm() < 0.02
+
+
+def test_without_a_correction_it_is_not():
+    estimated, exact = bandit_gradient("none")
+    assert (estimated - exact).norm() / exact.norm() > 0.1

@@ -1,0 +1,230 @@
+"""One batch, cut in every way: padded by transformers, packed sample by sample, packed with shared prompts; in one, two and eight
+micro-batches; on one rank and on two. Loss and gradient are the same for every algorithm."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlcore import registry
+from rlcore.algorithms import PRESETS, aggregation
+from rlcore.algorithms.loss import objective, policy_loss
+from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.packing import microbatches
+from rlcore.policy import ForwardSettings, Passes, TorchActor
+from rlcore.types import Batch, Group, Row, Sample, TokenView
+
+LIMIT = 9
+SETTINGS = {
+    **{name: {"name": name} for name in PRESETS},
+    "sequence mean, k3": {"aggregation": "sequence_mean", "kl_coef": 0.1, "entropy_coef": 0.01},
+    "token_tis": {"correction": "token_tis"},
+    "sequence_tis": {"correction": "sequence_tis"},
+    "geometric": {"correction": "geometric", "correction_low": 0.98, "correction_high": 1.02},
+}
+SHARED = {1: 4096, 2: 60, 8: 28}  # micro-batches of these 16 samples, and the token cap that gives so many
+ROUNDING = 3e-6  # of fp32 against float64: transformers' own padded pass in fp32 is 1.6e-6 away
+ALONE = {1: 4096, 2: 200, 8: 50}  # the same where every sample brings its own prompt
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama):
+    return registry.load("adapters", "llama")(tiny_llama)
+
+
+def batch_of(adapter):
+    """Two prompts x 8 responses of 1 to 9 tokens; everything an algorithm may look at is off by a little."""
+    random = torch.Generator().manual_seed(1)
+
+    def near(values, width):
+        return values + width * torch.randn(len(values), generator=random)
+
+    rows = [Row(text, [{"role": "user", "content": text}]) for text in ("3 + 4?", "What is 12 + 30?")]
+    groups = []
+    for row in rows:
+        lengths = torch.randint(1, LIMIT + 1, (8,), generator=random).tolist()
+        ids = [torch.randint(8, 200, (length,), generator=random).tolist() for length in lengths]
+        groups.append(Group(adapter.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
+    batch = Batch.of(groups)
+    old = near(torch.full((len(batch.loss_mask),), -5.3), 0.3)
+    return replace(
+        batch, old_logprobs=old, rollout_logprobs=near(old, 0.05), ref_logprobs=near(old, 0.1), kl_coef=0.1,
+        advantages=batch.per_token(torch.randn(16, generator=random)), loss_mask=batch.per_token(torch.arange(16) != 5),
+    )  # fmt: skip
+
+
+def alone(batch):
+    """Every sample with a prompt of its own."""
+    return replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
+
+
+def actor_of(adapter, folder, config, cap):
+    settings = ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9)
+    unclipped = OptimizerConfig(max_grad_norm=1e9)
+    model = adapter.load(folder, torch.float32)
+    return TorchActor(model, adapter, settings, objective(config, LIMIT), unclipped, Passes(total_steps=1))
+
+
+def gradient_of(actor, batch):
+    """The whole loss, and the gradient as one vector, when the optimizer is about to step."""
+    seen = []
+    hook = actor.learner.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([parameter.grad.flatten() for parameter in actor.model.parameters()]))
+    )
+    state = {name: tensor.clone() for name, tensor in actor.model.state_dict().items()}
+    metrics = actor.update(batch)
+    actor.model.load_state_dict(state)
+    hook.remove()
+    return metrics, seen[0]
+
+
+def padded(adapter, folder, batch, config, shift=None):
+    """Loss and gradient from transformers' own forward pass of a padded rectangle in float64, with the same formula on top."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    if shift is not None:
+        weights = list(model.parameters())
+        with torch.no_grad():
+            for weight, part in zip(weights, shift.split([weight.numel() for weight in weights]), strict=True):
+                weight += part.view_as(weight)
+    sequences = [(group.prompt.token_ids, sample.token_ids) for group in batch.groups for sample in group.samples]
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids, mask = torch.zeros(len(sequences), width, dtype=torch.int64), torch.zeros(len(sequences), width, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[row, : len(prompt) + len(response)] = 1
+    distribution = (model(input_ids=ids, attention_mask=mask, use_cache=False).logits / 0.9).log_softmax(-1)
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    logprobs, entropies = [], []
+    for row, (prompt, response) in enumerate(sequences):
+        places = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        logprobs.append(distribution[row, places].gather(1, torch.tensor(response)[:, None])[:, 0])
+        entropies.append(entropy[row, places])
+    keep = batch.loss_mask
+    view = TokenView(
+        torch.cat(logprobs)[keep], torch.cat(entropies)[keep], batch.sequence[keep].unique_consecutive(return_inverse=True)[1],
+        batch.rollout_logprobs[keep], batch.advantages[keep], batch.ref_logprobs[keep], batch.old_logprobs[keep], batch.kl_coef,
+    )  # fmt: skip
+    loss = (policy_loss(view, config).loss * aggregation.shares(batch, config, LIMIT)[keep]).sum()
+    loss.backward()
+    return float(loss), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def apart(gradient, yardstick):
+    return float((gradient - yardstick).norm() / yardstick.norm())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_layout_has_the_padded_gradient(adapter, tiny_llama, name):
+    config = AlgorithmConfig(**SETTINGS[name])
+    batch = batch_of(adapter)
+    _, yardstick = padded(adapter, tiny_llama, batch, config)
+    reports, gradients = [], []
+    for layout, caps in ((batch, SHARED), (alone(batch), ALONE)):
+        for count, cap in caps.items():
+            assert len(microbatches(layout, cap)) == count
+            metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, cap), layout)
+            assert apart(gradient, yardstick) < ROUNDING, (len(layout.groups), count)
+            reports.append(metrics)
+            gradients.append(gradient)
+    for report, gradient in zip(reports, gradients, strict=True):
+        assert report == pytest.approx(reports[0], rel=1e-5, abs=1e-6)
+        assert apart(gradient, gradients[0]) < 1e-6
+
+
+def test_the_gradient_is_the_slope_of_the_loss(adapter, tiny_llama):
+    """Along the gradient itself, by central differences of a float64 forward pass."""
+    config, batch = AlgorithmConfig(), batch_of(adapter)
+    _, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch)
+    step = 1e-3 * gradient / gradient.norm()
+    above, below = (padded(adapter, tiny_llama, batch, config, shift=sign * step)[0] for sign in (1, -1))
+    assert (above - below) / 2e-3 == pytest.approx(float(gradient.norm()), rel=1e-3)
+
+
+def test_a_mean_by_micro_batch_is_caught(adapter, tiny_llama, monkeypatch):
+    """The classic mistake: each micro-batch divides by its own tokens."""
+    config, batch = AlgorithmConfig(), batch_of(adapter)
+    _, yardstick = padded(adapter, tiny_llama, batch, config)
+
+    def local(view):
+        result = policy_loss(view, config)
+        return replace(result, loss=result.loss / len(view.logprobs) * int(batch.loss_mask.sum()) / 2)
+
+    actor = actor_of(adapter, tiny_llama, config, SHARED[2])
+    actor.objective = replace(actor.objective, loss=local)
+    assert apart(gradient_of(actor, batch)[1], yardstick) > 1e-3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_at_rate_0_the_second_pass_over_a_batch_has_ratio_1(adapter, tiny_llama, name):
+    config, batch = AlgorithmConfig(name=name), batch_of(adapter)
+    for cap in SHARED.values():
+        actor = actor_of(adapter, tiny_llama, config, cap)
+        actor.passes = Passes(total_steps=4, minibatches=2, epochs=2)
+        actor.learner.config = OptimizerConfig.model_construct(**{**OptimizerConfig().model_dump(), "lr": 0.0, "min_lr": 0.0})
+        metrics = actor.update(replace(batch, old_logprobs=actor.logprobs(batch)))
+        assert metrics["actor/pg_clipfrac"] == 0
+        assert metrics["actor/ratio_max"] == pytest.approx(1, abs=2e-6)
+        assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=2e-6)
+
+
+def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
+    passes = Passes(total_steps=1, minibatches=4, epochs=3, seed=5)
+    shares = list(passes.shares(8, done=0))
+    assert [len(share) for share in shares] == [2] * 12
+    orders = [[group for share in shares[first : first + 4] for group in share] for first in (0, 4, 8)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert list(passes.shares(8, done=0)) == shares != list(passes.shares(8, done=12))
+    assert list(Passes(1).shares(3, 0)) == [[0, 1, 2]]
+
+
+# two ranks
+
+
+def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(tiny_llama), str(tmp_path)], env={**environment, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    for name, settings in SETTINGS.items():
+        config = AlgorithmConfig(**settings)
+        metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch_of(adapter))
+        for rank in range(2):
+            theirs = torch.load(tmp_path / f"{rank} {name}.pt", weights_only=True)
+            assert apart(theirs, gradient) < 1e-6, name
+            assert json.loads((tmp_path / f"{rank} {name}.json").read_text()) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+
+
+def rank(folder, results):
+    """What one of two ranks does: each algorithm on its own prompt of the two."""
+    from torch import distributed
+
+    kind = registry.load("backends", "cpu")
+    kind(kind.Options(threads=1)).prepare()
+    distributed.init_process_group("gloo")
+    mine = distributed.get_rank()
+    adapter = registry.load("adapters", "llama")(folder)
+    for name, settings in SETTINGS.items():
+        actor = actor_of(adapter, folder, AlgorithmConfig(**settings), 60)
+        metrics, gradient = gradient_of(actor, batch_of(adapter).select([mine]))
+        torch.save(gradient, results / f"{mine} {name}.pt")
+        (results / f"{mine} {name}.json").write_text(json.dumps(metrics))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]), Path(sys.argv[2]))
