@@ -56,7 +56,8 @@ def grpo_line(number: int, steps: int, row: Metrics) -> str:
     if "eval/score" in row:
         parts.append(f"eval {row['eval/score']:.3f}")
     known = {
-        "entropy": ("actor/entropy", ".2f"), "kl": ("actor/kl_loss", ".4f"), "grad": ("grad_norm", ".3g"),
+        "entropy": ("actor/entropy", ".2f"), "kl": ("actor/kl_loss", ".4f"), "kl in reward": ("actor/kl_penalty", ".4f"),
+        "grad": ("grad_norm", ".3g"),
         "mismatch": ("mismatch/mean", ".1e"), "length": ("response_length/mean", ".0f"),
     }  # fmt: skip
     parts += [f"{label} {row[name]:{form}}" for label, (name, form) in known.items() if name in row]

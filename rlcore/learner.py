@@ -42,8 +42,9 @@ class Learner:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         matrices = [(name, parameter) for name, parameter in named if parameter.ndim > 1]
         vectors = [(name, parameter) for name, parameter in named if parameter.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [group for group in groups if group["params"]],
             lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
         )
 

@@ -115,7 +115,7 @@ def padded(adapter, folder, batch, config, shift=None):
     )  # fmt: skip
     loss = (policy_loss(view, config).loss * aggregation.shares(batch, config, LIMIT)[keep]).sum()
     loss.backward()
-    return float(loss), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def apart(gradient, yardstick):

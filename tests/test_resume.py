@@ -131,6 +131,26 @@ def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
     assert (folder / "sft" / "metrics.jsonl").read_bytes() == warm, "the warm start is read, not made again"
 
 
+VARIANTS = {
+    "ppo": ["algorithm.name=ppo", "critic={optimizer: {lr: 1.0e-3}}"],
+    "lora": ["model.lora={rank: 4}"],
+    "adaptive": ["algorithm.kl_target=0.001", "algorithm.kl_horizon=20"],
+    "dapo": ["algorithm.name=dapo", "train.epochs_per_step=2"],
+    "schedule": ["optimizer.schedule=cosine", "optimizer.min_lr=1.0e-5", "train.gradient_checkpointing=true"],
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_state_is_resumed(command, tmp_path, overrides):
+    """Stopped in step 4, gone on from step 2 or 3, against the same run left alone."""
+    stopped = [f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {reward_call(4)}}}", *overrides]
+    assert cli.main([*command, str(tmp_path / "whole"), *overrides]) == 0
+    importlib.import_module("test_resume").calls = 0
+    assert cli.main([*command, str(tmp_path / "stopped"), *stopped]) == cli.INTERRUPTED
+    assert cli.main([*command, str(tmp_path / "stopped"), "--resume", *overrides]) == 0
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted, tmp_path, number, capsys):
     """While step 4 is scored nothing of it is worth keeping: step 3 is saved."""
