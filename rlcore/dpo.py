@@ -38,10 +38,10 @@ def train(
         model = policy.load()
         begin()
         console.warn(policy.caution)
-        reference, model = reference_of(policy, model)
+        reference, model = reference_of(policy, model, policy.given)
         objective = Objective(partial(algorithm.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
         actor = TorchActor(
-            model, policy.adapter, policy.settings, objective, config.dpo.optimizer, Passes(config.dpo.steps), reference.images
+            model, policy.adapter, policy.given, objective, config.dpo.optimizer, Passes(config.dpo.steps), reference.images
         )
         count = config.dpo.pairs_per_step
 

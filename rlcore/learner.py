@@ -144,8 +144,8 @@ def _check_loss(batch: Batch, index: Tensor, result: TokenLoss) -> None:
     found = [_token(batch, int(index[i]), {name: row[i] for name, row in quantities.items()}) for i in places]
     first = found[0]
     raise NonFinite(
-        f"the {names[0]} of this step is not finite ({first[names[0]]}) at token {first['token']} of sample {first['sample']} of"
-        f" {first['prompt']}; its log-probability is {first['rollout_logprobs']} in the engine",
+        f"the {names[0]} of this step is not finite ({first[names[0]]}) at token {first['token']} of sample {first['sample']}"
+        f" of {first['prompt']}; its log-probability is {first['rollout_logprobs']} in the engine",
         {"what": names, "tokens": found},
     )
 

@@ -75,6 +75,15 @@ def plan(
     return [sorted(pieces, key=lambda piece: (piece.group, piece.samples)) for pieces in bins]
 
 
+def over_ranks(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which groups each rank takes, in order: the largest first, each to the rank with the fewest tokens so far.
+
+    No rank has more than the mean and one group's tokens.
+    """
+    shares = _spread([Piece(group, (), size) for group, size in sorted(enumerate(sizes), key=lambda each: -each[1])], ranks)
+    return [sorted(piece.group for piece in share) for share in shares]
+
+
 def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     """The pieces as one row."""
     ends = batch.lengths.cumsum(0).tolist()

@@ -71,7 +71,7 @@ def fit(
     """Minimizes the mean negative log-probability of the target tokens."""
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
     actor = TorchActor(
-        policy.trainable(model), policy.adapter, policy.settings, objective, config.optimizer, Passes(config.steps),
+        policy.trainable(model), policy.adapter, policy.given, objective, config.optimizer, Passes(config.steps),
         policy.image_cache(model),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class Policy:
         return ImageCache() if frozen else None
 
     @property
+    def given(self) -> ForwardSettings:
+        """For responses that nobody sampled: their probabilities are the model's own."""
+        return replace(self.settings, temperature=1.0)
+
+    @property
     def passes(self) -> Passes:
         train = self.config.train
         each = train.minibatches_per_step * train.epochs_per_step
@@ -101,12 +107,12 @@ class Policy:
         return PromptSource(load_rows(data.train), self.adapter, data.max_prompt_tokens, data.long_prompts, seed)
 
 
-def reference_of(policy: Policy, model: torch.nn.Module) -> tuple[TorchReference, torch.nn.Module]:
+def reference_of(policy: Policy, model: torch.nn.Module, settings: ForwardSettings) -> tuple[TorchReference, torch.nn.Module]:
     """`model` as it is now, for comparison, and as it will learn. With low-rank additions one set of weights is both."""
     kind, same = (AdapterOffReference, None) if policy.config.model.lora else (TorchReference, copy.deepcopy(model))
     model = policy.trainable(model)
     fixed = model if same is None else same.requires_grad_(False)
-    return kind(fixed, policy.adapter, policy.settings, policy.image_cache(model)), model
+    return kind(fixed, policy.adapter, settings, policy.image_cache(model)), model
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:
@@ -136,7 +142,7 @@ class Worker:
         adapter, settings = policy.adapter, policy.settings
         self.reference: TorchReference | None = None
         if algorithm.kl_coef:
-            self.reference, model = reference_of(policy, model)
+            self.reference, model = reference_of(policy, model, settings)
             self.images = self.reference.images
         else:
             model = policy.trainable(model)

@@ -1,4 +1,4 @@
-"""Every algorithm against formulas written from the papers in float64 NumPy, response by response, that share no code with ours."""
+"""Every algorithm against formulas written from the papers in float64 NumPy, response by response; no code is ours."""
 
 from __future__ import annotations
 

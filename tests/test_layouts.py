@@ -1,5 +1,5 @@
-"""One batch, cut in every way: padded by transformers, packed sample by sample, packed with shared prompts; in one, two and eight
-micro-batches; on one rank and on two. Loss and gradient are the same for every algorithm."""
+"""One batch, cut in every way: padded by transformers, packed sample by sample, packed with shared prompts; in one, two and
+eight micro-batches; on one rank and on two. Loss and gradient are the same for every algorithm."""
 
 from __future__ import annotations
 
@@ -194,7 +194,8 @@ def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **meeting, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(tiny_llama), str(tmp_path)], env={**environment, "RANK": str(rank)})
         for rank in range(2)

@@ -1,12 +1,13 @@
 """No micro-batch above the cap, nothing lost, nothing doubled."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcore.errors import ConfigError
-from rlcore.packing import microbatches, plan
+from rlcore.packing import microbatches, over_ranks, plan
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 lengths = st.integers(1, 60)
@@ -27,6 +28,23 @@ def test_the_cap_holds_and_every_sample_is_in_one_piece(groups, cap):
     assert all(pieces for pieces in bins)
     placed = sorted((piece.group, sample) for pieces in bins for piece in pieces for sample in piece.samples)
     assert placed == [(g, s) for g, (_, responses) in enumerate(groups) for s in range(len(responses))]
+
+
+def test_ten_thousand_batches_stay_under_the_cap_and_are_spread_over_ranks():
+    """Long tails, as responses have; the cap just holds the longest sample in every fourth."""
+    random = np.random.default_rng(0)
+    for number in range(10_000):
+        prompts = random.integers(1, 200, random.integers(1, 12))
+        groups = [(int(n), random.lognormal(4, 1, random.integers(1, 9)).astype(int).clip(1, 1000).tolist()) for n in prompts]
+        longest = max(prompt + max(responses) - 1 for prompt, responses in groups)
+        cap = longest if number % 4 == 0 else longest + int(random.integers(0, 2000))
+        bins = plan(groups, cap)
+        assert max(sum(piece.tokens for piece in pieces) for pieces in bins) <= cap
+        assert sum(len(piece.samples) for pieces in bins for piece in pieces) == sum(len(each) for _, each in groups)
+        sizes = [prompt + sum(responses) for prompt, responses in groups]
+        shares = over_ranks(sizes, ranks=4)
+        assert sorted(group for share in shares for group in share) == list(range(len(groups)))
+        assert max(sum(sizes[group] for group in share) for share in shares) <= sum(sizes) / 4 + max(sizes)
 
 
 @settings(max_examples=100, deadline=None)
