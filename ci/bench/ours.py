@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import bounds
 
 from rlcore import config as configuration
 from rlcore import registry
@@ -47,6 +50,7 @@ def main(file: str, steps: int) -> None:
         source = policy.prompts(config.seed)
         model = policy.load()
         worker = Worker(policy, model, start_rollout(policy, model), RewardFunctions(config.reward))
+        speed = bounds.rate(worker.actor.model, policy.settings.compute_dtype)
         for number in range(1, steps + 1):
             interruption.release()
             clock, start = Clock(), time.perf_counter()
@@ -55,6 +59,10 @@ def main(file: str, steps: int) -> None:
             for span in clock.take():
                 stages[STAGES.get(span.stage, "other")] += span.end - span.start
             groups = iteration.batch.groups
+            forward = bounds.forward_flops(worker.actor.model, groups) / speed
+            stages["generate bound"], stages["update bound"] = forward, 3 * forward
+            stages["score bound"] = forward if worker.reference else 0.0
+            stages["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             stages["response_tokens"] = sum(len(sample.token_ids) for group in groups for sample in group.samples)
             stages["prompt_tokens"] = max(len(group.prompt.token_ids) for group in groups)
             print(json.dumps(stages), flush=True)

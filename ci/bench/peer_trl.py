@@ -1,13 +1,14 @@
 """TRL's side of a race: one of the peer programs, run as it stands, with a clock around its stages.
 
 `python peer_trl.py PROGRAM [ARGUMENT ...]` prints a line of JSON a step. Environment: what the program itself reads, and
-FILLER, words put before every chat prompt.
+FILLER, words put before every chat prompt; GROUP, samples of a prompt in place of the program's.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import sys
 import time
@@ -39,6 +40,7 @@ class Watch(TrainerCallback):
         whole = time.perf_counter() - spent["start"]
         generate, score = spent["generate"], spent["generate_and_score"] - spent["generate"]
         stages = {"generate": generate, "score": score, "update": whole - generate - score, "sync": 0.0, "all": whole}
+        stages["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(stages | sizes), flush=True)
 
 
@@ -59,6 +61,8 @@ def timed(name: str, stage: str) -> None:
 
 def watched(initialize: Any) -> Any:
     def __init__(self: GRPOTrainer, *arguments: Any, **named: Any) -> None:
+        if "GROUP" in os.environ:
+            named["args"].num_generations = int(os.environ["GROUP"])
         initialize(self, *arguments, **named)
         self.add_callback(Watch())
 

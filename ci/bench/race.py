@@ -47,11 +47,14 @@ def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], s
 
 
 def table(rlcore: Steps, trl: Steps) -> str:
-    """Medians by stage, and how many times as long TRL takes: as it ran, and at equal response tokens."""
-    lines = [f"{'':10}{'rlcore':>10}{'TRL':>10}{'TRL / rlcore':>15}"]
+    """Medians by stage, how many times as long TRL takes, as it ran and at equal response tokens, and what bounds.py says."""
+    lines = [f"{'':10}{'rlcore':>10}{'TRL':>10}{'TRL / rlcore':>15}{'bound':>10}{'rlcore / bound':>16}"]
     for stage in STAGES:
-        a, b = _median(rlcore, stage), _median(trl, stage)
-        lines.append(f"{stage:10}{a:9.3f}s{b:9.3f}s" + (f"{b / a:15.2f}" if a and b else f"{'-':>15}"))
+        a, b, bound = _median(rlcore, stage), _median(trl, stage), _median(rlcore, f"{stage} bound")
+        ratio = f"{b / a:15.2f}" if a and b else f"{'-':>15}"
+        lines.append(f"{stage:10}{a:9.3f}s{b:9.3f}s{ratio}" + (f"{bound:9.3f}s{a / bound:16.2f}" if bound else ""))
+    peaks = [max(step["peak_gib"] for step in side) for side in (rlcore, trl)]
+    lines.append(f"peak memory of the process, GiB: {peaks[0]:.1f} (sampling engine included) and {peaks[1]:.1f}")
     tokens = [statistics.fmean(step["response_tokens"] for step in side) for side in (rlcore, trl)]
     lines.append(f"response tokens a step: {tokens[0]:.0f} and {tokens[1]:.0f}; longest prompt: "
                  f"{rlcore[0]['prompt_tokens']:.0f} and {trl[0]['prompt_tokens']:.0f}")  # fmt: skip

@@ -12,7 +12,10 @@ import race
 
 from rlcore import registry
 
-TARGETS = {("fp32", 45): 2.5, ("fp32", 256): 3.5, ("bf16", 45): 5.0, ("default", 45): 7.0}
+SAMPLES = 64  # a step
+TARGETS = {  # by precision, prompt tokens, samples of a prompt
+    ("fp32", 45, 8): 2.5, ("fp32", 256, 8): 3.5, ("fp32", 256, 16): 4.0, ("bf16", 45, 8): 5.0, ("default", 45, 8): 7.0,
+}  # fmt: skip
 BARE_PROMPT = 45  # tokens of a question in SmolLM2's chat template, its system text included
 WORD = "one "  # a token of SmolLM2's
 
@@ -22,6 +25,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "default"), default="fp32",
                         help="of both sides; default is rlcore's own against TRL's own, fp32")  # fmt: skip
     parser.add_argument("--prompt-tokens", type=int, choices=(45, 256), default=45)
+    parser.add_argument("--group", type=int, choices=(8, 16), default=8, help="samples of a prompt, of 64 a step")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a side and round")
     parser.add_argument("--rounds", type=int, default=1, help="times TRL and rlcore take turns")
     options = parser.parse_args()
@@ -33,26 +37,27 @@ def main() -> None:
         return
     filler = WORD * (options.prompt_tokens - BARE_PROMPT)
     environment = {"STEPS": str(options.steps + 1), "BF16": str(int(options.precision == "bf16")), "FILLER": filler}
+    environment["GROUP"] = str(options.group)
     rlcore: race.Steps = []
     trl: race.Steps = []
     for _ in range(options.rounds):
         trl += race.theirs(program, ["hf"], environment)
-        rlcore += race.ours(settings(options.precision), rows(filler), options.steps)
+        rlcore += race.ours(settings(options.precision, options.group), rows(filler), options.steps)
     print(race.table(rlcore, trl))
-    if target := TARGETS.get((options.precision, options.prompt_tokens)):
+    if target := TARGETS.get((options.precision, options.prompt_tokens, options.group)):
         print(f"target: TRL's step at least {target} times as long")
 
 
-def settings(precision: str) -> dict[str, object]:
+def settings(precision: str, group: int) -> dict[str, object]:
     """trl_smol.py's, as a run file."""
     return {
         "model": {"path": "smollm2", "precision": "auto" if precision == "default" else precision},
         "data": {"max_prompt_tokens": 320},
         "rollout": {"max_new_tokens": 64, "temperature": 1.0},
         "reward": [{"name": "ours.contains_answer"}],
-        "algorithm": {"group_size": 8, "kl_coef": 0.04},
+        "algorithm": {"group_size": group, "kl_coef": 0.04},
         "optimizer": {"lr": 1e-6},
-        "train": {"prompts_per_step": 8},
+        "train": {"prompts_per_step": SAMPLES // group},
     }
 
 
