@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlcore.config import RolloutConfig, nearest
+from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
@@ -27,6 +27,7 @@ from rlcore.weight_sync import compare, fingerprint
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 _IMAGES_A_PROMPT = 16
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a dense product, relative
@@ -41,6 +42,7 @@ def build(
     dtype: torch.dtype,
     max_tokens: int,
     seed: int,
+    lora: LoraConfig | None = None,
 ) -> VllmRollout:
     """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
     if importlib.util.find_spec("vllm") is None:
@@ -50,6 +52,10 @@ def build(
         )
     defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
     _refuse_unknown(config.options)
+    if lora:
+        from . import vllm_additions
+
+        defaults |= vllm_additions.engine_arguments(lora)
     with _undisturbed_random_state():
         from vllm import LLM
 
@@ -58,7 +64,10 @@ def build(
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
-        return VllmRollout(llm, adapter, dtype, _shapes(folder))
+        _check_heads(_runner(llm).get_model())
+        if lora:
+            return vllm_additions.VllmAdditionsRollout(llm, adapter, dtype, lora)
+        return VllmWeightsRollout(llm, adapter, dtype, _shapes(folder))
 
 
 class VllmRollout:
@@ -68,14 +77,12 @@ class VllmRollout:
     left, which the trainer does not do.
     """
 
-    def __init__(self, llm: LLM, adapter: Adapter, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, llm: LLM, adapter: Adapter) -> None:
         self._llm = llm
         self._adapter = adapter
-        self._runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        model = self._runner.get_model()
-        _check_heads(model)
-        self._ledger = _Ledger(model, dtype, shapes)
+        self._runner = _runner(llm)
         self._version = 0
+        self._request: LoRARequest | None = None  # the additions that samples are drawn with
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt; the prompt is read once for all its samples.
@@ -86,11 +93,47 @@ class VllmRollout:
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
             torch.manual_seed(sampling.seed)
-            outputs = self._llm.generate([_request(prompt) for prompt in prompts], self._parameters(sampling), use_tqdm=False)
+            outputs = self._llm.generate(
+                [_request(prompt) for prompt in prompts], self._parameters(sampling), use_tqdm=False, lora_request=self._request
+            )
         return [
             Group(prompt, [self._sample(completion) for completion in output.outputs])
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
+
+    def _forget(self) -> None:
+        """Whatever was computed with the old weights."""
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def _parameters(self, sampling: Sampling) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=sampling.samples,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            logprobs=0,  # the drawn token's only
+            stop_token_ids=sorted(self._adapter.stop_token_ids),
+            ignore_eos=True,  # the adapter alone says what ends a turn
+            detokenize=False,
+        )
+
+    def _sample(self, completion: Any) -> Sample:
+        token_ids = list(completion.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
+        finish = "stop" if completion.finish_reason == "stop" else "length"
+        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, self._version)
+
+
+class VllmWeightsRollout(VllmRollout):
+    """Takes whole weights, and proves that it holds them."""
+
+    def __init__(self, llm: LLM, adapter: Adapter, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(llm, adapter)
+        self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
@@ -119,31 +162,9 @@ class VllmRollout:
         with contextlib.suppress(Exception), torch.no_grad():
             finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
 
-    def _forget(self) -> None:
-        """Whatever was computed with the old weights."""
-        self._llm.reset_prefix_cache()
-        self._llm.llm_engine.reset_encoder_cache()
 
-    def _parameters(self, sampling: Sampling) -> SamplingParams:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=sampling.samples,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            logprobs=0,  # the drawn token's only
-            stop_token_ids=sorted(self._adapter.stop_token_ids),
-            ignore_eos=True,  # the adapter alone says what ends a turn
-            detokenize=False,
-        )
-
-    def _sample(self, completion: Any) -> Sample:
-        token_ids = list(completion.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
-        finish = "stop" if completion.finish_reason == "stop" else "length"
-        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, self._version)
+def _runner(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
 def _request(prompt: Prompt) -> dict[str, Any]:

@@ -316,7 +316,12 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _sections_go_together(self) -> RunConfig:
-        algorithm, rollout = self.algorithm, self.rollout
+        algorithm, rollout, lora = self.algorithm, self.rollout, self.model.lora
+        if lora is not None and lora.sync == "adapter" and self.sft is not None:
+            raise ValueError(
+                "model.lora.sync: adapter sends the engine no other weights, and the warm start (sft) makes others; set"
+                " model.lora.sync=merged or remove sft"
+            )
         if algorithm.advantage == "gae" and self.critic is None:
             raise ValueError(
                 "critic: algorithm.advantage gae needs a value model; add the section (critic: {}) or choose another advantage"

@@ -21,7 +21,7 @@ _NAME = "default"  # of peft's only adapter here
 _WRAPPED = ".base_layer"
 
 
-def attach(model: Any, config: LoraConfig, frozen: Collection[str], skip: Tensor) -> Any:
+def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str] = ()) -> Any:
     """`model` with additions on its linear layers that `targets` names, everything else frozen. Layers that are `frozen`
     already and the one whose weight is `skip`, the head, have none. ConfigError lists what there is when none has such a name.
     """
@@ -59,6 +59,12 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(_WRAPPED, ""), tensor
 
 
+def additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of every layer that has them."""
+    named = model.named_parameters()
+    return ((name.replace(f".{_NAME}", ""), parameter) for name, parameter in named if ".lora_" in name)
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before training."""
@@ -90,19 +96,15 @@ def save_merged(model: Any, folder: Path) -> None:
 def save_additions(model: nn.Module, folder: Path) -> None:
     """additions.safetensors, if there are any."""
     if has_additions(model):
-        save_file({name: tensor.detach().contiguous() for name, tensor in _additions(model)}, folder / "additions.safetensors")
+        save_file({name: tensor.detach().contiguous() for name, tensor in additions(model)}, folder / "additions.safetensors")
 
 
 def load_additions(model: nn.Module, folder: Path) -> None:
     saved = load_file(folder / "additions.safetensors")
     with torch.no_grad():
-        for name, parameter in _additions(model):
+        for name, parameter in additions(model):
             parameter.copy_(saved[name])
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight"))
-
-
-def _additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name)

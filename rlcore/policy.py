@@ -93,10 +93,11 @@ class TorchActor(TorchReference):
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
-        passes: Passes, images: ImageCache | None = None,
+        passes: Passes, images: ImageCache | None = None, publish_additions: bool = False,
     ) -> None:
+        """`publish_additions`: `weights` gives the low-rank additions alone."""
         super().__init__(model, adapter, settings, images)
-        self.objective, self.passes = objective, passes
+        self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self.learner = Learner(model, optimizer, passes.total_steps)
 
     def update(self, batch: Batch) -> Metrics:
@@ -112,8 +113,8 @@ class TorchActor(TorchReference):
 
     def weights(self) -> NamedTensors:
         """Every parameter once, under its published name, low-rank additions added: a tied head is its embedding."""
-        for name, tensor in lora.merged(self.model):
-            yield self.adapter.published_name(name), tensor
+        for name, tensor in lora.additions(self.model) if self._publish_additions else lora.merged(self.model):
+            yield self.adapter.published_name(name), tensor.detach()
 
     def save(self, folder: Path) -> None:
         lora.save_merged(self.model, folder / "model")

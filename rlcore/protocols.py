@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score
 
 if TYPE_CHECKING:
-    from rlcore.config import RolloutConfig
+    from rlcore.config import LoraConfig, RolloutConfig
     from rlcore.packing import Packed
     from rlcore.vision import ImageCache
 
@@ -140,8 +140,10 @@ class Engine(Protocol):
 
     def __call__(
         self, *, model: nn.Module, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
-        max_tokens: int, seed: int,
-    ) -> Rollout: ...
+        max_tokens: int, seed: int, lora: LoraConfig | None = None,
+    ) -> Rollout:
+        """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`."""
+        ...
 
 
 class Dataset(Protocol):

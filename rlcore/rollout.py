@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlcore.config import RolloutConfig, Strict, validate
+from rlcore import lora as low_rank
+from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
 from rlcore.errors import RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
@@ -32,10 +33,11 @@ def build(
     dtype: torch.dtype,
     max_tokens: int,
     seed: int,
+    lora: LoraConfig | None = None,
 ) -> TorchRollout:
     """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
-    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens)
+    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens, lora)
 
 
 class TorchRollout:
@@ -44,12 +46,13 @@ class TorchRollout:
     Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, max_tokens: int) -> None:
+    def __init__(self, model: Any, adapter: Adapter, max_tokens: int, lora: LoraConfig | None = None) -> None:
         self._model = model.eval().requires_grad_(False)
         self._adapter = adapter
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
         self._version = 0
+        self._lora = lora
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
@@ -63,6 +66,8 @@ class TorchRollout:
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
         started, checking, size = time.perf_counter(), 0.0, 0
+        if self._lora:
+            weights = self._make_room(dict(weights), self._lora)
         held, sent = self._weights(), {}
         with torch.no_grad():
             for name, tensor in weights:
@@ -83,8 +88,18 @@ class TorchRollout:
         self._version = version
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
 
+    def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
+        """The same, once the model has a place for each."""
+        if not low_rank.has_additions(self._model):
+            layers = sorted({name.rpartition(".lora_")[0] for name in additions})
+            places = [name for name, _ in self._model.named_modules() if self._adapter.published_name(name) in layers]
+            low_rank.attach(self._model, lora.model_copy(update={"targets": places}), skip=self._adapter.head(self._model))
+        return additions.items()
+
     def _weights(self) -> dict[str, Tensor]:
         """What is served, under the names that an actor sends."""
+        if self._lora:
+            return {self._adapter.published_name(name): tensor for name, tensor in low_rank.additions(self._model)}
         named = self._model.state_dict(keep_vars=True).items()
         return {self._adapter.published_name(name): tensor for name, tensor in named}
 

@@ -11,7 +11,7 @@ import torch
 
 from rlcore import lora, registry
 from rlcore.algorithms.loss import objective
-from rlcore.config import ModelConfig, RunConfig, nearest
+from rlcore.config import LoraConfig, ModelConfig, RunConfig, nearest
 from rlcore.critic import TorchCritic
 from rlcore.data import PromptSource, load_rows
 from rlcore.errors import ConfigError
@@ -66,7 +66,7 @@ class Policy:
         for part in config.freeze:
             self._freeze(model, part, tower)
         if config.lora:
-            model = lora.attach(model, config.lora, frozen=_frozen(model), skip=self.adapter.head(model))
+            model = lora.attach(model, config.lora, self.adapter.head(model), _frozen(model))
         if self.config.train.gradient_checkpointing:
             _checkpoint_layers(model)
         return model
@@ -76,6 +76,12 @@ class Policy:
         tower = self.adapter.vision_tower(model)
         frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
         return ImageCache() if frozen else None
+
+    @property
+    def additions(self) -> LoraConfig | None:
+        """Set where the engine is sent low-rank additions alone."""
+        settings = self.config.model.lora
+        return settings if settings and settings.sync == "adapter" else None
 
     @property
     def given(self) -> ForwardSettings:
@@ -149,7 +155,7 @@ class Worker:
             self.images = policy.image_cache(model)
         self.actor = TorchActor(
             model, adapter, settings, objective(algorithm, config.rollout.max_new_tokens), config.optimizer, policy.passes,
-            self.images,
+            self.images, publish_additions=policy.additions is not None,
         )  # fmt: skip
         self.critic = TorchCritic(
             policy.load_critic(), adapter, settings, algorithm, config.critic.optimizer, policy.passes
@@ -197,5 +203,5 @@ def start_rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
     build = registry.load("engines", name)
     return build(
         model=model, adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
-        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed,
+        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions,
     )

@@ -1,0 +1,100 @@
+"""vLLM serving low-rank additions over weights that it read itself: a sync sends two small matrices a layer."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlcore.config import LoraConfig
+from rlcore.errors import RunError
+from rlcore.protocols import Adapter, NamedTensors
+from rlcore.types import Receipt
+from rlcore.weight_sync import compare, fingerprint
+
+from .vllm_rollout import VllmRollout
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+_PREFIX = "base_model.model."  # peft's
+
+
+def engine_arguments(lora: LoraConfig) -> dict[str, Any]:
+    """What an engine needs to take additions of that rank."""
+    room = next((rank for rank in _RANKS if rank >= lora.rank), lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+
+class VllmAdditionsRollout(VllmRollout):
+    """Serves the model of its folder plus the additions of the latest `load_weights`."""
+
+    def __init__(self, llm: LLM, adapter: Adapter, dtype: Any, lora: LoraConfig) -> None:
+        super().__init__(llm, adapter)
+        self._dtype, self._lora = dtype, lora
+        self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """`weights` are the additions alone. RunError names those that the engine refused or does not hold."""
+        from vllm.lora.request import LoRARequest
+
+        started = time.perf_counter()
+        tensors = {name: tensor.detach().to(self._dtype).contiguous().cpu() for name, tensor in weights}
+        self._write(tensors)
+        request = LoRARequest("policy", 1, self._folder.name, load_inplace=True)
+        try:
+            self._llm.llm_engine.add_lora(request)
+        except Exception as error:
+            raise RunError(f"weight sync: the engine refused the additions of version {version}: {error!r}") from error
+        self._forget()
+        checking = time.perf_counter()
+        scale = self._lora.alpha / self._lora.rank
+        expected = {name: t * scale if name.endswith(".lora_B.weight") else t for name, t in tensors.items()}
+        sent = {name: fingerprint(tensor) for name, tensor in expected.items()}
+        found = {name: self._held(name, tensor) for name, tensor in tensors.items()}
+        compare(sent, {name: fingerprint(held) for name, held in found.items() if held is not None})
+        self._request, self._version = request, version
+        done = time.perf_counter()
+        return Receipt(version, len(sent), sum(t.nbytes for t in tensors.values()), done - started, done - checking)
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        """As peft's files, which is how vLLM takes additions."""
+        targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
+        settings = {
+            "peft_type": "LORA", "r": self._lora.rank, "lora_alpha": self._lora.alpha, "target_modules": targets, "bias": "none",
+        }  # fmt: skip
+        folder = Path(self._folder.name)
+        (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+    def _held(self, name: str, like: Tensor) -> Tensor | None:
+        """The matrix in the engine's only slot, which is padded to the largest rank; None where it has no such layer."""
+        layer, _, kind = name.removesuffix(".weight").rpartition(".")
+        layers = self._runner.lora_manager._adapter_manager.modules
+        found = self._place(layer, layers)
+        if found is None:
+            return None
+        owner, part = found
+        stacked = layers[owner].lora_a_stacked if kind == "lora_A" else layers[owner].lora_b_stacked
+        return stacked[part][0, 0, : like.shape[0], : like.shape[1]].contiguous()
+
+    def _place(self, layer: str, layers: Mapping[str, Any]) -> tuple[str, int] | None:
+        """The engine's layer and the part of it, where it computes several as one."""
+        model = self._runner.get_model()
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        name = f"{layer}.weight"
+        name = (mapper.get_rename_mapper().map_name(name) or name if mapper else name).removesuffix(".weight")
+        if name in layers:
+            return name, 0
+        parent, _, leaf = name.rpartition(".")
+        for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+            if leaf in parts and f"{parent}.{fused}" in layers:
+                return f"{parent}.{fused}", parts.index(leaf)
+        return None
