@@ -56,7 +56,7 @@ class VllmAdditionsRollout(VllmRollout):
         self._forget()
         checking = time.perf_counter()
         scale = self._lora.alpha / self._lora.rank
-        expected = {name: t * scale if name.endswith(".lora_B.weight") else t for name, t in tensors.items()}
+        expected = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
         sent = {name: fingerprint(tensor) for name, tensor in expected.items()}
         found = {name: self._held(name, tensor) for name, tensor in tensors.items()}
         compare(sent, {name: fingerprint(held) for name, held in found.items() if held is not None})
