@@ -56,10 +56,9 @@ class VllmAdditionsRollout(VllmRollout):
         self._forget()
         checking = time.perf_counter()
         scale = self._lora.alpha / self._lora.rank
-        expected = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()}
-        sent = {name: fingerprint(tensor) for name, tensor in expected.items()}
-        found = {name: self._held(name, tensor) for name, tensor in tensors.items()}
-        compare(sent, {name: fingerprint(held) for name, held in found.items() if held is not None})
+        sent = {name: fingerprint(tensor * scale if ".lora_B." in name else tensor) for name, tensor in tensors.items()}
+        held = {name: self._held(name, tensor) for name, tensor in tensors.items()}
+        compare(sent, {name: fingerprint(tensor) for name, tensor in held.items() if tensor is not None})
         self._request, self._version = request, version
         done = time.perf_counter()
         return Receipt(version, len(sent), sum(t.nbytes for t in tensors.values()), done - started, done - checking)
@@ -67,9 +66,7 @@ class VllmAdditionsRollout(VllmRollout):
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         """As peft's files, which is how vLLM takes additions."""
         targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
-        settings = {
-            "peft_type": "LORA", "r": self._lora.rank, "lora_alpha": self._lora.alpha, "target_modules": targets, "bias": "none",
-        }  # fmt: skip
+        settings = {"peft_type": "LORA", "r": self._lora.rank, "lora_alpha": self._lora.alpha, "target_modules": targets}
         folder = Path(self._folder.name)
         (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
         save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")

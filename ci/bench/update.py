@@ -1,0 +1,117 @@
+"""One update of SmolLM2-135M in fp32 against the time that its useful matrix products alone would take (bounds.py), its peak
+memory, and what packing and bookkeeping cost at 1,024 samples."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import bounds
+
+from rlcore import registry
+from rlcore.config import AlgorithmConfig, ModelConfig, OptimizerConfig
+
+SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples of each, prompt tokens, most response tokens
+BOUND, BOOKKEEPING = 1.3, 0.02  # the targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="short")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
+    parser.add_argument("--profile", action="store_true", help="one more update, by operator")
+    options = parser.parse_args()
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options())
+    os.environ.update(backend.environment())
+    backend.prepare()
+
+    import torch
+
+    from rlcore.algorithms.loss import objective
+    from rlcore.models import adapter_for, resolve
+    from rlcore.policy import ForwardSettings, Passes, TorchActor
+    from rlcore.worker import MODEL_CACHE
+
+    source = ModelConfig(path="smollm2")
+    folder = resolve(source, MODEL_CACHE)
+    adapter = adapter_for(folder, source)
+    prompts, samples, prompt, response = SHAPES[options.shape]
+    batch = batch_of(prompts, samples, prompt, response)
+    settings = ForwardSettings(torch.device("cpu"), torch.float32, options.max_tokens, 1.0)
+    goal = objective(AlgorithmConfig(), response)
+    actor = TorchActor(adapter.load(folder, torch.float32), adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
+    bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, torch.float32)
+    actor.update(batch)  # makes the optimizer's moments
+    times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
+    took = statistics.median(times)
+    print(f"{prompts} prompts of {prompt} tokens x {samples} responses of up to {response}, rows of {options.max_tokens}")
+    print(f"update {took:.2f} s, its matrix products {bound:.2f} s, {took / bound:.2f} times (target {BOUND})")
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    large = batch_of(128, 8, prompt, response)
+    overhead = timed(lambda: bookkeeping(large, options.max_tokens))
+    share = overhead / (took * len(large.samples) / len(batch.samples))
+    print(f"packing and bookkeeping of 1,024 samples {overhead:.2f} s, {share:.2%} of their update (target {BOOKKEEPING:.0%})")
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            actor.update(batch)
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
+
+
+def batch_of(prompts: int, samples: int, prompt: int, response: int) -> Any:
+    """Random tokens; responses of a third of the limit up to all of it."""
+    import torch
+
+    from rlcore.types import Batch, Group, Prompt, Row, Sample
+
+    torch.manual_seed(0)
+    groups = []
+    for number in range(prompts):
+        ids = torch.randint(1000, 40_000, (prompt,)).tolist()
+        lengths = torch.randint(response // 3, response + 1, (samples,)).tolist()
+        responses = [torch.randint(1000, 40_000, (length,)).tolist() for length in lengths]
+        drawn = [Sample(tokens, [-1.0] * len(tokens), "", "length", 0) for tokens in responses]
+        groups.append(Group(Prompt(Row(str(number), []), ids, ids), drawn))
+    batch = Batch.of(groups)
+    return replace(batch, advantages=batch.per_token(torch.randn(prompts * samples)))
+
+
+def bookkeeping(batch: Any, cap: int) -> None:
+    """All that an update does besides running the model: tensors, advantages, shares, rows, and the loss of given numbers."""
+    import torch
+
+    from rlcore.algorithms.advantages import advantages
+    from rlcore.algorithms.loss import objective
+    from rlcore.packing import microbatches
+    from rlcore.policy import _view
+    from rlcore.types import Batch, Outcome
+
+    config = AlgorithmConfig()
+    goal = objective(config, 64)
+    batch = Batch.of(batch.groups)
+    count = len(batch.samples)
+    groups = torch.arange(len(batch.groups)).repeat_interleave(count // len(batch.groups))
+    scores, valid = torch.rand(count), torch.ones(count, dtype=torch.bool)
+    values, _ = advantages(Outcome(scores, valid, groups, batch.lengths, torch.zeros(len(batch.loss_mask))), config)
+    batch = replace(batch, advantages=values)
+    shares = goal.shares(batch)
+    for packed in microbatches(batch, cap):
+        logprobs = torch.full((len(packed.index),), -1.0, requires_grad=True)
+        result = goal.loss(_view(batch, packed.index, logprobs, torch.zeros(len(packed.index))))
+        (result.loss * shares[packed.index]).sum().backward()
+
+
+def timed(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Reference, old log-probabilities and update of a Qwen2.5-VL with a frozen vision tower: each image read once a step, once a
+pass, or by each sample for itself (which then has its own prompt too). 4 prompts with an image of 256 tokens, 8 samples each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rlcore import registry
+from rlcore.config import AlgorithmConfig, OptimizerConfig
+
+PROMPTS, SAMPLES, RESPONSE, SIDE = 4, 8, 32, 448  # pixels: 16 x 16 merged patches
+TARGET = 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options())
+    os.environ.update(backend.environment())
+    backend.prepare()
+
+    import torch
+    from PIL import Image
+
+    from rlcore.algorithms.loss import objective
+    from rlcore.policy import ForwardSettings, Passes, TorchActor, TorchReference
+    from rlcore.types import Batch, Group, Row, Sample
+    from rlcore.vision import ImageCache
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = {"hidden_size": 256, "layers": 6, "vision_hidden_size": 256, "vision_layers": 6, "max_pixels": SIDE * SIDE}
+        registry.load("models", "tiny_qwen2_5_vl")(folder, **sizes)
+        adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+        models = [adapter.load(folder, torch.float32) for _ in range(2)]
+    for model in models:
+        adapter.vision_tower(model).requires_grad_(False)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    rows = [
+        Row(str(i), [{"role": "user", "content": content}], images=[Image.new("RGB", (SIDE, SIDE), (60 * i, 90, 120))])
+        for i in range(PROMPTS)
+    ]
+    torch.manual_seed(0)
+    groups = [
+        Group(adapter.encode(row), [Sample(torch.randint(20, 90, (RESPONSE,)).tolist(), [-1.0] * RESPONSE, "", "length", 0)
+                                    for _ in range(SAMPLES)])
+        for row in rows
+    ]  # fmt: skip
+    batch = Batch.of(groups)
+    batch = replace(batch, advantages=batch.per_token(torch.randn(PROMPTS * SAMPLES)))
+    apart = replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
+    settings = ForwardSettings(torch.device("cpu"), torch.float32, 4096, 1.0)
+    took = {}
+    for name, cache, layout in (("once a step", ImageCache(), batch), ("once a pass", None, batch), ("by sample", None, apart)):
+        goal, optimizer = objective(AlgorithmConfig(), RESPONSE), OptimizerConfig(lr=1e-9)
+        actor = TorchActor(models[0], adapter, settings, goal, optimizer, Passes(total_steps=9), cache)
+        reference = TorchReference(models[1], adapter, settings, cache)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            reference.logprobs(layout)
+            actor.update(replace(layout, old_logprobs=actor.logprobs(layout)))
+            read = cache.clear() if cache else 3 * len(layout.groups)
+            times.append(time.perf_counter() - start)
+        took[name] = statistics.median(times[1:])
+        print(f"{name:12} {took[name]:6.2f} s, {read} images read")
+    print(f"{took['by sample'] / took['once a step']:.1f} times as fast (target {TARGET})")
+
+
+if __name__ == "__main__":
+    main()
