@@ -6,8 +6,11 @@ pass is two forward passes.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +31,22 @@ def forward_flops(model: Any, groups: Sequence[Any]) -> float:
     return 2 * (layers * tokens + head * targets) + 4 * width * seen * config.num_hidden_layers
 
 
-def rate(model: Any, dtype: torch.dtype, rows: int = 2048, seconds: float = 2.0) -> float:
-    """Operations a second of the model's own largest layer product, the best of what fits in `seconds`."""
-    weight = max((w for n, w in model.named_parameters() if w.ndim == 2 and ".layers." in n), key=torch.Tensor.numel)
-    left, right = torch.randn(rows, weight.shape[1]).to(dtype), weight.detach().to(dtype).T
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * weight.numel() / best
+def rate(model: Any, dtype: torch.dtype, rows: int = 2048, repeats: int = 7) -> float:
+    """Operations a second of the products of a training step alone: each layer's output, the gradient of its input and that
+    of its weight, at these rows, medians."""
+    shapes = Counter(tuple(w.shape) for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name)
+    seconds = operations = 0.0
+    for (out, width), count in shapes.items():
+        inputs, weight, above = (torch.randn(*size).to(dtype) for size in ((rows, width), (out, width), (rows, out)))
+        products = (lambda i, w, g: i @ w.T), (lambda i, w, g: g @ w), (lambda i, w, g: g.T @ i)
+        for product in products:
+            times = [_seconds(partial(product, inputs, weight, above)) for _ in range(repeats)]
+            seconds += count * statistics.median(times)
+            operations += count * 2.0 * rows * out * width
+    return operations / seconds
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

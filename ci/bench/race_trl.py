@@ -42,23 +42,26 @@ def main() -> None:
     trl: race.Steps = []
     for _ in range(options.rounds):
         trl += race.theirs(program, ["hf"], environment)
-        rlcore += race.ours(settings(options.precision, options.group), rows(filler), options.steps)
+        rlcore += race.ours(settings(options), rows(filler), options.steps)
     print(race.table(rlcore, trl))
     if target := TARGETS.get((options.precision, options.prompt_tokens, options.group)):
         print(f"target: TRL's step at least {target} times as long")
 
 
-def settings(precision: str, group: int) -> dict[str, object]:
-    """trl_smol.py's, as a run file."""
+def settings(options: argparse.Namespace) -> dict[str, object]:
+    """trl_smol.py's, as a run file. Its micro-batch is 16 padded sequences; ours may hold as many tokens."""
+    precision, group = options.precision, options.group
     return {
         "model": {"path": "smollm2", "precision": "auto" if precision == "default" else precision},
-        "data": {"max_prompt_tokens": 320},
+        "data": {"max_prompt_tokens": options.prompt_tokens + 10},
         "rollout": {"max_new_tokens": 64, "temperature": 1.0},
         "reward": [{"name": "ours.contains_answer"}],
         "algorithm": {"group_size": group, "kl_coef": 0.04},
         "optimizer": {"lr": 1e-6},
-        "train": {"prompts_per_step": SAMPLES // group},
-    }
+        "train": {
+            "prompts_per_step": SAMPLES // group, "max_tokens_per_microbatch": 16 * (options.prompt_tokens + 10 + 64),
+        },
+    }  # fmt: skip
 
 
 def rows(filler: str) -> list[dict[str, str]]:

@@ -1,5 +1,5 @@
 """Reference, old log-probabilities and update of a Qwen2.5-VL with a frozen vision tower: each image read once a step, once a
-pass, or by each sample for itself (which then has its own prompt too). 4 prompts with an image of 256 tokens, 8 samples each."""
+pass, or by each sample for itself (with its own prompt). 4 prompts with an image of 256 tokens, 8 samples each."""
 
 from __future__ import annotations
 
