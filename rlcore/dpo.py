@@ -18,7 +18,7 @@ from rlcore.interruption import Interruption
 from rlcore.learner import Objective
 from rlcore.policy import Passes, TorchActor
 from rlcore.protocols import Adapter, Backend
-from rlcore.sft import Task, loop, written
+from rlcore.sft import Task, load_checked, loop, written
 from rlcore.types import Batch, Group, Row
 from rlcore.worker import Policy, reference_of
 
@@ -31,11 +31,7 @@ def train(
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
-        checkpoint.seed_random_states(config.seed)
-        policy = Policy(config, backend)
-        source = policy.prompts(config.seed)
-        check_pairs(source.rows, policy)
-        model = policy.load()
+        policy, source, model = load_checked(config, backend, check_pairs)
         begin()
         console.warn(policy.caution)
         reference, model = reference_of(policy, model, policy.given)

@@ -31,14 +31,21 @@ def train(
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
-        checkpoint.seed_random_states(config.seed)
-        policy = Policy(config, backend)
-        source = policy.prompts(config.seed)
-        check_targets(source.rows, policy)
-        model = policy.load()
+        policy, source, model = load_checked(config, backend, check_targets)
         begin()
         console.warn(policy.caution)
         fit(policy, model, source, config.sft, folder, saved, console)
+
+
+def load_checked(
+    config: RunConfig, backend: Backend, check: Callable[[Sequence[Row], Policy], None]
+) -> tuple[Policy, PromptSource, nn.Module]:
+    """The policy, its rows after `check`, and its weights: whatever can be refused is refused before a run folder exists."""
+    checkpoint.seed_random_states(config.seed)
+    policy = Policy(config, backend)
+    source = policy.prompts(config.seed)
+    check(source.rows, policy)
+    return policy, source, policy.load()
 
 
 def warm_start(policy: Policy, model: nn.Module, folder: Path, console: Console) -> nn.Module:

@@ -216,7 +216,7 @@ class Run:
         except NonFinite as error:
             path = self.folder / f"nonfinite_step_{number:06d}.json"
             path.write_text(json.dumps({"step": number, **error.report}, indent=1) + "\n", encoding="utf-8")
-            raise RunError(f"{error}; nothing was updated, the numbers are in {path}") from error
+            raise RunError(f"{error}; the run stops before that optimizer step, the numbers are in {path}") from error
         self.done, self.drawn = number, self.source.drawn
         apart = iteration.update.get("actor/kl_loss", iteration.update.get("actor/kl_penalty"))
         if apart is not None:

@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_writes_its_samples(start, mo
     assert status == 1
     assert len(metrics) == len(calls) - 1 < STEPS
     (report,) = folder.glob("nonfinite_step_*.json")
-    assert f"nothing was updated, the numbers are in {report}" in said
+    assert f"the run stops before that optimizer step, the numbers are in {report}" in said
     written = json.loads(report.read_text())
     assert written["step"] == len(calls)
     assert {"prompt", "sample", "token", "rollout_logprobs", "advantages", "loss"} <= set(written["tokens"][0])

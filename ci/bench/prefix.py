@@ -4,13 +4,13 @@ beside one padded batch of 32 whole sequences (transformers, sdpa, log_softmax o
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import replace
 
-from rlcore import registry
-from rlcore.config import AlgorithmConfig, ModelConfig, OptimizerConfig
+import stack
+
+from rlcore.config import AlgorithmConfig, OptimizerConfig
 
 GROUPS, SAMPLES, PROMPT, RESPONSE = 4, 8, 128, 64
 UNCLIPPED = 1e9
@@ -20,23 +20,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=2)
     repeats = parser.parse_args().repeats
-    kind = registry.load("backends", "cpu")
-    backend = kind(kind.Options())
-    os.environ.update(backend.environment())
-    backend.prepare()
+    stack.start()
 
     import torch
     from transformers import AutoModelForCausalLM
 
     from rlcore.algorithms.loss import objective
-    from rlcore.models import adapter_for, resolve
     from rlcore.policy import ForwardSettings, Passes, TorchActor
     from rlcore.types import Batch, Group, Prompt, Row, Sample
-    from rlcore.worker import MODEL_CACHE
 
-    source = ModelConfig(path="smollm2")
-    folder = resolve(source, MODEL_CACHE)
-    adapter = adapter_for(folder, source)
+    folder, adapter = stack.smollm2()
     torch.manual_seed(0)
     prompts = torch.randint(1000, 40_000, (GROUPS, PROMPT))
     responses = torch.randint(1000, 40_000, (GROUPS * SAMPLES, RESPONSE))

@@ -4,7 +4,6 @@ memory, and what packing and bookkeeping cost at 1,024 samples."""
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
 import time
@@ -12,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import bounds
+import stack
 
-from rlcore import registry
-from rlcore.config import AlgorithmConfig, ModelConfig, OptimizerConfig
+from rlcore.config import AlgorithmConfig, OptimizerConfig
 
 SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples of each, prompt tokens, most response tokens
 BOUND, BOOKKEEPING = 1.3, 0.02  # the targets
@@ -27,21 +26,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
     parser.add_argument("--profile", action="store_true", help="one more update, by operator")
     options = parser.parse_args()
-    kind = registry.load("backends", "cpu")
-    backend = kind(kind.Options())
-    os.environ.update(backend.environment())
-    backend.prepare()
+    stack.start()
 
     import torch
 
     from rlcore.algorithms.loss import objective
-    from rlcore.models import adapter_for, resolve
     from rlcore.policy import ForwardSettings, Passes, TorchActor
-    from rlcore.worker import MODEL_CACHE
 
-    source = ModelConfig(path="smollm2")
-    folder = resolve(source, MODEL_CACHE)
-    adapter = adapter_for(folder, source)
+    folder, adapter = stack.smollm2()
     prompts, samples, prompt, response = SHAPES[options.shape]
     batch = batch_of(prompts, samples, prompt, response)
     settings = ForwardSettings(torch.device("cpu"), torch.float32, options.max_tokens, 1.0)

@@ -4,12 +4,13 @@ pass, or by each sample for itself (with its own prompt). 4 prompts with an imag
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+
+import stack
 
 from rlcore import registry
 from rlcore.config import AlgorithmConfig, OptimizerConfig
@@ -22,10 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    kind = registry.load("backends", "cpu")
-    backend = kind(kind.Options())
-    os.environ.update(backend.environment())
-    backend.prepare()
+    stack.start()
 
     import torch
     from PIL import Image

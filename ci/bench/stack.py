@@ -1,0 +1,28 @@
+"""The cpu stack as `rlcore grpo` starts it, and the model that most benches run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rlcore import registry
+from rlcore.config import ModelConfig
+
+
+def start() -> None:
+    """Before torch is imported."""
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options())
+    os.environ.update(backend.environment())
+    backend.prepare()
+
+
+def smollm2() -> tuple[Path, Any]:
+    """Its folder and its adapter."""
+    from rlcore.models import adapter_for, resolve
+    from rlcore.worker import MODEL_CACHE
+
+    source = ModelConfig(path="smollm2")
+    folder = resolve(source, MODEL_CACHE)
+    return folder, adapter_for(folder, source)
