@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlcore import lora, registry, rollout
 from rlcore.algorithms import aggregation
 from rlcore.config import LoraConfig, OptimizerConfig, RolloutConfig
-from rlcore.errors import ConfigError, RunError
+from rlcore.errors import ConfigError
 from rlcore.learner import Objective, tokens
 from rlcore.policy import AdapterOffReference, ForwardSettings, Passes, TorchActor, TorchReference
 from rlcore.sft import negative_log_likelihood
@@ -109,96 +107,3 @@ def test_the_head_and_frozen_layers_have_none(adapter, tiny_llama):
 def test_a_target_that_is_not_there_lists_what_is(adapter, tiny_llama):
     with pytest.raises(ConfigError, match=r"model.lora.targets: .*\['qproj'\]; the model has .*q_proj"):
         with_additions(adapter, tiny_llama, targets=["qproj"])
-
-
-# the additions alone, to an engine that has read the weights below them
-
-
-def publisher(adapter, folder, **settings):
-    """An actor with additions that do something, and an engine started for them."""
-    model = with_additions(adapter, folder, **settings)
-    with torch.no_grad():
-        for _, tensor in lora.additions(model):
-            tensor.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
-    objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, adapter, SETTINGS, objective, OptimizerConfig(), Passes(1), publish_additions=True)
-
-
-def engine_of(name, adapter, folder, backend, **settings):
-    build = registry.load("engines", name)
-    return build(None, adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0, LoraConfig(**settings))
-
-
-@pytest.fixture(scope="module", params=["torch", "vllm"])
-def engine_name(request):
-    if request.param == "vllm":
-        pytest.importorskip("vllm")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def vision_folder(models):
-    registry.load("models", "tiny_qwen2_5_vl")(models / "lora_vl", layers=2, vision_layers=2)
-    return models / "lora_vl"
-
-
-@pytest.fixture(scope="module", params=["text", "images"])
-def served(request, engine_name, models, vision_folder, backend):
-    """An actor, its engine, and a prompt."""
-    settings = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
-    if request.param == "text":
-        registry.load("models", "tiny_qwen3")(models / "lora_qwen3", layers=2)
-        folder, family, row = models / "lora_qwen3", "qwen3", Row("a", [{"role": "user", "content": "3 + 4?"}])
-    else:
-        image = Image.new("RGB", (112, 112), "red")
-        content = [{"type": "image"}, {"type": "text", "text": "Which?"}]
-        folder, family, row = vision_folder, "qwen2_5_vl", Row("a", [{"role": "user", "content": content}], images=[image])
-        layers = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
-        settings["targets"] = [f"language_model.layers.{n}.{layer}" for n in range(2) for layer in layers]
-    adapter = registry.load("adapters", family)(folder)
-    actor = publisher(adapter, folder, **settings)
-    return actor, engine_of(engine_name, adapter, folder, backend, **settings), adapter.encode(row)
-
-
-def test_an_engine_draws_with_the_additions_it_was_sent(served):
-    actor, engine, prompt = served
-    for version in (1, 2):
-        receipt = engine.load_weights(actor.weights(), version)
-        assert receipt.tensors == len(list(actor.weights()))
-        assert receipt.bytes == sum(tensor.nbytes for _, tensor in actor.weights())
-        drawn = Batch.of(engine.generate([prompt], Sampling(4, 6)))
-        assert (actor.logprobs(drawn) - drawn.rollout_logprobs).abs().max() < 1e-4
-        with lora.switched_off(actor.model):
-            assert (actor.logprobs(drawn) - drawn.rollout_logprobs).abs().max() > 1e-2
-        with torch.no_grad():
-            for _, tensor in lora.additions(actor.model):
-                tensor.mul_(-1.5)
-
-
-def test_additions_for_a_layer_that_the_engine_lacks_are_named(served):
-    actor, engine, _ = served
-    wrong = [(name.replace("layers.1.", "layers.7."), tensor) for name, tensor in actor.weights()]
-    with pytest.raises(RunError, match=r"weight sync: .*layers\.[17]\."):
-        engine.load_weights(wrong, 3)
-    engine.load_weights(actor.weights(), 4)
-
-
-def test_additions_that_landed_wrongly_are_named(served, monkeypatch):
-    """A tensor that is changed on its way, between what was sent and what is held."""
-    actor, engine, _ = served
-    if type(engine).__name__ == "TorchRollout":
-        monkeypatch.setattr(Tensor, "copy_", lambda self, other: self)
-        with torch.no_grad():
-            next(iter(lora.additions(actor.model)))[1].add_(1)
-    else:
-        from rlcore_backends import vllm_additions
-
-        real = vllm_additions.save_file
-
-        def late(tensors, path):
-            name = next(iter(tensors))
-            real({**tensors, name: tensors[name] + 1}, path)
-
-        monkeypatch.setattr(vllm_additions, "save_file", late)
-    with pytest.raises(RunError, match=r"1 different: .*lora_A"):
-        engine.load_weights(actor.weights(), 5)
