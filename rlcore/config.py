@@ -164,11 +164,10 @@ class AlgorithmConfig(Strict):
     def _named_settings(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        bounds = LIMITS.get(values.get("correction", "none"), ())
-        limits = dict(zip(("correction_low", "correction_high"), bounds, strict=False))
+        name, correction = str(values.get("name", "grpo")), str(values.get("correction", "none"))
+        limits = dict(zip(("correction_low", "correction_high"), LIMITS.get(correction, ()), strict=False))
         given = {key: value for key, value in values.items() if value is not None or key not in limits}
-        name = values.get("name", "grpo")
-        return {**limits, **(PRESETS.get(name, {}) if isinstance(name, str) else {}), **given}
+        return {**limits, **PRESETS.get(name, {}), **given}
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> AlgorithmConfig:

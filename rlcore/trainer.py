@@ -169,7 +169,7 @@ def train(
         if config.sft:
             model = sft.warm_start(policy, model, folder / "sft", console)
         worker = Worker(policy, model, engine, reward)
-        done, kl_coef = _restore(worker, source, saved) if saved else (0, None)
+        done, kl_coef = _restore(worker, source, saved) if saved else (0, config.algorithm.kl_coef)
         Run(config, worker, source, held_out, folder, console, interruption, done, kl_coef).go()
 
 
@@ -178,13 +178,13 @@ class Run:
 
     def __init__(
         self, config: RunConfig, worker: Worker, source: PromptSource, held_out: Sequence[Prompt], folder: Path,
-        console: Console, interruption: Interruption, done: int, kl_coef: float | None = None,
+        console: Console, interruption: Interruption, done: int, kl_coef: float,
     ) -> None:
-        """`kl_coef`: where an adaptive one stood after step `done`."""
+        """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
         self.config, self.worker, self.source, self.held_out = config, worker, source, held_out
         self.folder, self.console, self.interruption = folder, console, interruption
         self.done = self.saved = done  # steps
-        self.kl = Controller.start(config.algorithm) if kl_coef is None else Controller(config.algorithm, kl_coef)
+        self.kl = Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
         self.clock = metrics.Clock()
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)

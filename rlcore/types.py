@@ -6,7 +6,7 @@ T tokens of a packed row, I images of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,7 +129,7 @@ class Batch:
         """[S] response tokens of each sample."""
         return torch.tensor([len(sample.token_ids) for sample in self.samples], dtype=torch.int64)
 
-    @property
+    @cached_property
     def sequence(self) -> Tensor:
         """[N]: the number of the sample that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
@@ -164,10 +164,14 @@ class Outcome:
     penalties: Tensor  # [N] float32, taken from the reward token by token: kl_coef x divergence
     values: Tensor | None = None  # [N] float32, what a critic expected
 
-    @property
+    @cached_property
     def sequence(self) -> Tensor:
         """[N]: the number of the response that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+    def compared(self) -> Iterator[Tensor]:
+        """[S] bool, group by group: the valid responses of one prompt."""
+        return ((self.groups == group) & self.valid for group in self.groups.unique())
 
     @property
     def penalized(self) -> Tensor:

@@ -262,12 +262,12 @@ def test_estimators_agree_where_the_policies_do():
 
 
 def test_the_coefficient_follows_the_divergence_by_at_most_a_fifth():
-    controller = Controller.start(AlgorithmConfig(kl_coef=0.1, kl_target=0.01, kl_horizon=100))
+    controller = Controller(AlgorithmConfig(kl_coef=0.1, kl_target=0.01, kl_horizon=100), 0.1)
     controller.observe(1.0, samples=50)
     assert controller.coefficient == pytest.approx(0.1 * (1 + 0.2 * 0.5))
     controller.observe(0.0, samples=50)
     assert controller.coefficient == pytest.approx(0.1 * 1.1 * 0.9)
-    fixed = Controller.start(AlgorithmConfig(kl_coef=0.1))
+    fixed = Controller(AlgorithmConfig(kl_coef=0.1), 0.1)
     fixed.observe(1.0, samples=50)
     assert fixed.coefficient == 0.1
 

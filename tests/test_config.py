@@ -63,6 +63,8 @@ def test_an_unknown_key_is_named_with_the_nearest(file, override, message):
         ("model.precision=fp8", "model.precision: input should be 'auto', 'fp32' or 'bf16'; it is 'fp8'"),
         ("rollout.top_p=1.5", "rollout.top_p: input should be less than or equal to 1; it is 1.5"),
         ("optimizer.lr=.nan", "optimizer.lr: input should be"),
+        ("algorithm.correction=[icepop]", "algorithm.correction: input should be 'none'"),
+        ("algorithm.name=[grpo]", "algorithm.name: input should be 'grpo'"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low: input should be less than or equal to 1; it is 1.5"),
         ("reward=[{}]", "reward.0.name: must be set"),
         ("data.train=", "data.train: input should be"),

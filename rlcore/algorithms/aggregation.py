@@ -23,7 +23,7 @@ def shares(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
     if config.aggregation == "token_mean":
         return token_mean(batch)
     mask = batch.loss_mask.float()
-    counts = sums(mask, batch.sequence, len(batch.lengths))
+    counts = sums(mask, batch.sequence)
     responses = total(counts.count_nonzero()).clamp(min=1)
     if config.aggregation == "sequence_mean":
         return mask / (counts.clamp(min=1) * responses)[batch.sequence]
@@ -40,6 +40,11 @@ def pair_mean(batch: Batch) -> Tensor:
     return batch.loss_mask / total(torch.tensor(float(len(batch.groups)))).clamp(min=1)
 
 
-def sums(values: Tensor, sequence: Tensor, count: int) -> Tensor:
-    """[M] values and which of `count` responses each belongs to -> [count]: their totals."""
-    return values.new_zeros(count).index_add(0, sequence, values)
+def sums(values: Tensor, sequence: Tensor) -> Tensor:
+    """[M] values and the number of the response that each belongs to -> [responses]: their totals."""
+    return values.new_zeros(int(sequence.max()) + 1 if len(sequence) else 0).index_add(0, sequence, values)
+
+
+def means(values: Tensor, sequence: Tensor) -> Tensor:
+    """The same: their means."""
+    return sums(values, sequence) / sums(torch.ones_like(values), sequence).clamp(min=1)

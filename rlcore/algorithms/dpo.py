@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlcore.algorithms.aggregation import sums
+from rlcore.algorithms.aggregation import means, sums
 from rlcore.config import DpoConfig
 from rlcore.types import TokenLoss, TokenView
 
@@ -19,13 +19,10 @@ def loss(tokens: TokenView, config: DpoConfig) -> TokenLoss:
     SLiC's (arXiv 2305.10425).
     """
     assert tokens.ref_logprobs is not None
-    count = int(tokens.sequence.max()) + 1
-    ratios = sums(tokens.logprobs - tokens.ref_logprobs, tokens.sequence, count)
-    if config.loss == "ipo":
-        ratios = ratios / sums(torch.ones_like(tokens.logprobs), tokens.sequence, count)
+    ratios = (means if config.loss == "ipo" else sums)(tokens.logprobs - tokens.ref_logprobs, tokens.sequence)
     margin = ratios[0::2] - ratios[1::2]
     pair_loss = _pair_loss(margin, config)
-    first = torch.searchsorted(tokens.sequence, torch.arange(0, count, 2, device=tokens.sequence.device))
+    first = torch.searchsorted(tokens.sequence, torch.arange(0, len(ratios), 2, device=tokens.sequence.device))
 
     def spread(values: Tensor) -> Tensor:
         return torch.zeros_like(tokens.logprobs).index_add(0, first, values)

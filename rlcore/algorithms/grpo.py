@@ -14,8 +14,7 @@ def advantages(outcome: Outcome, config: AlgorithmConfig) -> Tensor:
     """[S]: each reward relative to the valid rewards of its group, over their standard deviation. 0 where invalid, and in
     groups without spread or with one valid sample."""
     rewards, result = outcome.penalized, torch.zeros_like(outcome.rewards)
-    for group in outcome.groups.unique():
-        members = (outcome.groups == group) & outcome.valid
+    for members in outcome.compared():
         if members.sum() < 2:
             continue
         centred = rewards[members] - rewards[members].mean()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rlcore.algorithms import grpo
-from rlcore.algorithms.aggregation import sums
+from rlcore.algorithms.aggregation import means
 from rlcore.config import AlgorithmConfig
 from rlcore.types import TokenView
 
@@ -16,8 +15,6 @@ def surrogate(log_ratio: Tensor, tokens: TokenView, config: AlgorithmConfig) -> 
 
     Its value is the response's, its gradient flows through each token (GSPO-token, section 4.3 of the paper).
     """
-    count = int(tokens.sequence.max()) + 1 if len(tokens.sequence) else 0
     detached = log_ratio.detach()
-    lengths = sums(torch.ones_like(detached), tokens.sequence, count)
-    means = sums(detached, tokens.sequence, count) / lengths.clamp(min=1)
-    return grpo.surrogate(means[tokens.sequence] + log_ratio - detached, tokens, config)
+    by_response = means(detached, tokens.sequence)
+    return grpo.surrogate(by_response[tokens.sequence] + log_ratio - detached, tokens, config)

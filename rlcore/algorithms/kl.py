@@ -32,10 +32,6 @@ class Controller:
     config: AlgorithmConfig
     coefficient: float
 
-    @classmethod
-    def start(cls, config: AlgorithmConfig) -> Controller:
-        return cls(config, config.kl_coef)
-
     def observe(self, mean_divergence: float, samples: int) -> None:
         """The mean by token of a step with that many samples. At most a fifth of the error counts, by samples / kl_horizon."""
         if self.config.kl_target is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.aggregation import sums
+from rlcore.algorithms.aggregation import means, sums
 from rlcore.config import AlgorithmConfig
 
 
@@ -29,9 +29,7 @@ def correction(gap: Tensor, sequence: Tensor, config: AlgorithmConfig) -> Tensor
     if config.correction == "icepop":
         ratio = gap.exp()
         return ratio.where((ratio >= low) & (ratio <= high), 0)
-    count = int(sequence.max()) + 1 if len(sequence) else 0
-    totals = sums(gap, sequence, count)
     if config.correction == "sequence_tis":
-        return totals.exp().clamp(max=high)[sequence]
-    means = (totals / sums(torch.ones_like(gap), sequence, count).clamp(min=1)).exp()
-    return ((means >= low) & (means <= high)).to(gap.dtype)[sequence]
+        return sums(gap, sequence).exp().clamp(max=high)[sequence]
+    ratio = means(gap, sequence).exp()
+    return ((ratio >= low) & (ratio <= high)).to(gap.dtype)[sequence]

@@ -16,8 +16,7 @@ def advantages(outcome: Outcome) -> Tensor:
 def advantages_over_baseline(outcome: Outcome) -> Tensor:
     """[N]: the same of rewards less their group's mean (REINFORCE++-baseline)."""
     rewards = outcome.rewards.clone()
-    for group in outcome.groups.unique():
-        members = (outcome.groups == group) & outcome.valid
+    for members in outcome.compared():
         rewards[members] -= rewards[members].mean()
     return normalized(rewards[outcome.sequence] - _from_here_on(outcome), outcome)
 

@@ -11,8 +11,7 @@ from rlcore.types import Outcome
 def advantages(outcome: Outcome) -> Tensor:
     """[S]: each reward less the mean of the other valid rewards of its group; 0 where there is no other."""
     rewards, result = outcome.penalized, torch.zeros_like(outcome.rewards)
-    for group in outcome.groups.unique():
-        members = (outcome.groups == group) & outcome.valid
+    for members in outcome.compared():
         count = int(members.sum())
         if count > 1:
             result[members] = (rewards[members] - rewards[members].mean()) * count / (count - 1)
