@@ -18,7 +18,7 @@ from rlcore.protocols import Adapter, NamedTensors
 from rlcore.types import Receipt
 from rlcore.weight_sync import compare, fingerprint
 
-from .vllm_rollout import VllmRollout
+from .vllm_rollout import VllmRollout, locate
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -75,23 +75,9 @@ class VllmAdditionsRollout(VllmRollout):
         """The matrix in the engine's only slot, which is padded to the largest rank; None where it has no such layer."""
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         layers = self._runner.lora_manager._adapter_manager.modules
-        found = self._place(layer, layers)
-        if found is None:
+        place = locate(self._runner.get_model(), f"{layer}.weight", layers.__contains__)
+        if place.layer not in layers:
             return None
-        owner, part = found
-        stacked = layers[owner].lora_a_stacked if kind == "lora_A" else layers[owner].lora_b_stacked
-        return stacked[part][0, 0, : like.shape[0], : like.shape[1]].contiguous()
-
-    def _place(self, layer: str, layers: Mapping[str, Any]) -> tuple[str, int] | None:
-        """The engine's layer and the part of it, where it computes several as one."""
-        model = self._runner.get_model()
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        name = f"{layer}.weight"
-        name = (mapper.get_rename_mapper().map_name(name) or name if mapper else name).removesuffix(".weight")
-        if name in layers:
-            return name, 0
-        parent, _, leaf = name.rpartition(".")
-        for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-            if leaf in parts and f"{parent}.{fused}" in layers:
-                return f"{parent}.{fused}", parts.index(leaf)
-        return None
+        owner = layers[place.layer]
+        stacked = owner.lora_a_stacked if kind == "lora_A" else owner.lora_b_stacked
+        return stacked[place.index][0, 0, : like.shape[0], : like.shape[1]].contiguous()

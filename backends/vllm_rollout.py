@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -276,15 +276,30 @@ class _Place:
     index: int
 
 
+def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
+    """Of a tensor under its Hugging Face name; `has` says which layers there are."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapped = (mapper.get_rename_mapper().map_name(name) if mapper else name) or name
+    layer, _, parameter = mapped.rpartition(".")
+    parent, _, leaf = layer.rpartition(".")
+    for fused, parts in _fused(model).items():
+        if leaf in parts and has(f"{parent}.{fused}"):
+            return _Place(f"{parent}.{fused}", parameter, parts.index(leaf))
+    return _Place(layer, parameter, 0)
+
+
+def _fused(model: nn.Module) -> dict[str, list[str]]:
+    """Layers that the engine computes as one, and what they are made of."""
+    return {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
+
+
 class _Ledger:
     """Which tensors the engine needs, and how each can be read back. Names come from the served model itself."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
         self.model = model
         self.dtype = dtype
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        self._rename = mapper.get_rename_mapper().map_name if mapper else str
-        self._fused = {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
+        self._fused = _fused(model)
         self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
         self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
         self.needed = {place for name, _ in model.named_parameters() for place in self._places_of(name)}
@@ -293,13 +308,7 @@ class _Ledger:
 
     def place(self, name: str) -> _Place:
         """Of a tensor under its Hugging Face name."""
-        mapped = self._rename(name) or name
-        layer, _, parameter = mapped.rpartition(".")
-        parent, _, leaf = layer.rpartition(".")
-        for fused, parts in self._fused.items():
-            if leaf in parts and self._has(f"{parent}.{fused}"):
-                return _Place(f"{parent}.{fused}", parameter, parts.index(leaf))
-        return _Place(layer, parameter, 0)
+        return locate(self.model, name, self._has)
 
     def admit(self, name: str, tensor: Tensor) -> _Place:
         """The tensor's place, or RunError before the engine sees it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.config import AlgorithmConfig, OptimizerConfig
-from rlcore.learner import Learner, tokens
+from rlcore.learner import Learner, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
@@ -47,9 +47,9 @@ class TorchCritic:
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups, towards `batch.returns`."""
-        steps = [self._step(batch.select(share)) for share in self.passes.shares(len(batch.groups), self.learner.steps)]
-        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {name if "/" in name else f"critic/{name}": value for name, value in means.items()}
+        shares = self.passes.shares(len(batch.groups), self.learner.steps)
+        result = combined([self._step(batch.select(share)) for share in shares])
+        return {name if "/" in name else f"critic/{name}": value for name, value in result.items()}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,12 @@ class Learner:
                 {"what": "gradient", "norm": str(norm), "parameters": bad, "prompts": prompts},
             )
         return norm
+
+
+def combined(steps: Sequence[Metrics]) -> Metrics:
+    """Of several optimizer steps: the largest of names that end in `max`, the means of the others."""
+    values = {name: [step[name] for step in steps if name in step] for name in steps[0]}
+    return {name: max(each) if name.endswith("max") else sum(each) / len(each) for name, each in values.items()}
 
 
 class Tally:

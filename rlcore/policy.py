@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlcore import lora
 from rlcore.config import OptimizerConfig
-from rlcore.learner import Learner, Objective
+from rlcore.learner import Learner, Objective, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
@@ -101,15 +101,9 @@ class TorchActor(TorchReference):
         self.learner = Learner(model, optimizer, passes.total_steps)
 
     def update(self, batch: Batch) -> Metrics:
-        """One optimizer step on each share of the groups; metrics are their means, maxima those of the whole."""
-        steps = [
-            self._step(batch.select(share)) for share in self.passes.shares(len(batch.groups), self.learner.steps)
-        ]
-        return {
-            name: max(values) if name.endswith("max") else sum(values) / len(values)
-            for name in steps[0]
-            if (values := [step[name] for step in steps if name in step])
-        }
+        """One optimizer step on each share of the groups."""
+        shares = self.passes.shares(len(batch.groups), self.learner.steps)
+        return combined([self._step(batch.select(share)) for share in shares])
 
     def weights(self) -> NamedTensors:
         """Every parameter once, under its published name, low-rank additions added: a tied head is its embedding."""
