@@ -34,7 +34,6 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  #
 
 
 def build(
-    model: nn.Module | None,
     adapter: Adapter,
     folder: Path,
     backend: Backend,
@@ -92,7 +91,7 @@ class VllmRollout:
         """
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
-            torch.manual_seed(sampling.seed)
+            torch.manual_seed(sampling.seed + (sampling.first << 40))
             outputs = self._llm.generate(
                 [_request(prompt) for prompt in prompts], self._parameters(sampling), use_tqdm=False, lora_request=self._request
             )

@@ -20,7 +20,9 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlcore import distributed
 from rlcore.errors import ConfigError
+from rlcore.sharding import as_dealt, collected
 
 
 def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
@@ -53,14 +55,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, folder: Path) -> None:
-    tensors = {
-        f"{name}.{moment}": value
+    """Written by the first rank."""
+    tensors = collected(
+        (f"{name}.{moment}", value)
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
         for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(tensors, folder / "optimizer.safetensors")
-    (folder / "optimizer.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    )
+    if distributed.first():
+        save_file(tensors, folder / "optimizer.safetensors")
+        (folder / "optimizer.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
@@ -71,7 +75,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
             moments = {moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):
                 optimizer.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device) for moment, value in moments.items()
+                    moment: value if moment == "step" else as_dealt(value, parameter) for moment, value in moments.items()
                 }
     return json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["steps"]
 

@@ -91,6 +91,7 @@ def _check_installed(config: RunConfig) -> None:
     wanted = [
         ("backends", "backend.name", config.backend.name),
         ("engines", "rollout.engine", config.rollout.engine),
+        ("placements", "placement.kind", config.placement.kind),
         ("adapters", "model.adapter", config.model.adapter),
         ("datasets", "data.train.name", config.data.train.name),
         *([("datasets", "data.eval.name", config.data.eval.name)] if config.data.eval else []),

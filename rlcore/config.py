@@ -93,6 +93,8 @@ class RolloutConfig(SamplingConfig):
     """vllm, torch (slow, needs nothing) or any installed engine; auto is the backend's own."""
     options: dict[str, Any] = {}
     """Passed to the engine as they are."""
+    tensor_parallel: PositiveInt = 1
+    """Devices of one engine; a pool of more has several engines."""
     max_mismatch: PositiveFloat = 0.5
     """Warn when the engine's and the actor's log-probabilities of the same tokens differ by more, on average."""
 
@@ -275,6 +277,63 @@ class EvaluationConfig(SamplingConfig):
     """0 is greedy."""
 
 
+class ShardingConfig(Strict):
+    """How the devices of a pool share a model that is trained or compared with."""
+
+    replicas: PositiveInt = 1
+    """Copies of the model; the devices of each copy hold a part of it."""
+    sequence_parallel: PositiveInt = 1
+    """Devices that work on one packed row together (arXiv 2309.14509)."""
+    cpu_offload: bool = False
+    """Weights, gradients and optimizer rest in host memory."""
+    bucket_mib: PositiveInt = 512
+    """Of weights that are gathered at once on their way to an engine."""
+
+
+class PoolConfig(Strict):
+    """Identical workers, one a device."""
+
+    roles: list[Literal["actor", "reference", "rollout"]]
+    """The critic goes with the actor."""
+    devices: PositiveInt = 1
+
+
+class PlacementConfig(Strict):
+    kind: str = "local"
+    """local is this process; ray, worker processes on one node or many; or any installed placement."""
+    devices: PositiveInt = 1
+    """Of one pool that hosts every role."""
+    pools: dict[str, PoolConfig] = {}
+    """Several pools by name, each role in one of them, instead of devices."""
+    max_staleness: Literal[0, 1] = 0
+    """1 samples the next step while this one updates, with the weights of before."""
+    options: dict[str, Any] = {}
+    """Arguments of the placement."""
+
+    @model_validator(mode="after")
+    def _each_role_has_one_place(self) -> PlacementConfig:
+        owners: dict[str, str] = {}
+        for name, pool in self.pools.items():
+            for role in pool.roles:
+                if role in owners:
+                    raise ValueError(f"pools.{name}.roles: {role} is already in the pool {owners[role]!r}; list each role once")
+                owners[role] = name
+        if self.pools and (missing := [role for role in ("actor", "rollout") if role not in owners]):
+            raise ValueError(f"pools: no pool has the role {missing[0]}; add it to one")
+        if self.pools and self.devices != 1:
+            raise ValueError("devices: each pool says its own; remove one of placement.devices and placement.pools")
+        if self.kind == "local" and (self.pools or self.devices > 1):
+            raise ValueError("kind: local is one process on one device; set placement.kind=ray for more, or for several pools")
+        if self.max_staleness and not self.apart:
+            raise ValueError("max_staleness: 1 needs actor and rollout in different pools, so that both can work at a time")
+        return self
+
+    @property
+    def apart(self) -> bool:
+        """Whether samples are drawn on other devices than those that train."""
+        return not any({"actor", "rollout"} <= set(pool.roles) for pool in self.pools.values()) and bool(self.pools)
+
+
 class LoggingConfig(Strict):
     tensorboard: bool = True
     samples_on_console: NonNegativeInt = 1
@@ -301,6 +360,8 @@ class RunConfig(Strict):
     """All of `rlcore dpo`."""
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    sharding: ShardingConfig = ShardingConfig()
 
     @model_validator(mode="after")
     def _one_sample_fits_a_microbatch(self) -> RunConfig:
@@ -334,6 +395,29 @@ class RunConfig(Strict):
                 " another distribution than the trainer's; sample from the whole one or set algorithm.correction=none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _devices_divide(self) -> RunConfig:
+        copies = self.sharding.replicas * self.sharding.sequence_parallel
+        for name, devices, roles in self.pools():
+            parts = {"sharding.replicas x sharding.sequence_parallel": copies} if {"actor", "reference"} & roles else {}
+            parts |= {"rollout.tensor_parallel": self.rollout.tensor_parallel} if "rollout" in roles else {}
+            for key, part in parts.items():
+                if devices % part:
+                    raise ValueError(f"{name}: {devices} devices cannot be split into equal parts of {part} ({key})")
+        return self
+
+    def pools(self) -> list[tuple[str, int, set[str]]]:
+        """Every pool's setting, devices and roles. A reference that no pool lists goes with the actor."""
+        placement = self.placement
+        if not placement.pools:
+            return [("placement.devices", placement.devices, {"actor", "reference", "rollout"})]
+        listed = {role for pool in placement.pools.values() for role in pool.roles}
+        extra = {"reference"} - listed
+        return [
+            (f"placement.pools.{name}.devices", pool.devices, {*pool.roles, *(extra if "actor" in pool.roles else ())})
+            for name, pool in placement.pools.items()
+        ]
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> RunConfig:

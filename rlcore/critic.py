@@ -12,11 +12,31 @@ from torch import Tensor, nn
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.config import AlgorithmConfig, OptimizerConfig
-from rlcore.learner import Learner, combined, tokens
+from rlcore.learner import Learner, Objective, Tally, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
+from rlcore.sharding import Sharding, at_rest, collected, fill, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, ValueView
+
+OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
+
+
+class ValueForward(nn.Module):
+    """One pass over a packed row."""
+
+    def __init__(self, backbone: nn.Module, adapter: Adapter, settings: ForwardSettings) -> None:
+        """`backbone` gives the hidden states; its vocabulary head stays unused. Values start at 0."""
+        super().__init__()
+        self.backbone, self.adapter, self.settings = backbone, adapter, settings
+        self.head = nn.Linear(adapter.head(backbone).shape[1], 1, device=settings.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, packed: Packed) -> Tensor:
+        """[M]: the value at the place from which each target is predicted."""
+        hidden = self.adapter.hidden(self.backbone, packed, None)[packed.sources.to(self.settings.device)]
+        return self.head(hidden)[:, 0].float()
 
 
 class TorchCritic:
@@ -24,16 +44,13 @@ class TorchCritic:
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
-        optimizer: OptimizerConfig, passes: Passes,
+        optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None,
     ) -> None:
-        """`model` gives the hidden states; its vocabulary head stays unused. Values start at 0."""
-        self.adapter, self.settings, self.passes = adapter, settings, passes
-        width = adapter.head(model).shape[1]
-        head = nn.Linear(width, 1, device=settings.device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        self.model = nn.ModuleDict({"backbone": model, "head": head})
-        self.learner = Learner(self.model, optimizer, passes.total_steps)
+        self.settings, self.passes = settings, passes
+        self.forward = ValueForward(model, adapter, settings)
+        if sharding:
+            sharding.apply(self.forward, adapter.blocks(model))
+        self.learner = Learner(self.forward, optimizer, passes.total_steps)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 
     @torch.no_grad()
@@ -42,44 +59,42 @@ class TorchCritic:
         result = torch.empty(len(batch.loss_mask))
         with self.settings.autocast():
             for packed in microbatches(batch, self.settings.max_tokens):
-                result[packed.index] = self._forward(packed).cpu()
+                result[packed.index] = self.forward(packed).cpu()
+        at_rest(self.forward)
         return result
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups, towards `batch.returns`."""
-        shares = self.passes.shares(len(batch.groups), self.learner.steps)
-        result = combined([self._step(batch.select(share)) for share in shares])
-        return {name if "/" in name else f"critic/{name}": value for name, value in result.items()}
+        steps = self.passes.steps(batch, OBJECTIVE, self.learner.steps)
+        return named(combined([self.step(step).metrics(step.unit) for step in steps]))
+
+    def step(self, batch: Batch) -> Tally:
+        """One optimizer step, of which `batch` is this rank's part."""
+        return self.learner.step(batch, self._losses(batch))
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self.model.named_parameters()}
-        save_file(state, folder / "critic.safetensors")
+        if weights := collected(self.forward.named_parameters()):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / "critic.safetensors")
         self.learner.save(folder)
 
     def load(self, folder: Path) -> None:
-        saved = load_file(folder / "critic.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(saved[name])
+        fill(self.forward.named_parameters(), load_file(folder / "critic.safetensors"))
         self.learner.load(folder)
-
-    def _step(self, batch: Batch) -> Metrics:
-        shares = aggregation.token_mean(batch)
-        return self.learner.step(batch, shares, tokens(batch), self._losses(batch))
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
         assert batch.values is not None and batch.returns is not None
+        if not batch.unit:
+            return
         with self.settings.autocast():
-            for packed in microbatches(batch, self.settings.max_tokens):
+            for packed in summed_at_the_last(self.forward, microbatches(batch, self.settings.max_tokens)):
                 mask = batch.loss_mask[packed.index]
                 index = packed.index[mask]
-                if len(index):
-                    values = self._forward(packed)[mask.to(self.settings.device)]
-                    before, returns = batch.values[index].to(values.device), batch.returns[index].to(values.device)
-                    yield index, self._loss(ValueView(values, before, returns))
+                values = self.forward(packed)[mask.to(self.settings.device)]
+                before, returns = batch.values[index].to(values.device), batch.returns[index].to(values.device)
+                yield index, self._loss(ValueView(values, before, returns)) if len(index) else TokenLoss(values)
 
-    def _forward(self, packed: Packed) -> Tensor:
-        """[M]: the value at the place from which each target is predicted."""
-        hidden = self.adapter.hidden(self.model["backbone"], packed, None)[packed.sources.to(self.settings.device)]
-        return self.model["head"](hidden)[:, 0].float()
+
+def named(metrics: Metrics) -> Metrics:
+    """As the run reports them."""
+    return {name if "/" in name else f"critic/{name}": value for name, value in metrics.items()}

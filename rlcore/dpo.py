@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rlcore import checkpoint
-from rlcore.algorithms import aggregation
-from rlcore.algorithms import dpo as algorithm
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
-from rlcore.learner import Objective
-from rlcore.policy import Passes, TorchActor
+from rlcore.placement import start
 from rlcore.protocols import Adapter, Backend
-from rlcore.sft import Task, load_checked, loop, written
+from rlcore.sft import Task, checked, loop, written
 from rlcore.types import Batch, Group, Row
-from rlcore.worker import Policy, reference_of
+from rlcore.worker import Policy
 
 
 def train(
@@ -31,22 +27,20 @@ def train(
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
-        policy, source, model = load_checked(config, backend, check_pairs)
-        begin()
-        console.warn(policy.caution)
-        reference, model = reference_of(policy, model, policy.given)
-        objective = Objective(partial(algorithm.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
-        actor = TorchActor(
-            model, policy.adapter, policy.given, objective, config.dpo.optimizer, Passes(config.dpo.steps), reference.images
-        )
-        count = config.dpo.pairs_per_step
+        policy, source = checked(config, backend, check_pairs)
+        with start(policy) as placement:
+            placement.load("dpo")
+            begin()
+            console.warn(policy.caution)
+            count, reference = config.dpo.pairs_per_step, placement.reference
+            assert reference is not None
 
-        def batch() -> Batch:
-            pairs = Batch.of(preferences(source, count, policy.adapter))
-            return replace(pairs, ref_logprobs=reference.logprobs(pairs))
+            def batch() -> Batch:
+                pairs = Batch.of(preferences(source, count, policy.adapter))
+                return replace(pairs, ref_logprobs=reference.logprobs(pairs))
 
-        task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
-        loop(task, actor, source, config, folder, saved, console)
+            task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
+            loop(task, placement.actor, source, config, folder, saved, console)
 
 
 def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
@@ -74,6 +68,3 @@ def preferences(source: PromptSource, count: int, adapter: Adapter) -> list[Grou
         for prompt in source.draw(count)
     ]
 
-
-def _pairs(batch: Batch) -> float:
-    return float(len(batch.groups))

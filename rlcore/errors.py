@@ -29,5 +29,8 @@ class NonFinite(RunError):
 
     def __init__(self, message: str, report: Mapping[str, Any]) -> None:
         """`report` holds the samples and the numbers, as JSON can write them."""
-        super().__init__(message)
+        super().__init__(message, report)
         self.report = report
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ class Objective:
     """What an actor minimizes: the sum over tokens of share x loss."""
 
     loss: Callable[[TokenView], TokenLoss]
-    shares: Callable[[Batch], Tensor]  # [N], of the whole optimizer batch over all ranks; 0 where the loss does not count
-    unit: Callable[[Batch], float]  # what reported means are means over, on this rank
+    shares: Callable[[Batch], Tensor]  # [N], of a whole optimizer step; 0 where the loss does not count
+    unit: Callable[[Batch], float]  # what that step's reported means are means over
     whole_groups: bool = False  # the loss of a sample needs the others of its group in the same forward pass
 
 
@@ -48,17 +48,18 @@ class Learner:
             lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
         )
 
-    def step(self, batch: Batch, shares: Tensor, unit: float, losses: Iterable[tuple[Tensor, TokenLoss]]) -> Metrics:
-        """`losses`: micro-batch by micro-batch, where its tokens stand in [N], and their loss. NonFinite leaves the weights as
-        they were."""
-        tally = Tally(unit)
+    def step(self, batch: Batch, losses: Iterable[tuple[Tensor, TokenLoss]]) -> Tally:
+        """`losses`: micro-batch by micro-batch, where its tokens stand in [N], and their loss. NonFinite, on every rank, leaves
+        the weights as they were."""
+        tally, wrong = Tally(), None
+        for index, result in losses:
+            wrong = wrong or _loss_fault(batch, index, result)
+            (result.loss * batch.shares[index].to(result.loss.device)).sum().backward()
+            tally.add(result)
+        norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
         try:
-            for index, result in losses:
-                _check_loss(batch, index, result)
-                (result.loss * shares[index].to(result.loss.device)).sum().backward()
-                tally.add(result)
-            distributed.sum_gradients(self.model.parameters())
-            norm = self._clip(batch)
+            distributed.agree(wrong)
+            distributed.agree(None if math.isfinite(norm) else self._gradient_fault(batch, norm))
         except NonFinite:
             self.optimizer.zero_grad()
             raise
@@ -68,7 +69,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-        return {**tally.metrics(), "grad_norm": norm, "lr": rate}
+        tally.common = {"grad_norm": norm, "lr": rate}
+        return tally
 
     def save(self, folder: Path) -> None:
         checkpoint.save_optimizer(self.optimizer, self.steps, folder)
@@ -76,19 +78,15 @@ class Learner:
     def load(self, folder: Path) -> None:
         self.steps = checkpoint.load_optimizer(self.optimizer, folder)
 
-    def _clip(self, batch: Batch) -> float:
-        """The gradient's norm before it was clipped."""
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm, error_if_nonfinite=False))
-        if not math.isfinite(norm):
-            gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
-            bad = [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()][:_NAMED]
-            prompts = [group.prompt.row.id for group in batch.groups]
-            raise NonFinite(
-                f"the gradient of this step is not finite (norm {norm}, first in {bad[0] if bad else 'no parameter'}); its"
-                f" prompts: {', '.join(prompts)}",
-                {"what": "gradient", "norm": str(norm), "parameters": bad, "prompts": prompts},
-            )
-        return norm
+    def _gradient_fault(self, batch: Batch, norm: float) -> NonFinite:
+        gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
+        bad = [name for name, one in gradients if one is not None and not distributed.part(one).isfinite().all()][:_NAMED]
+        prompts = [group.prompt.row.id for group in batch.groups]
+        return NonFinite(
+            f"the gradient of this step is not finite (norm {norm}, first in {bad[0] if bad else 'no parameter'}); its"
+            f" prompts: {', '.join(prompts)}",
+            {"what": "gradient", "norm": str(norm), "parameters": bad, "prompts": prompts},
+        )
 
 
 def combined(steps: Sequence[Metrics]) -> Metrics:
@@ -98,33 +96,48 @@ def combined(steps: Sequence[Metrics]) -> Metrics:
 
 
 class Tally:
-    """Means, maxima and effective sample sizes of one optimizer step, gathered micro-batch by micro-batch."""
+    """What one optimizer step reports, gathered micro-batch by micro-batch and rank by rank."""
 
-    def __init__(self, unit: float) -> None:
-        self.sums: defaultdict[str, float] = defaultdict(float, {"unit": unit})
-        self.weights: defaultdict[str, float] = defaultdict(float)
+    def __init__(self) -> None:
+        self.sums: Counter[str] = Counter()
+        self.weights: Counter[str] = Counter()  # number, sum and sum of squares of each effective sample
         self.highest: dict[str, float] = {}
+        self.common: Metrics = {}  # the same on every rank
 
     def add(self, result: TokenLoss) -> None:
         for name, values in result.means.items():
             self.sums[name] += float(values.detach().sum())
         for name, values in result.maxima.items():
             if len(values):
-                self.highest[name] = max(self.highest.get(name, -math.inf), float(values.detach().max()))
+                self._raise(name, float(values.detach().max()))
         for name, values in result.effective.items():
             values = values.detach().double()
             for kind, part in (("n", len(values)), ("sum", float(values.sum())), ("squares", float(values.square().sum()))):
                 self.weights[f"{name} {kind}"] += part
 
-    def metrics(self) -> Metrics:
-        sums, weights = distributed.total_counts(self.sums), distributed.total_counts(self.weights)
-        unit = max(sums.pop("unit"), 1.0)
+    def __iadd__(self, other: Tally) -> Tally:
+        """With what another rank saw of the same step."""
+        for name, value in other.highest.items():
+            self._raise(name, value)
+        for mine, theirs in ((self.sums, other.sums), (self.weights, other.weights)):
+            for name, value in theirs.items():
+                mine[name] += value
+        self.common = self.common or other.common
+        return self
+
+    def metrics(self, unit: float) -> Metrics:
+        """Means over `unit`, maxima, and effective sample sizes."""
+        weights = self.weights
         effective = {
             name: weights[f"{name} sum"] ** 2 / (weights[f"{name} n"] * weights[f"{name} squares"])
-            for name in {key.rpartition(" ")[0] for key in weights}
+            for name in dict.fromkeys(key.rpartition(" ")[0] for key in weights)
             if weights[f"{name} squares"]
         }
-        return {name: value / unit for name, value in sums.items()} | effective | distributed.maxima(self.highest)
+        means = {name: value / max(unit, 1.0) for name, value in self.sums.items()}
+        return {**means, **effective, **self.highest, **self.common}
+
+    def _raise(self, name: str, value: float) -> None:
+        self.highest[name] = max(self.highest.get(name, value), value)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
@@ -138,18 +151,18 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
-def _check_loss(batch: Batch, index: Tensor, result: TokenLoss) -> None:
-    """NonFinite names the samples whose loss, or anything it is made of, is not a number."""
+def _loss_fault(batch: Batch, index: Tensor, result: TokenLoss) -> NonFinite | None:
+    """Names the samples whose loss, or anything it is made of, is not a number, if there are any."""
     quantities: Mapping[str, Tensor] = {"loss": result.loss, **result.means, **result.maxima}
     stacked = torch.stack([values.detach().float() for values in quantities.values()])
     if stacked.isfinite().all():
-        return
+        return None
     wrong = ~stacked.isfinite()
     names = [name for name, row in zip(quantities, wrong, strict=True) if row.any()]
     places = wrong.any(0).nonzero()[:_NAMED, 0].cpu()
     found = [_token(batch, int(index[i]), {name: row[i] for name, row in quantities.items()}) for i in places]
     first = found[0]
-    raise NonFinite(
+    return NonFinite(
         f"the {names[0]} of this step is not finite ({first[names[0]]}) at token {first['token']} of sample {first['sample']}"
         f" of {first['prompt']}; its log-probability is {first['rollout_logprobs']} in the engine",
         {"what": names, "tokens": found},

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlcore.config import LoraConfig
 from rlcore.errors import ConfigError
+from rlcore.sharding import collected, fill
 
 _NAME = "default"  # of peft's only adapter here
 _WRAPPED = ".base_layer"
@@ -82,28 +82,22 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_merged(model: Any, folder: Path) -> None:
-    """A Hugging Face folder that knows nothing of additions."""
-    if not has_additions(model):
-        model.save_pretrained(folder)
-        return
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    weights = {name: tensor for name, tensor in merged(model)}
-    twins = {name: weights[source] for name, source in dict(tied).items() if source in weights and name not in weights}
-    state = weights | twins
-    model.save_pretrained(folder, state_dict=state)
+    """A Hugging Face folder that knows nothing of additions, written by the first rank."""
+    weights = collected(merged(model))
+    if weights:
+        tied = getattr(model, "_tied_weights_keys", None) or {}
+        twins = {name: weights[source] for name, source in dict(tied).items() if source in weights and name not in weights}
+        model.save_pretrained(folder, state_dict=weights | twins)
 
 
 def save_additions(model: nn.Module, folder: Path) -> None:
     """additions.safetensors, if there are any."""
-    if has_additions(model):
-        save_file({name: tensor.detach().contiguous() for name, tensor in additions(model)}, folder / "additions.safetensors")
+    if has_additions(model) and (tensors := collected(additions(model))):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "additions.safetensors")
 
 
 def load_additions(model: nn.Module, folder: Path) -> None:
-    saved = load_file(folder / "additions.safetensors")
-    with torch.no_grad():
-        for name, parameter in additions(model):
-            parameter.copy_(saved[name])
+    fill(additions(model), load_file(folder / "additions.safetensors"))
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -61,6 +61,7 @@ def timings(spans: Sequence[Span], start: float, end: float) -> Metrics:
     of all spans, never negative.
     """
     outside = [span for span in spans if span.stage in OUTSIDE_ITERATION]
+    spans = [span for span in spans if span in outside or not _within(span, outside)]
     inside = [span for span in spans if span.stage not in OUTSIDE_ITERATION]
     result: Metrics = {"timing/all": end - start - _union(outside)}
     for stage in dict.fromkeys(span.stage for span in spans):
@@ -183,6 +184,11 @@ def _keep_before(path: Path, step: int) -> None:
     draft = path.with_name(f".{path.name}.partial")
     draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))
     os.replace(draft, path)
+
+
+def _within(span: Span, others: Sequence[Span]) -> bool:
+    """Whether most of it lies in one of the others: the sampling of an evaluation is no part of the step's."""
+    return any(min(span.end, other.end) - max(span.start, other.start) > (span.end - span.start) / 2 for other in others)
 
 
 def _union(spans: Iterable[Span]) -> float:

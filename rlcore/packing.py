@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,10 +132,25 @@ def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
 
 
 def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
-    """The whole batch as packed rows."""
+    """The whole batch as packed rows, and rows without a target until there are `batch.rows`."""
+    rows = [pack(batch, pieces) for pieces in planned(batch, cap, whole_groups)]
+    return rows + [_IDLE] * (batch.rows - len(rows))
+
+
+def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Piece]]:
+    """`plan` of a batch."""
     shapes = [(len(g.prompt.token_ids), [len(s.token_ids) for s in g.samples]) for g in batch.groups]
     names = [group.prompt.row.id for group in batch.groups]
-    return [pack(batch, pieces) for pieces in plan(shapes, cap, names, whole_groups)]
+    return plan(shapes, cap, names, whole_groups)
+
+
+def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
+    """Each rank's groups, and where their tokens stand in [N]. All ranks make the same number of forward passes."""
+    sizes = [len(group.prompt.token_ids) + sum(len(sample.token_ids) for sample in group.samples) for group in batch.groups]
+    shares = over_ranks(sizes, ranks)
+    parts = [batch.select(share) for share in shares]
+    rows = max(len(planned(part, cap, whole_groups)) for part in parts)
+    return [(replace(part, rows=rows), batch.places(share)) for part, share in zip(parts, shares, strict=True)]
 
 
 def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: Sequence[str] | None) -> list[Piece]:
@@ -208,3 +223,7 @@ def _axes(position_ids: Tensor | None) -> int:
 
 def _positions(position_ids: Tensor | None, length: int, axes: int) -> Tensor:
     return torch.arange(length).expand(axes, -1) if position_ids is None else position_ids
+
+
+_ZERO, _NONE = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), sources=_NONE, targets=_NONE, index=_NONE, vision=())

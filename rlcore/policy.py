@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlcore import lora
+from rlcore import distributed, lora
 from rlcore.config import OptimizerConfig
-from rlcore.learner import Learner, Objective, combined
+from rlcore.learner import Learner, Objective, Tally, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
+from rlcore.sharding import Sharding, at_rest, fill, gathered, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
 from rlcore.vision import ImageCache
 
@@ -35,22 +36,14 @@ class ForwardSettings:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-class TorchReference:
-    """A model that gives log-probabilities."""
+class Forward(nn.Module):
+    """One pass over a packed row. Everything that reads weights happens inside it, where sharded ones are whole."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, images: ImageCache | None = None) -> None:
-        """`images` keeps the embeddings of a frozen vision tower, shared by the models that have the same."""
+        super().__init__()
         self.model, self.adapter, self.settings, self.images = model, adapter, settings, images
 
-    @torch.no_grad()
-    def logprobs(self, batch: Batch) -> Tensor:
-        result = torch.empty(len(batch.loss_mask))
-        with self.settings.autocast():
-            for packed in microbatches(batch, self.settings.max_tokens):
-                result[packed.index] = self._forward(packed)[0].cpu()
-        return result
-
-    def _forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
+    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [M] entropies of the row's targets."""
         device = self.settings.device
         hidden = self.adapter.hidden(self.model, packed, self.images)
@@ -60,12 +53,28 @@ class TorchReference:
         )
 
 
-class AdapterOffReference(TorchReference):
-    """The actor's own model without its low-rank additions."""
+class TorchReference:
+    """A model that gives log-probabilities."""
 
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, images: ImageCache | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """`images` keeps the embeddings of a frozen vision tower, shared by the models that have the same. `sharding` deals the
+        weights over the ranks, which then call everything here together."""
+        self.model, self.adapter, self.settings, self.images = model, adapter, settings, images
+        self.forward = Forward(model, adapter, settings, images)
+        if sharding:
+            sharding.apply(self.forward, adapter.blocks(model))
+
+    @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        with lora.switched_off(self.model):
-            return super().logprobs(batch)
+        result = torch.empty(len(batch.loss_mask))
+        with self.settings.autocast():
+            for packed in microbatches(batch, self.settings.max_tokens):
+                result[packed.index] = self.forward(packed)[0].cpu()
+        at_rest(self.forward)
+        return result
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class Passes:
     minibatches: int = 1
     epochs: int = 1
     seed: int = 0
+
+    def steps(self, batch: Batch, objective: Objective, done: int) -> list[Batch]:
+        """Each optimizer step's groups, with each token's share of that step's loss."""
+        chosen = [batch.select(share) for share in self.shares(len(batch.groups), done)]
+        return [replace(step, shares=objective.shares(step), unit=objective.unit(step)) for step in chosen]
 
     def shares(self, groups: int, done: int) -> Iterator[Sequence[int]]:
         """The groups of each optimizer step: equal shares of them, shuffled anew each epoch; `done` steps came before."""
@@ -93,27 +107,32 @@ class TorchActor(TorchReference):
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
-        passes: Passes, images: ImageCache | None = None, publish_additions: bool = False,
+        passes: Passes, images: ImageCache | None = None, publish_additions: bool = False, sharding: Sharding | None = None,
     ) -> None:
         """`publish_additions`: `weights` gives the low-rank additions alone."""
-        super().__init__(model, adapter, settings, images)
+        super().__init__(model, adapter, settings, images, sharding)
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self.learner = Learner(model, optimizer, passes.total_steps)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups."""
-        shares = self.passes.shares(len(batch.groups), self.learner.steps)
-        return combined([self._step(batch.select(share)) for share in shares])
+        steps = self.passes.steps(batch, self.objective, self.learner.steps)
+        return combined([self.step(step).metrics(step.unit) for step in steps])
+
+    def step(self, batch: Batch) -> Tally:
+        """One optimizer step, of which `batch` is this rank's part."""
+        return self.learner.step(batch, self._losses(batch))
 
     def weights(self) -> NamedTensors:
         """Every parameter once, under its published name, low-rank additions added: a tied head is its embedding."""
-        for name, tensor in lora.additions(self.model) if self._publish_additions else lora.merged(self.model):
-            yield self.adapter.published_name(name), tensor.detach()
+        named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
+        return gathered((self.adapter.published_name(name), tensor.detach()) for name, tensor in named)
 
     def save(self, folder: Path) -> None:
         lora.save_merged(self.model, folder / "model")
         lora.save_additions(self.model, folder)
-        self.adapter.save_processor(folder / "model")
+        if distributed.first():
+            self.adapter.save_processor(folder / "model")
         self.learner.save(folder)
 
     def load(self, folder: Path) -> None:
@@ -121,24 +140,31 @@ class TorchActor(TorchReference):
             lora.load_additions(self.model, folder)
         else:
             fresh = self.adapter.load(folder / "model", torch.float32).to(self.settings.device)
-            self.model.load_state_dict(fresh.state_dict())
+            fill(self.model.named_parameters(), dict(fresh.named_parameters()))
         self.learner.load(folder)
-
-    def _step(self, batch: Batch) -> Metrics:
-        objective = self.objective
-        return self.learner.step(batch, objective.shares(batch), objective.unit(batch), self._losses(batch))
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
         """Micro-batch by micro-batch: the places in [N] of the tokens that count, and their loss."""
-        if not batch.loss_mask.any():
+        if not batch.unit:
             return
+        rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
         with self.settings.autocast():
-            for packed in microbatches(batch, self.settings.max_tokens, self.objective.whole_groups):
+            for packed in summed_at_the_last(self.forward, rows):
+                logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]
-                if mask.any():
-                    logprobs, entropy = self._forward(packed)
-                    index, mask = packed.index[mask], mask.to(logprobs.device)
-                    yield index, self.objective.loss(_view(batch, index, logprobs[mask], entropy[mask]))
+                index, logprobs, entropy = packed.index[mask], logprobs[mask], entropy[mask]
+                yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
+
+
+class AdapterOffReference:
+    """The actor's own model without its low-rank additions."""
+
+    def __init__(self, actor: TorchActor) -> None:
+        self.actor = actor
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        with lora.switched_off(self.actor.model):
+            return self.actor.logprobs(batch)
 
 
 def _view(batch: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> TokenView:

@@ -93,6 +93,10 @@ class Adapter(Protocol):
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
 
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The decoder layers, in order."""
+        ...
+
     def head(self, model: nn.Module) -> Tensor:
         """[V, D]: the output projection (the embedding itself where they are tied)."""
         ...
@@ -126,6 +130,22 @@ class Backend(Protocol):
 
     def device(self, local_rank: int) -> torch.device: ...
 
+    def collectives(self) -> str:
+        """What processes of this device talk through, as torch.distributed names it."""
+        ...
+
+    def bundle(self) -> Mapping[str, float]:
+        """What a scheduler of many machines calls one device, and how much of it that is."""
+        ...
+
+    def sharing(self, devices: int) -> Backend:
+        """As one of so many devices on a machine: what they have in common is split."""
+        ...
+
+    def network(self, address: str) -> Mapping[str, str]:
+        """Environment variables by which collectives find the others through the interface that has this address."""
+        ...
+
     def default_precision(self) -> str:
         """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
         ...
@@ -139,7 +159,7 @@ class Engine(Protocol):
     """Builds a Rollout. Registered by name; `rollout.engine` chooses."""
 
     def __call__(
-        self, *, model: nn.Module, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
+        self, *, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
         max_tokens: int, seed: int, lora: LoraConfig | None = None,
     ) -> Rollout:
         """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlcore import lora as low_rank
 from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
@@ -25,7 +25,6 @@ class TorchOptions(Strict):
 
 
 def build(
-    model: nn.Module | None,
     adapter: Adapter,
     folder: Path,
     backend: Backend,
@@ -115,7 +114,7 @@ class TorchRollout:
         return held, tied
 
     def _groups(self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling) -> list[Group]:
-        generators = [torch.Generator().manual_seed(_seed(sampling.seed, place)) for place in places]
+        generators = [torch.Generator().manual_seed(_seed(sampling.seed, sampling.first + place)) for place in places]
         steps = list(self._steps(prompts, sampling, generators))
         token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # of [S, R], one a prompt
         logprobs = torch.stack([values for _, values in steps], dim=1).split(sampling.samples)

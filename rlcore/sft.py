@@ -7,19 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from rlcore import checkpoint, metrics
-from rlcore.algorithms import aggregation
-from rlcore.config import RunConfig, SftConfig
+from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
-from rlcore.learner import Objective, tokens
-from rlcore.policy import Passes, TorchActor
-from rlcore.protocols import Adapter, Backend
-from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss, TokenView
+from rlcore.placement import Placement, start
+from rlcore.protocols import Actor, Adapter, Backend
+from rlcore.types import Batch, Group, Prompt, Row, Sample
 from rlcore.worker import Policy
 
 
@@ -31,30 +27,33 @@ def train(
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
     with Interruption():
         saved = checkpoint.latest(folder) if resume else None
-        policy, source, model = load_checked(config, backend, check_targets)
-        begin()
-        console.warn(policy.caution)
-        fit(policy, model, source, config.sft, folder, saved, console)
+        policy, source = checked(config, backend, check_targets)
+        with start(policy) as placement:
+            placement.load("sft")
+            begin()
+            console.warn(policy.caution)
+            fit(placement, policy, source, folder, saved, console)
 
 
-def load_checked(
+def checked(
     config: RunConfig, backend: Backend, check: Callable[[Sequence[Row], Policy], None]
-) -> tuple[Policy, PromptSource, nn.Module]:
-    """The policy, its rows after `check`, and its weights: whatever can be refused is refused before a run folder exists."""
+) -> tuple[Policy, PromptSource]:
+    """The policy and its rows after `check`: whatever can be refused is refused before a run folder exists."""
     checkpoint.seed_random_states(config.seed)
     policy = Policy(config, backend)
     source = policy.prompts(config.seed)
     check(source.rows, policy)
-    return policy, source, policy.load()
+    return policy, source
 
 
-def warm_start(policy: Policy, model: nn.Module, folder: Path, console: Console) -> nn.Module:
-    """`model` after its warm start, the run's initial policy and its reference. Made once a run, then read from `folder`."""
-    config = policy.config
-    assert config.sft is not None
-    if not (folder / "checkpoints" / "latest").exists():
-        fit(policy, model, policy.prompts(config.seed), config.sft, folder, None, console)
-    return policy.load(checkpoint.latest(folder) / "model")
+def missing(folder: Path | None) -> bool:
+    """Whether a warm start is asked for and not done: it is made once a run, then read from its folder."""
+    return folder is not None and not (folder / "checkpoints" / "latest").exists()
+
+
+def result(folder: Path | None) -> Path | None:
+    """The model of a warm start that is done: the run's initial policy and its reference."""
+    return None if folder is None else checkpoint.latest(folder) / "model"
 
 
 def check_targets(rows: Sequence[Row], policy: Policy) -> None:
@@ -72,21 +71,17 @@ def check_targets(rows: Sequence[Row], policy: Policy) -> None:
 
 
 def fit(
-    policy: Policy, model: nn.Module, source: PromptSource, config: SftConfig, folder: Path, saved: Path | None,
-    console: Console,
+    placement: Placement, policy: Policy, source: PromptSource, folder: Path, saved: Path | None, console: Console
 ) -> None:
     """Minimizes the mean negative log-probability of the target tokens."""
-    objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    actor = TorchActor(
-        policy.trainable(model), policy.adapter, policy.given, objective, config.optimizer, Passes(config.steps),
-        policy.image_cache(model),
-    )  # fmt: skip
+    config = policy.config.sft
+    assert config is not None
 
     def batch() -> Batch:
         return Batch.of(targets(source, config.rows_per_step, policy.adapter))
 
     task = Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
-    loop(task, actor, source, policy.config, folder, saved, console)
+    loop(task, placement.actor, source, policy.config, folder, saved, console)
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Task:
 
 
 def loop(
-    task: Task, actor: TorchActor, source: PromptSource, config: RunConfig, folder: Path, saved: Path | None,
+    task: Task, actor: Actor, source: PromptSource, config: RunConfig, folder: Path, saved: Path | None,
     console: Console,
 ) -> None:
     """The steps that are not done yet, and a checkpoint at the end; what an interrupt stops keeps its metrics."""
@@ -115,11 +110,9 @@ def loop(
     console.start(task.name, task.steps, done)
     try:
         for number in range(done + 1, task.steps + 1):
-            start = time.perf_counter()
+            began = time.perf_counter()
             row = actor.update(task.batch())
-            if actor.images:
-                row["vision/images_encoded"] = float(actor.images.clear())
-            row["timing/all"] = time.perf_counter() - start
+            row["timing/all"] = time.perf_counter() - began
             sinks.write(number, row)
             if number % task.log_every == 0 or number == task.steps:
                 shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
@@ -134,11 +127,6 @@ def loop(
 def targets(source: PromptSource, count: int, adapter: Adapter) -> list[Group]:
     """The next rows, each with its target as the only sample."""
     return [Group(prompt, [_target(prompt, adapter)]) for prompt in source.draw(count)]
-
-
-def negative_log_likelihood(view: TokenView) -> TokenLoss:
-    loss = -view.logprobs
-    return TokenLoss(loss, {"sft/loss": loss, "sft/entropy": view.entropy})
 
 
 def _target(prompt: Prompt, adapter: Adapter) -> Sample:

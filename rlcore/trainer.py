@@ -21,10 +21,11 @@ from rlcore.console import Console, grpo_line
 from rlcore.data import PromptSource, encode_all, load_rows
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
-from rlcore.protocols import Backend
+from rlcore.placement import Placement, start
+from rlcore.protocols import Backend, Reward
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Group, Metrics, Outcome, Prompt, Receipt, Sampling, Score
-from rlcore.worker import Policy, Worker, start_rollout
+from rlcore.worker import Policy
 
 EVALUATION_SEED = 1 << 40  # far from every step's
 
@@ -53,36 +54,33 @@ class Iteration:
 
 
 def step(
-    worker: Worker, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int, kl_coef: float,
-    clock: metrics.Clock, interruption: Interruption,
+    placement: Placement, reward: Reward, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
+    kl_coef: float, clock: metrics.Clock, interruption: Interruption,
 ) -> Iteration:
     """Sample, score, compare, update. Weights go first: a broken path fails before any training."""
     with clock.span("resharding_to_infer"):
-        receipt = worker.sync_weights()
-    kept, replaced = collect(worker, draw, config, number, clock)
+        receipt = placement.sync_weights()
+    kept, replaced = collect(placement, reward, draw, config, number, clock)
     batch = replace(Batch.of(kept.groups), kl_coef=kl_coef)
-    if worker.reference is not None:
-        with clock.span("reference_model"):
-            batch = replace(batch, ref_logprobs=worker.reference.logprobs(batch))
+    if placement.reference is not None:
+        batch = replace(batch, ref_logprobs=placement.reference.logprobs(batch))
     if needs_old_logprobs(config):
-        with clock.span("old_log_p"):
-            batch = replace(batch, old_logprobs=worker.actor.logprobs(batch))
-    if worker.critic is not None:
-        with clock.span("values"):
-            batch = replace(batch, values=worker.critic.values(batch))
+        batch = replace(batch, old_logprobs=placement.actor.logprobs(batch))
+    if placement.critic is not None:
+        batch = replace(batch, values=placement.critic.values(batch))
     with clock.span("adv"):
         outcome = outcome_of(batch, kept.scores, config)
         batch = with_advantages(batch, outcome, config.algorithm)
     interruption.hold()
-    with clock.span("update"):
-        update = worker.update(batch)
+    update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
         update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef
     return Iteration(batch, kept.scores, outcome, replaced, receipt, update)
 
 
 def collect(
-    worker: Worker, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int, clock: metrics.Clock
+    placement: Placement, reward: Reward, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
+    clock: metrics.Clock,
 ) -> tuple[Scored, Scored]:
     """A step's groups, and those that were replaced because they taught nothing (DAPO's dynamic sampling).
 
@@ -93,11 +91,10 @@ def collect(
     for refill in range(config.algorithm.max_refills + 1):
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
-        with clock.span("rollout"):
-            seed = config.seed + number + (refill << 32)
-            groups = worker.rollout.generate(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
+        seed = config.seed + number + (refill << 32)
+        groups = placement.rollout.generate(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
         with clock.span("reward"):
-            scored = Scored(groups, worker.reward.score(groups))
+            scored = Scored(groups, reward.score(groups))
         if not config.algorithm.max_refills:
             return scored, replaced
         signal = [dapo.has_signal(scores) for scores in scored.scores]
@@ -136,13 +133,15 @@ class Evaluation:
         }
 
 
-def evaluate(worker: Worker, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock) -> Evaluation:
+def evaluate(
+    placement: Placement, reward: Reward, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock
+) -> Evaluation:
     """Every held-out row once, under the evaluation's own sampling."""
     assert config.evaluation is not None
     with clock.span("evaluate"):
-        worker.sync_weights()
-        groups = worker.rollout.generate(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
-        return Evaluation(groups, worker.reward.score(groups))
+        placement.sync_weights()
+        groups = placement.rollout.generate(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
+        return Evaluation(groups, reward.score(groups))
 
 
 def train(
@@ -162,26 +161,30 @@ def train(
         held_out = _held_out(policy)
         if config.sft:
             sft.check_targets(source.rows, policy)
-        reward, model = RewardFunctions(config.reward), policy.load()
-        engine = start_rollout(policy, model)
-        begin()
-        console.warn(policy.caution)
-        if config.sft:
-            model = sft.warm_start(policy, model, folder / "sft", console)
-        worker = Worker(policy, model, engine, reward)
-        done, kl_coef = _restore(worker, source, saved) if saved else (0, config.algorithm.kl_coef)
-        Run(config, worker, source, held_out, folder, console, interruption, done, kl_coef).go()
+        reward = RewardFunctions(config.reward)
+        warm = folder / "sft" if config.sft else None
+        with start(policy) as placement:
+            first = sft.missing(warm)
+            placement.load("sft" if first else "grpo", None if first else sft.result(warm))
+            placement.start_engines()
+            begin()
+            console.warn(policy.caution)
+            if first:
+                sft.fit(placement, policy, policy.prompts(config.seed), warm, None, console)
+                placement.load("grpo", sft.result(warm))
+            done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
+            Run(config, placement, reward, source, held_out, folder, console, interruption, done, kl_coef).go()
 
 
 class Run:
     """A run and what is known of it between two steps."""
 
     def __init__(
-        self, config: RunConfig, worker: Worker, source: PromptSource, held_out: Sequence[Prompt], folder: Path,
-        console: Console, interruption: Interruption, done: int, kl_coef: float,
+        self, config: RunConfig, placement: Placement, reward: Reward, source: PromptSource, held_out: Sequence[Prompt],
+        folder: Path, console: Console, interruption: Interruption, done: int, kl_coef: float,
     ) -> None:
         """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
-        self.config, self.worker, self.source, self.held_out = config, worker, source, held_out
+        self.config, self.placement, self.reward, self.source, self.held_out = config, placement, reward, source, held_out
         self.folder, self.console, self.interruption = folder, console, interruption
         self.done = self.saved = done  # steps
         self.kl = Controller(config.algorithm, kl_coef)
@@ -211,8 +214,9 @@ class Run:
         config, start = self.config, time.perf_counter()
         try:
             iteration = step(
-                self.worker, self.source.draw, config, number, self.kl.coefficient, self.clock, self.interruption
-            )
+                self.placement, self.reward, self.source.draw, config, number, self.kl.coefficient, self.clock,
+                self.interruption,
+            )  # fmt: skip
         except NonFinite as error:
             path = self.folder / f"nonfinite_step_{number:06d}.json"
             path.write_text(json.dumps({"step": number, **error.report}, indent=1) + "\n", encoding="utf-8")
@@ -223,7 +227,7 @@ class Run:
             self.kl.observe(apart, len(iteration.batch.samples))
         evaluation = None
         if config.evaluation and self._due(config.evaluation.every, config.evaluation.at_end):
-            evaluation = evaluate(self.worker, self.held_out, config, self.clock)
+            evaluation = evaluate(self.placement, self.reward, self.held_out, config, self.clock)
         if self._due(config.train.save_every, at_end=True):
             with self.clock.span("save_checkpoint"):
                 self._save()
@@ -236,7 +240,8 @@ class Run:
         self._warn(row)
 
     def _evaluate_before(self) -> None:
-        evaluation = evaluate(self.worker, self.held_out, self.config, self.clock)
+        evaluation = evaluate(self.placement, self.reward, self.held_out, self.config, self.clock)
+        self.placement.spans()
         row = evaluation.metrics() | {"timing/evaluate": sum(span.end - span.start for span in self.clock.take())}
         self.sinks.write(0, row, evaluation_records(evaluation))
         self.console.say(f"before training  eval {row.get('eval/score', float('nan')):.3f} on {len(self.held_out)} rows")
@@ -246,14 +251,13 @@ class Run:
 
     def _save(self) -> None:
         state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient}
-        checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.worker.save)
+        checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.placement.actor.save)
         self.saved = self.done
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
         batch, outcome = iteration.batch, iteration.outcome
-        timing = metrics.timings(self.clock.take(), start, time.perf_counter())
+        timing = metrics.timings([*self.clock.take(), *self.placement.spans()], start, time.perf_counter())
         sampled = [*batch.groups, *iteration.replaced.groups]
-        images = self.worker.images
         return {
             **metrics.score_metrics([*iteration.scores, *iteration.replaced.scores]),
             **metrics.spread("grpo/rewards", outcome.penalized[outcome.valid].tolist()),
@@ -263,11 +267,10 @@ class Run:
             "data/dropped_long": float(self.source.dropped_long),
             **({"data/replaced_groups": float(len(iteration.replaced.groups))} if self.config.algorithm.max_refills else {}),
             **({"grpo/kl_coef": batch.kl_coef} if self.config.algorithm.kl_target else {}),
-            **({"vision/images_encoded": float(images.clear())} if images else {}),
             **metrics.sync(iteration.receipt),
-            **metrics.memory(),
+            **self.placement.memory(),
             **timing,
-            **metrics.throughput(sampled, timing, devices=1),
+            **metrics.throughput(sampled, timing, devices=self.placement.devices),
         }
 
     def _warn(self, row: Metrics) -> None:
@@ -354,10 +357,10 @@ def _held_out(policy: Policy) -> Sequence[Prompt]:
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
 
 
-def _restore(worker: Worker, source: PromptSource, saved: Path) -> tuple[int, float]:
+def _restore(placement: Placement, source: PromptSource, saved: Path) -> tuple[int, float]:
     """The step of the checkpoint, and the coefficient of the divergence after it."""
-    worker.load(saved)
+    placement.actor.load(saved)
     state = checkpoint.read_state(saved)
-    worker.version, source.drawn = state["step"], state["drawn"]
+    placement.version, source.drawn = state["step"], state["drawn"]
     checkpoint.restore_random_states(state["random"])
     return state["step"], state["kl_coef"]

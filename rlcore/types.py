@@ -7,7 +7,7 @@ T tokens of a packed row, I images of a prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +61,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     seed: int = 0
+    first: int = 0  # the number of the first prompt, where an engine gets only some of a call's
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ class Batch:
     values: Tensor | None = None  # [N] float32, the critic's before this step's updates
     returns: Tensor | None = None  # [N] float32, what it should have said
     kl_coef: float = 0.0  # of this step
+    shares: Tensor | None = None  # [N] float32, of an optimizer step's whole loss; 0 where it does not count
+    unit: float = 0.0  # what that step's reported means are means over, on all ranks together
+    rows: int = 0  # forward passes that every rank makes, at least
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Batch:
@@ -134,14 +138,19 @@ class Batch:
         """[N]: the number of the sample that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
 
-    def select(self, chosen: Sequence[int]) -> Batch:
-        """Those groups, in that order, with their tokens."""
+    def places(self, chosen: Sequence[int]) -> Tensor:
+        """Where the tokens of those groups stand in [N], in that order."""
         sizes = torch.tensor([sum(len(sample.token_ids) for sample in group.samples) for group in self.groups])
         starts = (sizes.cumsum(0) - sizes).tolist()
-        tokens = torch.cat([torch.arange(starts[index], starts[index] + int(sizes[index])) for index in chosen])
-        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns")
-        cut = {name: value[tokens] for name in fields if (value := getattr(self, name)) is not None}
-        return Batch([self.groups[index] for index in chosen], **cut, kl_coef=self.kl_coef)
+        ranges = [torch.arange(starts[index], starts[index] + int(sizes[index])) for index in chosen]
+        return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+
+    def select(self, chosen: Sequence[int]) -> Batch:
+        """Those groups, in that order, with their tokens."""
+        places = self.places(chosen)
+        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns", "shares")
+        cut = {name: value[places] for name in fields if (value := getattr(self, name)) is not None}
+        return replace(self, groups=[self.groups[index] for index in chosen], **cut)
 
     def per_token(self, per_sample: Tensor) -> Tensor:
         """[S] -> [N], each sample's value on each of its tokens."""

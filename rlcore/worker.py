@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import copy
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from rlcore import lora, registry
-from rlcore.algorithms.loss import objective
+from rlcore import checkpoint, distributed, lora, registry
 from rlcore.config import LoraConfig, ModelConfig, RunConfig, nearest
 from rlcore.critic import TorchCritic
 from rlcore.data import PromptSource, load_rows
 from rlcore.errors import ConfigError
+from rlcore.learner import Tally
+from rlcore.metrics import Clock, Span, memory
 from rlcore.models import adapter_for, context_length, resolve
-from rlcore.policy import AdapterOffReference, ForwardSettings, Passes, TorchActor, TorchReference
-from rlcore.protocols import Backend, Reward, Rollout
-from rlcore.types import Batch, Metrics, Receipt
+from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
+from rlcore.protocols import Backend, Rollout
+from rlcore.recipe import recipe
+from rlcore.sharding import Sharding
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
 from rlcore.vision import ImageCache
 
+T = TypeVar("T")
+ROLES = ("actor", "reference", "rollout")
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
 EMULATED = (
     "model.precision bf16: this {} has no bf16 instructions, and emulating them takes a hundred times as long as fp32;"
@@ -83,17 +91,6 @@ class Policy:
         settings = self.config.model.lora
         return settings if settings and settings.sync == "adapter" else None
 
-    @property
-    def given(self) -> ForwardSettings:
-        """For responses that nobody sampled: their probabilities are the model's own."""
-        return replace(self.settings, temperature=1.0)
-
-    @property
-    def passes(self) -> Passes:
-        train = self.config.train
-        each = train.minibatches_per_step * train.epochs_per_step
-        return Passes(train.steps * each, train.minibatches_per_step, train.epochs_per_step, self.config.seed)
-
     def _freeze(self, model: torch.nn.Module, part: str, tower: torch.nn.Module | None) -> None:
         """ConfigError when nothing of the model is called so."""
         if part == "vision" and tower is not None:
@@ -111,14 +108,6 @@ class Policy:
         """The training rows, shuffled by `seed`."""
         data = self.config.data
         return PromptSource(load_rows(data.train), self.adapter, data.max_prompt_tokens, data.long_prompts, seed)
-
-
-def reference_of(policy: Policy, model: torch.nn.Module, settings: ForwardSettings) -> tuple[TorchReference, torch.nn.Module]:
-    """`model` as it is now, for comparison, and as it will learn. With low-rank additions one set of weights is both."""
-    kind, same = (AdapterOffReference, None) if policy.config.model.lora else (TorchReference, copy.deepcopy(model))
-    model = policy.trainable(model)
-    fixed = model if same is None else same.requires_grad_(False)
-    return kind(fixed, policy.adapter, settings, policy.image_cache(model)), model
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:
@@ -140,56 +129,125 @@ def _checkpoint_layers(model: Any) -> None:
 
 
 class Worker:
-    """Actor, reference, critic, rollout and reward in this process."""
+    """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
 
-    def __init__(self, policy: Policy, model: torch.nn.Module, rollout: Rollout, reward: Reward) -> None:
-        """`model` is the initial policy; the reference stays what it is now."""
-        config, algorithm = policy.config, policy.config.algorithm
-        adapter, settings = policy.adapter, policy.settings
-        self.reference: TorchReference | None = None
-        if algorithm.kl_coef:
-            self.reference, model = reference_of(policy, model, settings)
-            self.images = self.reference.images
-        else:
+    def __init__(self, policy: Policy, roles: Collection[str] = ROLES) -> None:
+        self.policy, self.config, self.roles = policy, policy.config, frozenset(roles)
+        self.clock = Clock()
+        self.ranks = distributed.ALONE
+        self.actor: TorchActor | None = None
+        self.reference: TorchReference | AdapterOffReference | None = None
+        self.critic: TorchCritic | None = None
+        self.rollout: Rollout | None = None
+
+    def join(self, rank: int, size: int, address: str) -> None:
+        """Become one of the ranks that meet at `address` (host:port)."""
+        backend, config = self.policy.backend, self.config.sharding
+        self.ranks = distributed.join(
+            rank, size, address, backend.collectives(), self.policy.settings.device, config.replicas, config.sequence_parallel
+        )
+
+    def start_engine(self) -> None:
+        """Weights reach it by `sync`."""
+        if "rollout" in self.roles:
+            self.rollout = start_rollout(self.policy)
+
+    def load(self, task: str, folder: Path | None = None) -> None:
+        """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
+        self.actor = self.reference = self.critic = None
+        checkpoint.seed_random_states(self.config.seed)  # on every rank the same
+        way, trained = recipe(task, self.config), "actor" in self.roles
+        compared = way.compared and "reference" in self.roles
+        if not trained and not compared:
+            return
+        policy, model = self.policy, self.policy.load(folder)
+        settings, sharding = replace(policy.settings, temperature=way.temperature), self._sharding()
+        additions = self.config.model.lora is not None and trained
+        fixed = copy.deepcopy(model) if trained and compared and not additions else model
+        if trained:
             model = policy.trainable(model)
-            self.images = policy.image_cache(model)
-        self.actor = TorchActor(
-            model, adapter, settings, objective(algorithm, config.rollout.max_new_tokens), config.optimizer, policy.passes,
-            self.images, publish_additions=policy.additions is not None,
-        )  # fmt: skip
-        self.critic = TorchCritic(
-            policy.load_critic(), adapter, settings, algorithm, config.critic.optimizer, policy.passes
-        ) if config.critic else None  # fmt: skip
-        self.rollout, self.reward = rollout, reward
-        self.version = 0
-        self.receipt: Receipt | None = None  # of the weights the engine serves
+            images = policy.image_cache(model)
+            self.actor = TorchActor(
+                model, policy.adapter, settings, way.objective, way.optimizer, way.passes, images,
+                publish_additions=policy.additions is not None, sharding=sharding,
+            )  # fmt: skip
+        if compared:
+            images = self.actor.images if self.actor else None
+            self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
+                fixed.requires_grad_(False), policy.adapter, settings, images, sharding
+            )  # fmt: skip
+        if trained and task == "grpo" and self.config.critic:
+            self.critic = TorchCritic(
+                policy.load_critic(), policy.adapter, settings, self.config.algorithm, self.config.critic.optimizer,
+                way.passes, sharding,
+            )  # fmt: skip
 
-    def sync_weights(self) -> Receipt:
-        """Make the engine serve the actor's weights, if it does not already; the receipt of the weights it serves."""
-        if self.receipt is None or self.receipt.version != self.version:
-            self.receipt = self.rollout.load_weights(self.actor.weights(), self.version)
-        return self.receipt
+    def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> list[Group]:
+        prompts, sampling = part
+        with self.clock.span("rollout"):
+            return _there(self.rollout).generate(prompts, sampling) if prompts else []
 
-    def update(self, batch: Batch) -> Metrics:
-        """All optimizer steps of this batch: a new version of the weights."""
-        result = self.critic.update(batch) if self.critic else {}
-        result |= self.actor.update(batch)
-        self.version += 1
-        return result
+    def sync(self, version: int) -> Receipt:
+        """The engine of this process serves the weights of its actor."""
+        with self.clock.span("resharding_to_infer"):
+            return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        with self.clock.span("reference_model"):
+            return _there(self.reference).logprobs(batch)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        with self.clock.span("old_log_p"):
+            return _there(self.actor).logprobs(batch)
+
+    def values(self, batch: Batch) -> Tensor:
+        with self.clock.span("values"):
+            return _there(self.critic).values(batch)
+
+    def update(self, steps: Sequence[Batch]) -> list[Tally]:
+        """This rank's part of each optimizer step."""
+        with self.clock.span("update"):
+            return [_there(self.actor).step(step) for step in steps]
+
+    def update_critic(self, steps: Sequence[Batch]) -> list[Tally]:
+        with self.clock.span("update"):
+            return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        self.actor.save(folder)
+        _there(self.actor).save(folder)
         if self.critic:
             self.critic.save(folder / "critic")
 
-    def load(self, folder: Path) -> None:
-        self.actor.load(folder)
+    def restore(self, folder: Path) -> int:
+        """The number of optimizer steps that the checkpoint has behind it."""
+        actor = _there(self.actor)
+        actor.load(folder)
         if self.critic:
             self.critic.load(folder / "critic")
+        return actor.learner.steps
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def spans(self) -> list[Span]:
+        """Since the last call, on this process's clock."""
+        return self.clock.take()
+
+    def memory(self) -> Metrics:
+        return memory()
+
+    def _sharding(self) -> Sharding | None:
+        mesh = self.ranks.mesh
+        return Sharding(mesh, self.policy.settings.compute_dtype, self.config.sharding.cpu_offload) if mesh else None
 
 
-def start_rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
-    """The engine that the run file or the backend chooses, started; weights reach it by `sync_weights`."""
+def _there(role: T | None) -> T:
+    assert role is not None, "a placement calls a worker for the roles it has"
+    return role
+
+
+def start_rollout(policy: Policy) -> Rollout:
+    """The engine that the run file or the backend chooses, started; weights reach it by `load_weights`."""
     config, backend = policy.config, policy.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
     sampling = [config.rollout] + ([config.evaluation] if config.evaluation else [])
@@ -202,6 +260,6 @@ def start_rollout(policy: Policy, model: torch.nn.Module) -> Rollout:
         )
     build = registry.load("engines", name)
     return build(
-        model=model, adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
+        adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
         dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions,
     )

@@ -3,7 +3,6 @@ eight micro-batches; on one rank and on two. Loss and gradient are the same for 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from rlcore import registry
 from rlcore.algorithms import PRESETS, aggregation
 from rlcore.algorithms.loss import objective, policy_loss
 from rlcore.config import AlgorithmConfig, OptimizerConfig
-from rlcore.packing import microbatches
+from rlcore.packing import deal, microbatches
 from rlcore.policy import ForwardSettings, Passes, TorchActor
 from rlcore.types import Batch, Group, Row, Sample, TokenView
 
@@ -67,11 +66,11 @@ def alone(batch):
     return replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
 
 
-def actor_of(adapter, folder, config, cap):
+def actor_of(adapter, folder, config, cap, sharding=None):
     settings = ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9)
     unclipped = OptimizerConfig(max_grad_norm=1e9)
     model = adapter.load(folder, torch.float32)
-    return TorchActor(model, adapter, settings, objective(config, LIMIT), unclipped, Passes(total_steps=1))
+    return TorchActor(model, adapter, settings, objective(config, LIMIT), unclipped, Passes(1), sharding=sharding)
 
 
 def gradient_of(actor, batch):
@@ -190,42 +189,56 @@ def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
 # two ranks
 
 
-def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path, replicas):
+    """Each with half of every weight, or with all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment = {**os.environ, **meeting, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(tiny_llama), str(tmp_path)], env={**environment, "RANK": str(rank)})
-        for rank in range(2)
-    ]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), address, str(replicas)]
+    ranks = [subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(2)]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     for name, settings in SETTINGS.items():
         config = AlgorithmConfig(**settings)
         metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch_of(adapter))
         for rank in range(2):
             theirs = torch.load(tmp_path / f"{rank} {name}.pt", weights_only=True)
-            assert apart(theirs, gradient) < 1e-6, name
-            assert json.loads((tmp_path / f"{rank} {name}.json").read_text()) == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+            assert apart(theirs["gradient"], gradient) < 1e-6, name
+            assert theirs["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
-def rank(folder, results):
-    """What one of two ranks does: each algorithm on its own prompt of the two."""
-    from torch import distributed
+def rank(folder, results, address, replicas, mine):
+    """What one of two ranks does: each algorithm on its own prompt of the two, of which one makes more rows than the other."""
+    from torch import distributed as dist
+
+    from rlcore import distributed
+    from rlcore.learner import Tally
+    from rlcore.sharding import Sharding
 
     kind = registry.load("backends", "cpu")
-    kind(kind.Options(threads=1)).prepare()
-    distributed.init_process_group("gloo")
-    mine = distributed.get_rank()
+    backend = kind(kind.Options(threads=1))
+    backend.prepare()
+    ranks = distributed.join(mine, 2, address, backend.collectives(), backend.device(0), replicas, sequence=1)
     adapter = registry.load("adapters", "llama")(folder)
     for name, settings in SETTINGS.items():
-        actor = actor_of(adapter, folder, AlgorithmConfig(**settings), 60)
-        metrics, gradient = gradient_of(actor, batch_of(adapter).select([mine]))
-        torch.save(gradient, results / f"{mine} {name}.pt")
-        (results / f"{mine} {name}.json").write_text(json.dumps(metrics))
-    distributed.destroy_process_group()
+        sharding = Sharding(ranks.mesh, torch.float32)
+        actor = actor_of(adapter, folder, AlgorithmConfig(**settings), 60, sharding)
+        (step,) = actor.passes.steps(batch_of(adapter), actor.objective, 0)
+        seen = []
+        actor.learner.optimizer.register_step_pre_hook(lambda *_, actor=actor, seen=seen: seen.extend(
+            distributed.whole(parameter.grad).flatten() for parameter in actor.model.parameters()
+        ))  # fmt: skip
+        (part, _), (other, _) = [deal(step, 2, 60)[one] for one in (mine, 1 - mine)]
+        assert part.rows == other.rows
+        tallies = [None, None]
+        dist.all_gather_object(tallies, actor.step(part))
+        total = Tally()
+        for tally in tallies:
+            total += tally
+        torch.save({"gradient": torch.cat(seen), "metrics": total.metrics(step.unit)}, results / f"{mine} {name}.pt")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    rank(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -7,10 +7,10 @@ import torch
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
+from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config import OptimizerConfig
 from rlcore.learner import Objective, tokens
 from rlcore.policy import ForwardSettings, Passes, TorchActor
-from rlcore.sft import negative_log_likelihood
 from rlcore.types import Batch, Group, Row, Sample
 
 

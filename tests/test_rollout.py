@@ -25,7 +25,7 @@ def picture(color, size=112):
 def start(backend, folder, family, **options):
     adapter = registry.load("adapters", family)(folder)
     config = RolloutConfig(engine="torch", options=options)
-    return adapter, rollout.build(None, adapter, folder, backend, config, torch.float32, 256, 0)
+    return adapter, rollout.build(adapter, folder, backend, config, torch.float32, 256, 0)
 
 
 @pytest.fixture(scope="module")

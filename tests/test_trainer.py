@@ -90,7 +90,7 @@ def test_a_long_response_is_punished_in_the_reward_and_not_in_the_score(start):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_writes_its_samples(start, monkeypatch):
-    real = policy.TorchActor._forward
+    real = policy.Forward.forward
     calls = []
 
     def poisoned(self, packed):
@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_writes_its_samples(start, mo
         calls.append(1)
         return (logprobs * torch.tensor(math.nan), entropy) if len(calls) > 2 else (logprobs, entropy)
 
-    monkeypatch.setattr(policy.TorchActor, "_forward", poisoned)
+    monkeypatch.setattr(policy.Forward, "forward", poisoned)
     status, metrics, _, folder, said = start()
     assert status == 1
     assert len(metrics) == len(calls) - 1 < STEPS

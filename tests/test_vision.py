@@ -8,10 +8,10 @@ from PIL import Image
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
+from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config import OptimizerConfig
 from rlcore.learner import Objective, tokens
 from rlcore.policy import ForwardSettings, Passes, TorchActor, TorchReference
-from rlcore.sft import negative_log_likelihood
 from rlcore.types import Batch, Group, Row, Sample
 from rlcore.vision import ImageCache
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rlcore import lora, registry
 from rlcore.algorithms import aggregation
+from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config import LoraConfig, OptimizerConfig, RolloutConfig
 from rlcore.errors import RunError
 from rlcore.learner import Objective, tokens
 from rlcore.policy import ForwardSettings, Passes, TorchActor
-from rlcore.sft import negative_log_likelihood
 from rlcore.types import Batch, Row, Sampling
 
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
@@ -32,7 +32,7 @@ def publisher(adapter, folder, **settings):
 
 def engine_of(name, adapter, folder, backend, **settings):
     build = registry.load("engines", name)
-    return build(None, adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0, LoraConfig(**settings))
+    return build(adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0, LoraConfig(**settings))
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])

@@ -223,4 +223,4 @@ def test_a_missing_vllm_says_how_to_install_it(folder, backend, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     build = registry.load("engines", "vllm")
     with pytest.raises(PluginError, match=r"pip install -r requirements/cpu\.txt or set rollout\.engine=torch"):
-        build(None, None, folder, backend, RolloutConfig(), torch.float32, 256, 0)
+        build(None, folder, backend, RolloutConfig(), torch.float32, 256, 0)

@@ -77,6 +77,10 @@ class CausalLM:
         )
         return output.last_hidden_state[0]
 
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        """The decoder layers, in order."""
+        return model.model.layers
+
     def head(self, model: Any) -> Tensor:
         """[V, D]."""
         return model.lm_head.weight

@@ -64,6 +64,9 @@ class Qwen2_5_VL(CausalLM):
         )
         return output.last_hidden_state[0]
 
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
+        return model.model.language_model.layers
+
     def vision_tower(self, model: Any) -> nn.Module | None:
         return model.model.visual
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlcore.config import AlgorithmConfig
-from rlcore.distributed import total
 from rlcore.types import Batch
 
 
@@ -24,7 +23,7 @@ def shares(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
         return token_mean(batch)
     mask = batch.loss_mask.float()
     counts = sums(mask, batch.sequence)
-    responses = total(counts.count_nonzero()).clamp(min=1)
+    responses = counts.count_nonzero().clamp(min=1)
     if config.aggregation == "sequence_mean":
         return mask / (counts.clamp(min=1) * responses)[batch.sequence]
     return mask / (responses * (1 if config.aggregation == "sequence_sum" else config.aggregation_length or longest))
@@ -32,12 +31,12 @@ def shares(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
 
 def token_mean(batch: Batch) -> Tensor:
     mask = batch.loss_mask.float()
-    return mask / total(mask.sum()).clamp(min=1)
+    return mask / mask.sum().clamp(min=1)
 
 
 def pair_mean(batch: Batch) -> Tensor:
     """Each group is one pair, and its loss stands on one token."""
-    return batch.loss_mask / total(torch.tensor(float(len(batch.groups)))).clamp(min=1)
+    return batch.loss_mask / max(len(batch.groups), 1)
 
 
 def sums(values: Tensor, sequence: Tensor) -> Tensor:

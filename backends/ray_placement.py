@@ -1,0 +1,203 @@
+"""Pools of worker processes on Ray: one actor a device, on one node or on many."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import ray
+from pydantic import PositiveFloat
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlcore import registry
+from rlcore.config import RunConfig, Strict, validate
+from rlcore.errors import ConfigError, RlcoreError, RunError
+from rlcore.placement import Placement, Pool, results
+from rlcore.protocols import Backend
+from rlcore.worker import Policy, Worker
+
+
+class RayOptions(Strict):
+    """`placement.options` of kind ray."""
+
+    address: str | None = None
+    """Of a running cluster; unset joins that of RAY_ADDRESS, or starts one on this machine that ends with the run."""
+    wait_seconds: PositiveFloat = 300.0
+    """For the devices to be there and free."""
+
+
+def open_pools(policy: Policy) -> Placement:
+    """Every pool of the run file with its workers. ConfigError when the cluster has not the devices."""
+    config = policy.config
+    options = validate(RayOptions, config.placement.options, "placement.options.")
+    total = sum(devices for _, devices, _ in config.pools())
+    started = _connect(options, policy.backend, total)
+    backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
+    opened: list[_Devices] = []
+
+    def close() -> None:
+        for devices in opened:
+            devices.release()
+        if started:
+            ray.shutdown()
+
+    try:
+        pools: dict[str, Pool] = {}
+        for setting, devices, roles in config.pools():
+            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds))
+            trains = not roles.isdisjoint({"actor", "reference"})
+            pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1)
+            pools |= dict.fromkeys(roles, pool)
+        return Placement(config, pools, close)
+    except BaseException:
+        close()
+        raise
+
+
+@ray.remote
+class Process:
+    """A worker in a process of its own."""
+
+    def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
+        self.worker = Worker(Policy(config, registry.load("backends", config.backend.name)(options)), roles)
+        from transformers.utils import logging  # after the backend has made it importable
+
+        logging.disable_progress_bar()
+
+    def meeting_place(self) -> str:
+        """A free port of this node."""
+        with socket.socket() as free:
+            free.bind((ray.util.get_node_ip_address(), 0))
+            return f"{free.getsockname()[0]}:{free.getsockname()[1]}"
+
+    def join(self, rank: int, size: int, address: str) -> None:
+        for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():
+            os.environ.setdefault(name, value)
+        self.worker.join(rank, size, address)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.worker, method)(*arguments)
+
+
+class Remote:
+    """A member of a pool, seen from the controller."""
+
+    def __init__(self, process: Any, name: str) -> None:
+        self.process, self.name = process, name
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        return self.ask("call", method, *arguments)
+
+    def ask(self, what: str, *arguments: Any) -> Future[Any]:
+        """Of the process; `call` of its worker."""
+        answer: Future[Any] = Future()
+        asked = getattr(self.process, what).remote(*arguments).future()
+        asked.add_done_callback(partial(self._settle, answer, arguments[0] if what == "call" else what))
+        return answer
+
+    def _settle(self, answer: Future[Any], method: str, done: Future[Any]) -> None:
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        else:
+            answer.set_exception(self._explained(error, method))
+
+    def _explained(self, error: BaseException, method: str) -> BaseException:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, RlcoreError):
+            return cause
+        if isinstance(error, RayActorError):
+            return RunError(
+                f"{self.name} died during {method}; its log is in the session's logs folder of Ray on that node. A process that"
+                " is killed without a trace often had no memory left"
+            )
+        return error
+
+
+class _Devices:
+    """The workers of one pool, and what Ray has reserved for them."""
+
+    def __init__(
+        self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float
+    ) -> None:
+        self._processes: list[Any] = []
+        self._group = _reserved(dict(backend.bundle()), setting, devices, wait_seconds)
+        try:
+            nodes = placement_group_table(self._group)["bundles_to_node_id"]
+            neighbours = sorted(range(devices), key=lambda bundle: (nodes[bundle], bundle))
+            self._processes = [self._process(backend, bundle) for bundle in neighbours]
+            self.members = self._started(config, backend, setting, roles)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """The processes end, and their devices are free."""
+        for process in self._processes:
+            ray.kill(process)
+        remove_placement_group(self._group)
+
+    def _process(self, backend: Backend, bundle: int) -> Any:
+        return Process.options(
+            num_cpus=backend.bundle().get("CPU", 0),
+            resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
+            num_gpus=backend.bundle().get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+            runtime_env={"env_vars": dict(backend.environment())},
+        ).remote()
+
+    def _started(self, config: RunConfig, backend: Backend, setting: str, roles: set[str]) -> list[Remote]:
+        chosen = config.backend.model_copy(update={"name": backend.name})
+        config = config.model_copy(update={"backend": chosen})
+        size, pool = len(self._processes), setting.removeprefix("placement.").removesuffix(".devices")
+        members = [
+            Remote(process, f"worker {rank} of {size} of {pool}") for rank, process in enumerate(self._processes)
+        ]
+        results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
+        if size > 1:
+            address = members[0].ask("meeting_place").result()
+            results([member.ask("join", rank, size, address) for rank, member in enumerate(members)])
+        return members
+
+
+def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
+    """Whether this process started a Ray of its own."""
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    started = not ray.is_initialized() and not address
+    quiet = {"include_dashboard": False, "logging_level": "ERROR", "configure_logging": False}
+    try:
+        if started:
+            cpus = backend.sharing(devices).bundle().get("CPU", 1) * devices
+            ray.init("local", num_cpus=max(os.cpu_count() or 1, int(cpus)), **quiet)
+        elif not ray.is_initialized():
+            ray.init(address, logging_level="ERROR", configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"placement.options.address: Ray at {address or 'this machine'} cannot be joined: {error}") from error
+    return started
+
+
+def _reserved(bundle: dict[str, float], setting: str, devices: int, wait_seconds: float) -> PlacementGroup:
+    there, free = ray.cluster_resources(), ray.available_resources()
+    counts = ", ".join(f"{there.get(name, 0):g} {name} of which {free.get(name, 0):g} free" for name in bundle)
+    wanted = f"{setting}: {devices} devices of " + " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    if any(there.get(name, 0) < amount * devices for name, amount in bundle.items()):
+        raise ConfigError(f"{wanted} are more than the cluster has ({counts}); lower it or add nodes")
+    group = placement_group([bundle] * devices, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=wait_seconds)
+    except GetTimeoutError:
+        remove_placement_group(group)
+        raise ConfigError(
+            f"{wanted} were not free within {wait_seconds:g} s (the cluster has {counts}); end what holds them, or raise"
+            " placement.options.wait_seconds"
+        ) from None
+    return group

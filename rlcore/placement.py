@@ -1,0 +1,241 @@
+"""Where the roles of a run are: pools of workers, and roles that deal a batch over a pool and join what comes back.
+
+One pool with every role is the integrated worker; several are disaggregated; one whose only worker is this process is local.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlcore import critic, registry
+from rlcore.config import RunConfig
+from rlcore.learner import Tally, combined
+from rlcore.metrics import Span
+from rlcore.packing import deal
+from rlcore.recipe import Recipe, recipe
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
+from rlcore.worker import Policy, Worker
+
+_PINGS = 5
+
+
+class Member(Protocol):
+    """One worker, wherever it runs."""
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Starts the method of `rlcore.worker.Worker`; calls to one member run in order."""
+        ...
+
+
+class Here:
+    """The worker in this process."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(self.worker, method)(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class Pool:
+    """Identical workers, one a device. Neighbours, `sequence` at a time, get the same part of a batch."""
+
+    def __init__(self, members: Sequence[Member], sequence: int = 1) -> None:
+        self.members, self.sequence = members, sequence
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """Every member's answer to the same call."""
+        return results([member.call(method, *arguments) for member in self.members])
+
+    def parts(self, method: str, parts: Sequence[Any], neighbours: int) -> list[Any]:
+        """The answer to each part, which goes to that many neighbours."""
+        calls = [member.call(method, parts[number // neighbours]) for number, member in enumerate(self.members)]
+        return results(calls)[::neighbours]
+
+    def dealt(self, method: str, batch: Batch, cap: int) -> Tensor:
+        """[N] of a method that maps a batch to one number a token."""
+        parts = deal(batch, len(self.members) // self.sequence, cap)
+        result = torch.empty(len(batch.loss_mask))
+        for (_, places), values in zip(parts, self.parts(method, [part for part, _ in parts], self.sequence), strict=True):
+            result[places] = values
+        return result
+
+    def stepped(self, method: str, steps: Sequence[Batch], cap: int, whole_groups: bool) -> Metrics:
+        """Optimizer steps of which each rank takes its part; what they report together."""
+        dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
+        ranks = [[part for part, _ in parts] for parts in zip(*dealt, strict=True)]
+        tallies = self.parts(method, ranks, self.sequence)
+        of_steps = zip(*tallies, strict=True)
+        return combined([_joined(one).metrics(step.unit) for step, one in zip(steps, of_steps, strict=True)])
+
+
+def results(futures: Sequence[Future[Any]]) -> list[Any]:
+    """Of all, or the first error of any."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        if (error := future.exception()) is not None:
+            raise error
+    return [future.result() for future in futures]
+
+
+class PooledReference:
+    def __init__(self, pool: Pool, method: str, cap: int) -> None:
+        self.pool, self.method, self.cap = pool, method, cap
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        return self.pool.dealt(self.method, batch, self.cap)
+
+
+class PooledActor(PooledReference):
+    """Counts optimizer steps as its workers do."""
+
+    def __init__(self, pool: Pool, way: Recipe, cap: int) -> None:
+        super().__init__(pool, "logprobs", cap)
+        self.way, self.steps = way, 0
+
+    def update(self, batch: Batch) -> Metrics:
+        goal = self.way.objective
+        steps = self.way.passes.steps(batch, goal, self.steps)
+        self.steps += len(steps)
+        return self.pool.stepped("update", steps, self.cap, goal.whole_groups)
+
+    def save(self, folder: Path) -> None:
+        """The critic's state too, if there is one."""
+        self.pool.all("save", folder)
+
+    def load(self, folder: Path) -> None:
+        self.steps = self.pool.all("restore", folder)[0]
+
+
+class PooledCritic:
+    def __init__(self, actor: PooledActor) -> None:
+        self.actor = actor
+
+    def values(self, batch: Batch) -> Tensor:
+        return self.actor.pool.dealt("values", batch, self.actor.cap)
+
+    def update(self, batch: Batch) -> Metrics:
+        steps = self.actor.way.passes.steps(batch, critic.OBJECTIVE, self.actor.steps)
+        return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
+
+
+class PooledRollout:
+    def __init__(self, pool: Pool, devices: int) -> None:
+        """`devices` of one engine."""
+        self.pool, self.devices = pool, devices
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """Each engine takes as many prompts as the others, give or take one; a prompt's seed is that of its place here."""
+        engines = len(self.pool.members) // self.devices
+        ends = [len(prompts) * (engine + 1) // engines for engine in range(engines)]
+        starts = [0, *ends[:-1]]
+        parts = [(prompts[start:end], replace(sampling, first=start)) for start, end in zip(starts, ends, strict=True)]
+        return [group for groups in self.pool.parts("generate", parts, self.devices) for group in groups]
+
+
+class Placement:
+    """The roles of a run, and the weights that pass between them."""
+
+    def __init__(self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None) -> None:
+        """`pools`: of each role; `close` ends their workers."""
+        self.config, self._of, self._close = config, pools, close
+        self.pools = list(dict.fromkeys(pools.values()))
+        self.rollout = PooledRollout(pools["rollout"], config.rollout.tensor_parallel)
+        self.version = 0
+        self.receipt: Receipt | None = None  # of the weights the engines serve
+        self._late = {member: _clock_difference(member) for pool in self.pools for member in pool.members}
+
+    @property
+    def devices(self) -> int:
+        return len(self._late)
+
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def start_engines(self) -> None:
+        self._of["rollout"].all("start_engine")
+
+    def load(self, task: str, folder: Path | None = None) -> None:
+        """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
+        way, cap = recipe(task, self.config), self.config.train.max_tokens_per_microbatch
+        results([member.call("load", task, folder) for member in self._late])
+        self.actor = PooledActor(self._of["actor"], way, cap)
+        self.reference = PooledReference(self._of["reference"], "reference_logprobs", cap) if way.compared else None
+        self.critic = PooledCritic(self.actor) if task == "grpo" and self.config.critic else None
+
+    def sync_weights(self) -> Receipt:
+        """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
+        if self.receipt is None or self.receipt.version != self.version:
+            receipts = self._of["rollout"].all("sync", self.version)
+            self.receipt = max(receipts, key=lambda receipt: receipt.seconds)
+        return self.receipt
+
+    def update(self, batch: Batch) -> Metrics:
+        """All optimizer steps of this batch: a new version of the weights."""
+        result = self.critic.update(batch) if self.critic else {}
+        result |= self.actor.update(batch)
+        self.version += 1
+        return result
+
+    def spans(self) -> list[Span]:
+        """What every worker did since the last call, on this process's clock."""
+        members = list(self._late)
+        return [
+            replace(span, start=span.start + self._late[member], end=span.end + self._late[member], worker=number)
+            for number, (member, spans) in enumerate(zip(members, self._all("spans"), strict=True), start=1)
+            for span in spans
+        ]
+
+    def memory(self) -> Metrics:
+        """Of the worker that holds most."""
+        reports = self._all("memory")
+        return {name: max(report.get(name, 0.0) for report in reports) for name in reports[0]}
+
+    def _all(self, method: str) -> list[Any]:
+        return results([member.call(method) for member in self._late])
+
+
+def local(policy: Policy) -> Placement:
+    """Every role in this process."""
+    pool = Pool([Here(Worker(policy))])
+    return Placement(policy.config, {role: pool for role in ("actor", "reference", "rollout")})
+
+
+def start(policy: Policy) -> Placement:
+    """The workers that the run file asks for."""
+    open_pools: Callable[[Policy], Placement] = registry.load("placements", policy.config.placement.kind)
+    return open_pools(policy)
+
+
+def _joined(tallies: Sequence[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total += tally
+    return total
+
+
+def _clock_difference(member: Member) -> float:
+    """What to add to the member's clock to have this process's: that of the quickest answer."""
+    pings = []
+    for _ in range(_PINGS):
+        asked = time.perf_counter()
+        there = member.call("now").result()
+        answered = time.perf_counter()
+        pings.append((answered - asked, (asked + answered) / 2 - there))
+    return min(pings)[1]

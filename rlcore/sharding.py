@@ -1,0 +1,126 @@
+"""Weights, gradients and optimizer state dealt over the ranks of a pool (FSDP2, arXiv 2304.11277), and gathered again.
+
+Weights stay float32 and are gathered layer by layer in the compute dtype; gradients are summed in float32, once an optimizer
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from rlcore import distributed
+from rlcore.protocols import NamedTensors
+
+BUCKET_BYTES = 512 * 2**20
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the ranks of a pool share a model."""
+
+    mesh: DeviceMesh  # [shard], or [replicate, shard]
+    compute_dtype: torch.dtype
+    offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
+
+    def apply(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does."""
+        low = None if self.compute_dtype == torch.float32 else self.compute_dtype
+        precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        for module in (*blocks, root):
+            sharded = fully_shard(
+                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root
+            )
+            sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is one over all ranks, not a mean of theirs
+            sharded.set_force_sum_reduction_for_comms(True)
+
+
+def summed_at_the_last(module: nn.Module, rows: Sequence[T]) -> Iterator[T]:
+    """The rows; the backward pass of the last sends the gradients of all."""
+    for number, row in enumerate(rows, start=1):
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(number == len(rows))
+        yield row
+
+
+def at_rest(module: nn.Module) -> None:
+    """After passes without a backward pass: no weight stays gathered, so that none grows stale."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def gathered(named: NamedTensors, limit: int = BUCKET_BYTES) -> NamedTensors:
+    """Whole tensors, in order and one at a time; ranks iterate together. At most `limit` bytes, or one tensor that is larger,
+    are gathered at once."""
+    bucket: list[tuple[str, DTensor]] = []
+    size = 0
+    for name, tensor in named:
+        if not _by_rows(tensor):
+            yield from _opened(bucket)
+            bucket, size = [], 0
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            continue
+        if bucket and (size + tensor.nbytes > limit or tensor.dtype != bucket[0][1].dtype):
+            yield from _opened(bucket)
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    yield from _opened(bucket)
+
+
+def collected(named: NamedTensors) -> dict[str, Tensor]:
+    """Whole tensors in host memory on the first rank, nothing on the others, which take part."""
+    named = list(named)
+    dealt = {name for name, tensor in named if isinstance(tensor, DTensor)}
+    return {name: tensor.to("cpu", copy=name in dealt) for name, tensor in gathered(named) if distributed.first()}
+
+
+def fill(named: Iterable[tuple[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
+    """Each tensor becomes what `whole` has under its name, on every rank its part."""
+    with torch.no_grad():
+        for name, tensor in named:
+            tensor.copy_(as_dealt(whole[name], tensor))
+
+
+def as_dealt(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, where `like` is dealt over them."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _by_rows(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and tensor.placements[-1] == Shard(0) and not any(
+        placement.is_shard() or placement.is_partial() for placement in tensor.placements[:-1]
+    )  # fmt: skip
+
+
+def _opened(bucket: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, Tensor]]:
+    """One collective for them all: every rank's rows of each, padded to the same number."""
+    if not bucket:
+        return
+    mesh = bucket[0][1].device_mesh
+    group, ranks = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    most = [math.ceil(len(tensor) / ranks) * tensor.stride(0) for _, tensor in bucket]  # elements of a rank
+    first = bucket[0][1]
+    mine = torch.empty(sum(most), dtype=first.dtype, device=first.device)
+    for part, (_, tensor) in zip(mine.split(most), bucket, strict=True):
+        local = tensor.to_local()
+        part[: local.numel()] = local.flatten()
+    everyones = torch.empty(ranks, len(mine), dtype=mine.dtype, device=mine.device)
+    _all_gather(everyones.view(-1), mine, group=group)
+    del mine
+    for parts, (name, tensor) in zip(everyones.split(most, dim=1), bucket, strict=True):
+        yield name, parts.flatten()[: tensor.numel()].view(tensor.shape)
