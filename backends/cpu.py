@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _GIB = 2**30
+_PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
 _cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
 
 
@@ -70,6 +72,13 @@ class CpuBackend:
 
     def collectives(self) -> str:
         return "gloo"
+
+    def group(self, address: str, rank: int, size: int) -> Any:
+        from torch import distributed
+
+        host, port = address.rsplit(":", 1)
+        store = distributed.TCPStore(host, int(port), size, is_master=rank == 0)
+        return distributed.ProcessGroupGloo(store, rank, size, _PATIENCE)
 
     def bundle(self) -> Mapping[str, float]:
         return {"CPU": float(self.threads)}

@@ -54,6 +54,7 @@ def open_pools(policy: Policy) -> Placement:
             trains = not roles.isdisjoint({"actor", "reference"})
             pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1)
             pools |= dict.fromkeys(roles, pool)
+        _link(pools["actor"], pools["rollout"])
         return Placement(config, pools, close)
     except BaseException:
         close()
@@ -121,6 +122,14 @@ class Remote:
                 " is killed without a trace often had no memory left"
             )
         return error
+
+
+def _link(actor: Pool, rollout: Pool) -> None:
+    """What weights travel through, where engines are in another pool."""
+    if actor is not rollout:
+        ends = [actor.members[0], *rollout.members]
+        address = ends[0].ask("meeting_place").result()
+        results([end.call("link", rank, len(ends), address) for rank, end in enumerate(ends)])
 
 
 class _Devices:

@@ -182,8 +182,7 @@ class Placement:
     def sync_weights(self) -> Receipt:
         """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
         if self.receipt is None or self.receipt.version != self.version:
-            receipts = self._of["rollout"].all("sync", self.version)
-            self.receipt = max(receipts, key=lambda receipt: receipt.seconds)
+            self.receipt = max(self._synced(), key=lambda receipt: receipt.seconds)
         return self.receipt
 
     def update(self, batch: Batch) -> Metrics:
@@ -206,6 +205,14 @@ class Placement:
         """Of the worker that holds most."""
         reports = self._all("memory")
         return {name: max(report.get(name, 0.0) for report in reports) for name in reports[0]}
+
+    def _synced(self) -> list[Receipt]:
+        """Of every engine."""
+        actor, rollout = self._of["actor"], self._of["rollout"]
+        if actor is rollout:
+            return rollout.all("sync", self.version)
+        sent = [member.call("send") for member in actor.members]
+        return results([*sent, *(member.call("receive", self.version) for member in rollout.members)])[len(sent) :]
 
     def _all(self, method: str) -> list[Any]:
         return results([member.call(method) for member in self._late])

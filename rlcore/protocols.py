@@ -134,6 +134,10 @@ class Backend(Protocol):
         """What processes of this device talk through, as torch.distributed names it."""
         ...
 
+    def group(self, address: str, rank: int, size: int) -> Any:
+        """Processes that meet at `address` (host:port), beside the ranks of their pools: a group that broadcasts."""
+        ...
+
     def bundle(self) -> Mapping[str, float]:
         """What a scheduler of many machines calls one device, and how much of it that is."""
         ...

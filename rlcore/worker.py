@@ -18,6 +18,7 @@ from rlcore.critic import TorchCritic
 from rlcore.data import PromptSource, load_rows
 from rlcore.errors import ConfigError
 from rlcore.learner import Tally
+from rlcore.link import Link
 from rlcore.metrics import Clock, Span, memory
 from rlcore.models import adapter_for, context_length, resolve
 from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
@@ -139,6 +140,7 @@ class Worker:
         self.reference: TorchReference | AdapterOffReference | None = None
         self.critic: TorchCritic | None = None
         self.rollout: Rollout | None = None
+        self._link: Link | None = None
 
     def join(self, rank: int, size: int, address: str) -> None:
         """Become one of the ranks that meet at `address` (host:port)."""
@@ -191,6 +193,26 @@ class Worker:
         """The engine of this process serves the weights of its actor."""
         with self.clock.span("resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
+
+    def link(self, rank: int, size: int, address: str) -> None:
+        """One end of what weights travel through to the engines of other pools; rank 0 sends."""
+        group = self.policy.backend.group(address, rank, size)
+        self._link = Link(group, self.policy.settings.device, self.config.sharding.bucket_mib * 2**20 // 2)
+
+    def send(self) -> None:
+        """The actor's weights, gathered by all ranks and sent by the first."""
+        with self.clock.span("resharding_to_infer"):
+            weights = _there(self.actor).weights()
+            if distributed.first():
+                _there(self._link).send(weights)
+            else:
+                for _ in weights:
+                    pass
+
+    def receive(self, version: int) -> Receipt:
+        """The engine of this process serves the weights that are being sent."""
+        with self.clock.span("resharding_to_infer"):
+            return _there(self.rollout).load_weights(_there(self._link).receive(), version)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         with self.clock.span("reference_model"):
