@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import random
 import time
 from collections import defaultdict
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
@@ -50,6 +51,8 @@ def build(
             " or set rollout.engine=torch"
         )
     defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
+    if distributed.is_initialized():
+        defaults |= _one_of_many(config.tensor_parallel)
     _refuse_unknown(config.options)
     if lora:
         from . import vllm_additions
@@ -191,6 +194,14 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
     return arguments
 
 
+def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
+    """Arguments of an engine in one of several processes that have met. vLLM reads torchrun's variables there; each process sees
+    one device."""
+    ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+
+
 def _register_class(folder: Path) -> None:
     """Has vLLM look at the model's class in this process.
 
@@ -319,6 +330,16 @@ class _Ledger:
             raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the engine holds {shape}")
         return place
 
+    def part(self, place: _Place, tensor: Tensor) -> Tensor:
+        """What this rank of a tensor-parallel engine holds of it."""
+        layer = self.model.get_submodule(place.layer)
+        if getattr(layer, "tp_size", 1) == 1:
+            return tensor
+        sizes = getattr(layer, "output_sizes", None)
+        if sizes and place.index == 0 and len(tensor) == sum(sizes) and len(sizes) > 1:  # fused in the checkpoint already
+            return torch.cat([_rows_of(layer, index, one) for index, one in enumerate(tensor.split(sizes))])
+        return _rows_of(layer, place.index, tensor)
+
     def title(self, place: _Place) -> str:
         """The tensor's name in the engine, with fused layers taken apart."""
         parent, _, leaf = place.layer.rpartition(".")
@@ -401,7 +422,7 @@ class _Shipment:
         ledger, place = self._ledger, self._ledger.admit(name, tensor)
         self.last = name
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
-        tensor = tensor.to(ledger.dtype)
+        tensor = ledger.part(place, tensor).to(ledger.dtype)
         self._names[place] = name
         self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
         packed = place.layer in ledger.packed and place.parameter == "weight"
@@ -439,6 +460,21 @@ class _Shipment:
         sent = self._sent.get(_served(head))
         rows = slice(0, len(sent.dense) if sent else None)  # the engine pads the vocabulary
         return _Product(product.dense[rows], product.column[rows])
+
+
+def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
+    """This rank's rows (or columns, of a layer that takes a part of the input) of part `index` of a layer."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    rank, size = layer.tp_rank, layer.tp_size
+    if isinstance(layer, VocabParallelEmbedding):
+        return tensor[layer.shard_indices.org_vocab_start_index : layer.shard_indices.org_vocab_end_index]
+    if isinstance(layer, QKVParallelLinear) and index > 0:  # few key and value heads are held by several ranks
+        rank, size = rank // layer.num_kv_head_replicas, size // layer.num_kv_head_replicas
+    if isinstance(layer, ColumnParallelLinear):
+        return tensor.chunk(size)[rank]
+    return tensor.chunk(size, dim=1)[rank] if isinstance(layer, RowParallelLinear) and tensor.dim() > 1 else tensor
 
 
 def _product(tensor: Tensor, version: int) -> _Product:
@@ -482,4 +518,4 @@ def _is_head(layer: nn.Module) -> bool:
 
 def _width(layer: nn.Module) -> int:
     """K of a layer [N, K]."""
-    return layer.embedding_dim if _is_head(layer) else layer.input_size
+    return layer.embedding_dim if _is_head(layer) else getattr(layer, "input_size_per_partition", layer.input_size)
