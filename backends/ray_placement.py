@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 import ray
 from pydantic import PositiveFloat
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -88,6 +88,9 @@ class Process:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.worker, method)(*arguments)
 
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        yield from getattr(self.worker, method)(*arguments)
+
 
 class Remote:
     """A member of a pool, seen from the controller."""
@@ -97,6 +100,17 @@ class Remote:
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         return self.ask("call", method, *arguments)
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        answers = self.process.stream.options(num_returns="streaming").remote(method, *arguments)
+        return self._received(method, answers)
+
+    def _received(self, method: str, answers: Any) -> Iterator[Any]:
+        try:
+            for answer in answers:
+                yield ray.get(answer)
+        except RayError as error:
+            raise self._explained(error, method) from error
 
     def ask(self, what: str, *arguments: Any) -> Future[Any]:
         """Of the process; `call` of its worker."""

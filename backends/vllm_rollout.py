@@ -87,21 +87,25 @@ class VllmRollout:
         self._request: LoRARequest | None = None  # the additions that samples are drawn with
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group a prompt; the prompt is read once for all its samples.
+        """One group a prompt; the prompt is read once for all its samples."""
+        groups = dict(self.stream(prompts, sampling))
+        return [groups[place] for place in range(len(prompts))]
 
-        The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
-        comes from it changes rounding, and this process's random state is the call's own seed meanwhile.
-        """
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
+        comes from it changes rounding, and this process's random state is the call's own seed meanwhile."""
+        engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
             torch.manual_seed(sampling.seed + (sampling.first << 40))
-            outputs = self._llm.generate(
-                [_request(prompt) for prompt in prompts], self._parameters(sampling), use_tqdm=False, lora_request=self._request
-            )
-        return [
-            Group(prompt, [self._sample(completion) for completion in output.outputs])
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+            parameters = self._parameters(sampling)
+            for place, prompt in enumerate(prompts):
+                engine.add_request(f"{place}", _request(prompt), parameters.clone(), lora_request=self._request)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        place = int(output.request_id)
+                        yield place, Group(prompts[place], [self._sample(completion) for completion in output.outputs])
 
     def _forget(self) -> None:
         """Whatever was computed with the old weights."""
@@ -110,6 +114,7 @@ class VllmRollout:
 
     def _parameters(self, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             n=sampling.samples,
@@ -121,6 +126,7 @@ class VllmRollout:
             stop_token_ids=sorted(self._adapter.stop_token_ids),
             ignore_eos=True,  # the adapter alone says what ends a turn
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # a prompt's samples together, when all are finished
         )
 
     def _sample(self, completion: Any) -> Sample:
@@ -195,8 +201,8 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
 
 
 def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
-    """Arguments of an engine in one of several processes that have met. vLLM reads torchrun's variables there; each process sees
-    one device."""
+    """Arguments of an engine in one of several processes that have met: vLLM reads torchrun's variables there. Each process
+    sees one device."""
     ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}

@@ -5,12 +5,14 @@ One pool with every role is the integrated worker; several are disaggregated; on
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
 from rlcore.worker import Policy, Worker
 
 _PINGS = 5
+T = TypeVar("T")
 
 
 class Member(Protocol):
@@ -32,6 +35,10 @@ class Member(Protocol):
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         """Starts the method of `rlcore.worker.Worker`; calls to one member run in order."""
+        ...
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """Starts a method that yields; what it yields, as it does where the worker is in another process."""
         ...
 
 
@@ -48,6 +55,10 @@ class Here:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """All at once: whoever consumes it would only hold up this process's own work."""
+        return iter(list(getattr(self.worker, method)(*arguments)))
 
 
 class Pool:
@@ -138,12 +149,46 @@ class PooledRollout:
         self.pool, self.devices = pool, devices
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """Each engine takes as many prompts as the others, give or take one; a prompt's seed is that of its place here."""
+        groups = dict(self.stream(prompts, sampling))
+        return [groups[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """Groups of every engine as they are finished. Each engine takes as many prompts as the others, give or take one; a
+        prompt's seed is that of its place here."""
         engines = len(self.pool.members) // self.devices
         ends = [len(prompts) * (engine + 1) // engines for engine in range(engines)]
         starts = [0, *ends[:-1]]
         parts = [(prompts[start:end], replace(sampling, first=start)) for start, end in zip(starts, ends, strict=True)]
-        return [group for groups in self.pool.parts("generate", parts, self.devices) for group in groups]
+        calls = [
+            member.stream("generate", parts[number // self.devices]) for number, member in enumerate(self.pool.members)
+        ]
+        yield from merged([calls[first : first + self.devices] for first in range(0, len(calls), self.devices)])
+
+
+def merged(engines: Sequence[Sequence[Iterator[T]]]) -> Iterator[T]:
+    """What the first of each engine's processes yields, as it comes; the others yield the same."""
+    streams = [stream for engine in engines for stream in engine]
+    arrived: queue.SimpleQueue[tuple[int, T | BaseException | None]] = queue.SimpleQueue()
+
+    def drain(number: int) -> None:
+        try:
+            for item in streams[number]:
+                arrived.put((number, item))
+            arrived.put((number, None))
+        except BaseException as error:
+            arrived.put((number, error))
+
+    for number in range(len(streams)):
+        threading.Thread(target=drain, args=(number,), daemon=True).start()
+    firsts, open_streams = {sum(map(len, engines[:index])) for index in range(len(engines))}, len(streams)
+    while open_streams:
+        number, item = arrived.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            open_streams -= 1
+        elif number in firsts:
+            yield item
 
 
 class Placement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -55,6 +55,10 @@ class Critic(Protocol):
 class Rollout(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt, in the order of the prompts."""
+        ...
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """The same groups, each as soon as it is finished, with the place of its prompt."""
         ...
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:

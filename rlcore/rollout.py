@@ -56,11 +56,14 @@ class TorchRollout:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
         by rounding at most."""
-        groups: dict[int, Group] = {}
-        with torch.inference_mode():
-            for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
-                groups |= zip(places, self._groups([prompts[place] for place in places], places, sampling), strict=True)
+        groups = dict(self.stream(prompts, sampling))
         return [groups[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
+            with torch.inference_mode():
+                groups = self._groups([prompts[place] for place in places], places, sampling)
+            yield from zip(places, groups, strict=True)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""

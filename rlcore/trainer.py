@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -92,9 +92,8 @@ def collect(
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
         seed = config.seed + number + (refill << 32)
-        groups = placement.rollout.generate(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
-        with clock.span("reward"):
-            scored = Scored(groups, reward.score(groups))
+        drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
+        scored = scored_in_order(drawn, reward, clock)
         if not config.algorithm.max_refills:
             return scored, replaced
         signal = [dapo.has_signal(scores) for scores in scored.scores]
@@ -103,8 +102,19 @@ def collect(
         if len(kept.groups) == config.train.prompts_per_step:
             break
     if not kept.groups:
-        kept, replaced = scored, Scored(replaced.groups[: -len(groups)], replaced.scores[: -len(groups)])
+        last = len(scored.groups)
+        kept, replaced = scored, Scored(replaced.groups[:-last], replaced.scores[:-last])
     return kept, replaced
+
+
+def scored_in_order(drawn: Iterable[tuple[int, Group]], reward: Reward, clock: metrics.Clock) -> Scored:
+    """Each group as it comes, while engines in other processes go on with the rest."""
+    found: dict[int, tuple[Group, list[Score]]] = {}
+    for place, group in drawn:
+        with clock.span("reward"):
+            found[place] = (group, reward.score([group])[0])
+    groups, scores = zip(*(found[place] for place in sorted(found)), strict=True)
+    return Scored(list(groups), list(scores))
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:

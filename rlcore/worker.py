@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -184,10 +184,13 @@ class Worker:
                 way.passes, sharding,
             )  # fmt: skip
 
-    def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> list[Group]:
+    def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> Iterator[tuple[int, Group]]:
+        """Groups as they are finished, each with the place of its prompt in the whole call."""
         prompts, sampling = part
         with self.clock.span("rollout"):
-            return _there(self.rollout).generate(prompts, sampling) if prompts else []
+            if prompts:
+                for place, group in _there(self.rollout).stream(prompts, sampling):
+                    yield sampling.first + place, group
 
     def sync(self, version: int) -> Receipt:
         """The engine of this process serves the weights of its actor."""
