@@ -100,7 +100,7 @@ class VllmRollout:
             torch.manual_seed(sampling.seed + (sampling.first << 40))
             parameters = self._parameters(sampling)
             for place, prompt in enumerate(prompts):
-                engine.add_request(f"{place}", _request(prompt), parameters.clone(), lora_request=self._request)
+                engine.add_request(str(place), _request(prompt), parameters.clone(), lora_request=self._request)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,12 @@ def timings(spans: Sequence[Span], start: float, end: float) -> Metrics:
 
     `timing/<stage>`: the slowest worker's total. `timing/all`: the iteration without checkpointing and evaluation.
     `timing/non_overlap_<stage>`: the part of that stage that no other stage covers. `timing/other`: `all` minus the union
-    of all spans, never negative.
+    of all spans, never negative. Of a stage that began in the iteration before, as sampling ahead does, `timing/<stage>` is the
+    whole, and the other two are what lies in this one.
     """
     outside = [span for span in spans if span.stage in OUTSIDE_ITERATION]
     spans = [span for span in spans if span in outside or not _within(span, outside)]
-    inside = [span for span in spans if span.stage not in OUTSIDE_ITERATION]
+    inside = [replace(span, start=max(span.start, start)) for span in spans if span.stage not in OUTSIDE_ITERATION]
     result: Metrics = {"timing/all": end - start - _union(outside)}
     for stage in dict.fromkeys(span.stage for span in spans):
         by_worker: dict[int, float] = {}

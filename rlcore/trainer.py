@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -53,14 +55,49 @@ class Iteration:
     update: Metrics
 
 
-def step(
-    placement: Placement, reward: Reward, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
-    kl_coef: float, clock: metrics.Clock, interruption: Interruption,
-) -> Iteration:
-    """Sample, score, compare, update. Weights go first: a broken path fails before any training."""
+@dataclass(frozen=True)
+class Sampled:
+    """What a step learns from."""
+
+    kept: Scored
+    replaced: Scored
+    receipt: Receipt
+    drawn: int  # prompts, in the whole run up to here
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws a step's prompts, samples and scores them."""
+
+    placement: Placement
+    reward: Reward
+    source: PromptSource
+    config: RunConfig
+    clock: metrics.Clock
+
+    def __call__(self, number: int, receipt: Receipt) -> Sampled:
+        """Of step `number`, with the weights of the receipt."""
+        kept, replaced = collect(self.placement, self.reward, self.source.draw, self.config, number, self.clock)
+        return Sampled(kept, replaced, receipt, self.source.drawn)
+
+
+def synced(placement: Placement, clock: metrics.Clock) -> Receipt:
     with clock.span("resharding_to_infer"):
-        receipt = placement.sync_weights()
-    kept, replaced = collect(placement, reward, draw, config, number, clock)
+        return placement.sync_weights()
+
+
+def step(sample: Sampler, number: int, kl_coef: float, interruption: Interruption) -> Iteration:
+    """Sample, score, compare, update. Weights go first: a broken path fails before any training."""
+    sampled = sample(number, synced(sample.placement, sample.clock))
+    return learn(sample.placement, sampled, sample.config, kl_coef, sample.clock, interruption)
+
+
+def learn(
+    placement: Placement, sampled: Sampled, config: RunConfig, kl_coef: float, clock: metrics.Clock,
+    interruption: Interruption,
+) -> Iteration:
+    """Compare and update."""
+    kept = sampled.kept
     batch = replace(Batch.of(kept.groups), kl_coef=kl_coef)
     if placement.reference is not None:
         batch = replace(batch, ref_logprobs=placement.reference.logprobs(batch))
@@ -75,7 +112,7 @@ def step(
     update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
         update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef
-    return Iteration(batch, kept.scores, outcome, replaced, receipt, update)
+    return Iteration(batch, kept.scores, outcome, sampled.replaced, sampled.receipt, update)
 
 
 def collect(
@@ -200,6 +237,8 @@ class Run:
         self.kl = Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
         self.clock = metrics.Clock()
+        self.sample = Sampler(placement, reward, source, config, self.clock)
+        self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
 
     def go(self) -> None:
@@ -223,21 +262,19 @@ class Run:
     def _step(self, number: int) -> None:
         config, start = self.config, time.perf_counter()
         try:
-            iteration = step(
-                self.placement, self.reward, self.source.draw, config, number, self.kl.coefficient, self.clock,
-                self.interruption,
-            )  # fmt: skip
+            sampled = self._sampled(number)
+            iteration = learn(self.placement, sampled, config, self.kl.coefficient, self.clock, self.interruption)
         except NonFinite as error:
             path = self.folder / f"nonfinite_step_{number:06d}.json"
             path.write_text(json.dumps({"step": number, **error.report}, indent=1) + "\n", encoding="utf-8")
             raise RunError(f"{error}; the run stops before that optimizer step, the numbers are in {path}") from error
-        self.done, self.drawn = number, self.source.drawn
+        self.done, self.drawn = number, sampled.drawn
         apart = iteration.update.get("actor/kl_loss", iteration.update.get("actor/kl_penalty"))
         if apart is not None:
             self.kl.observe(apart, len(iteration.batch.samples))
         evaluation = None
         if config.evaluation and self._due(config.evaluation.every, config.evaluation.at_end):
-            evaluation = evaluate(self.placement, self.reward, self.held_out, config, self.clock)
+            evaluation = self._evaluation()
         if self._due(config.train.save_every, at_end=True):
             with self.clock.span("save_checkpoint"):
                 self._save()
@@ -249,8 +286,36 @@ class Run:
         self.console.show(iteration.batch.groups, iteration.scores)
         self._warn(row)
 
+    def _sampled(self, number: int) -> Sampled:
+        """This step's samples; the next step's are begun where they may be one version behind."""
+        if not self.config.placement.max_staleness:
+            return self.sample(number, synced(self.placement, self.clock))
+        sampled = (self.ahead or self._begun(number)).result()
+        self.ahead = self._begun(number + 1) if number < self.config.train.steps else None
+        return sampled
+
+    def _begun(self, number: int) -> Future[Sampled]:
+        """Weights first, while nobody samples; then the sampling by itself."""
+        receipt = synced(self.placement, self.clock)
+        future: Future[Sampled] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self.sample(number, receipt))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name=f"sampling of step {number}", daemon=True).start()
+        return future
+
+    def _evaluation(self) -> Evaluation:
+        """When the sampling that is under way has ended."""
+        if self.ahead:
+            wait([self.ahead])
+        return evaluate(self.placement, self.reward, self.held_out, self.config, self.clock)
+
     def _evaluate_before(self) -> None:
-        evaluation = evaluate(self.placement, self.reward, self.held_out, self.config, self.clock)
+        evaluation = self._evaluation()
         self.placement.spans()
         row = evaluation.metrics() | {"timing/evaluate": sum(span.end - span.start for span in self.clock.take())}
         self.sinks.write(0, row, evaluation_records(evaluation))
@@ -278,10 +343,17 @@ class Run:
             **({"data/replaced_groups": float(len(iteration.replaced.groups))} if self.config.algorithm.max_refills else {}),
             **({"grpo/kl_coef": batch.kl_coef} if self.config.algorithm.kl_target else {}),
             **metrics.sync(iteration.receipt),
+            **self._staleness(batch),
             **self.placement.memory(),
             **timing,
             **metrics.throughput(sampled, timing, devices=self.placement.devices),
         }
+
+    def _staleness(self, batch: Batch) -> Metrics:
+        if not self.config.placement.max_staleness:
+            return {}
+        trained = self.placement.version - 1
+        return {"data/staleness": float(max(trained - sample.policy_version for sample in batch.samples))}
 
     def _warn(self, row: Metrics) -> None:
         limit = self.config.rollout.max_mismatch

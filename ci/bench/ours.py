@@ -1,4 +1,4 @@
-"""rlcore's side of a race: `python ours.py RUN.yaml STEPS` trains through Policy, Worker and trainer.step, as `rlcore grpo`
+"""rlcore's side of a race: `python ours.py RUN.yaml STEPS` trains through a placement and trainer.step, as `rlcore grpo`
 does, and prints a line of JSON a step in the stages of peer_trl.py."""
 
 from __future__ import annotations
@@ -42,24 +42,29 @@ def main(file: str, steps: int) -> None:
     from rlcore import trainer
     from rlcore.interruption import Interruption
     from rlcore.metrics import Clock
+    from rlcore.placement import Here, Placement, Pool
     from rlcore.rewards.runner import RewardFunctions
-    from rlcore.worker import Policy, Worker, start_rollout
+    from rlcore.worker import ROLES, Policy, Worker
 
     with Interruption() as interruption:
         policy = Policy(config, backend)
-        source = policy.prompts(config.seed)
-        model = policy.load()
-        worker = Worker(policy, model, start_rollout(policy, model), RewardFunctions(config.reward))
-        speed = bounds.rate(worker.actor.model, policy.settings.compute_dtype)
+        worker = Worker(policy)
+        placement = Placement(config, dict.fromkeys(ROLES, Pool([Here(worker)])))
+        placement.load("grpo")
+        placement.start_engines()
+        clock = Clock()
+        sample = trainer.Sampler(placement, RewardFunctions(config.reward), policy.prompts(config.seed), config, clock)
+        model = worker.actor.model
+        speed = bounds.rate(model, policy.settings.compute_dtype)
         for number in range(1, steps + 1):
             interruption.release()
-            clock, start = Clock(), time.perf_counter()
-            iteration = trainer.step(worker, source.draw, config, number, config.algorithm.kl_coef, clock, interruption)
+            start = time.perf_counter()
+            iteration = trainer.step(sample, number, config.algorithm.kl_coef, interruption)
             stages = Counter({"all": time.perf_counter() - start})
-            for span in clock.take():
+            for span in (*clock.take(), *(one for one in placement.spans() if one.stage != "resharding_to_infer")):
                 stages[STAGES.get(span.stage, "other")] += span.end - span.start
             groups = iteration.batch.groups
-            forward = bounds.forward_flops(worker.actor.model, groups) / speed
+            forward = bounds.forward_flops(model, groups) / speed
             stages["generate bound"], stages["update bound"] = forward, 3 * forward
             stages["score bound"] = forward if worker.reference else 0.0
             stages["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
