@@ -15,6 +15,7 @@ from torch import Tensor
 from rlcore.config import LoraConfig
 from rlcore.errors import RunError
 from rlcore.protocols import Adapter, NamedTensors
+from rlcore.residence import awake
 from rlcore.types import Receipt
 from rlcore.weight_sync import compare, fingerprint
 
@@ -45,6 +46,7 @@ class VllmAdditionsRollout(VllmRollout):
         """`weights` are the additions alone. RunError names those that the engine refused or does not hold."""
         from vllm.lora.request import LoRARequest
 
+        awake(self._asleep, "a weight update")
         started = time.perf_counter()
         tensors = {name: tensor.detach().to(self._dtype).contiguous().cpu() for name, tensor in weights}
         self._write(tensors)

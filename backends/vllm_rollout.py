@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import compare, fingerprint
 
@@ -85,6 +86,8 @@ class VllmRollout:
         self._runner = _runner(llm)
         self._version = 0
         self._request: LoRARequest | None = None  # the additions that samples are drawn with
+        self._asleep = False
+        self._cache = Parked(lambda: _cache_of(self._runner), keep=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt; the prompt is read once for all its samples."""
@@ -94,6 +97,7 @@ class VllmRollout:
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
         """The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
         comes from it changes rounding, and this process's random state is the call's own seed meanwhile."""
+        awake(self._asleep, "sampling")
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
@@ -106,6 +110,23 @@ class VllmRollout:
                     if output.finished:
                         place = int(output.request_id)
                         yield place, Group(prompts[place], [self._sample(completion) for completion in output.outputs])
+
+    def pause(self) -> None:
+        """The key-value cache leaves the device; the weights stay, as the next update overwrites them in place."""
+        self._asleep = True
+        self._cache.pause()
+
+    def resume(self) -> None:
+        self._asleep = False
+        self._cache.resume()
+
+    def device_bytes(self) -> int:
+        weights = {tensor.data_ptr(): tensor.nbytes for tensor in self._runner.get_model().state_dict().values()}
+        return self._cache.device_bytes() + sum(weights.values()) + self._packed_bytes()
+
+    def _packed_bytes(self) -> int:
+        """Of weights that the engine keeps in a layout of its own, where no tensor shows them."""
+        return 0
 
     def _forget(self) -> None:
         """Whatever was computed with the old weights."""
@@ -145,6 +166,7 @@ class VllmWeightsRollout(VllmRollout):
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
+        awake(self._asleep, "a weight update")
         started = time.perf_counter()
         shipment = self._ledger.shipment(version)
         try:
@@ -163,6 +185,9 @@ class VllmWeightsRollout(VllmRollout):
         seconds = time.perf_counter() - started
         return Receipt(version, shipment.tensors, shipment.bytes, seconds, shipment.seconds)
 
+    def _packed_bytes(self) -> int:
+        return self._ledger.packed_bytes()
+
     def _leave_reload(self) -> None:
         """Out of a half-done update, so that a whole one can follow."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -173,6 +198,12 @@ class VllmWeightsRollout(VllmRollout):
 
 def _runner(llm: LLM) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def _cache_of(runner: Any) -> Iterator[Tensor]:
+    """Tensors of the key-value cache."""
+    for cache in runner.kv_caches:
+        yield from cache if isinstance(cache, list | tuple) else [cache]
 
 
 def _request(prompt: Prompt) -> dict[str, Any]:
@@ -365,6 +396,11 @@ class _Ledger:
     def heads_fed_by(self, place: _Place) -> list[str]:
         """The output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
         return [head for head in self.heads if place.parameter == "weight" and place.layer in (head, self.tied.get(head))]
+
+    def packed_bytes(self) -> int:
+        """Of the layers whose numbers can no longer be read."""
+        layers = (self.model.get_submodule(name) for name in self.packed)
+        return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
 
     def repack_tied_heads(self) -> None:
         """vLLM's reload repacks a layer that it was sent weights for, and a tied head is sent none: on the CPU it would go on

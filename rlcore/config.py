@@ -307,6 +307,9 @@ class PlacementConfig(Strict):
     """Several pools by name, each role in one of them, instead of devices."""
     max_staleness: Literal[0, 1] = 0
     """1 samples the next step while this one updates, with the weights of before."""
+    offload: list[Literal["parameters", "optimizer", "reference", "engine"]] = []
+    """What leaves the device, to host memory, while others need the room: the actor's weights, its moments, the reference, the
+    engine's cache."""
     options: dict[str, Any] = {}
     """Arguments of the placement."""
 

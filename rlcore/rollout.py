@@ -14,6 +14,7 @@ from rlcore import lora as low_rank
 from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
 from rlcore.errors import RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Fingerprint, compare, fingerprint
 
@@ -52,6 +53,8 @@ class TorchRollout:
         self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
         self._version = 0
         self._lora = lora
+        self._asleep = False
+        self._parked = Parked(self._model.parameters)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
@@ -60,13 +63,26 @@ class TorchRollout:
         return [groups[place] for place in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        awake(self._asleep, "sampling")
         for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
             with torch.inference_mode():
                 groups = self._groups([prompts[place] for place in places], places, sampling)
             yield from zip(places, groups, strict=True)
 
+    def pause(self) -> None:
+        self._asleep = True
+        self._parked.pause()
+
+    def resume(self) -> None:
+        self._asleep = False
+        self._parked.resume()
+
+    def device_bytes(self) -> int:
+        return self._parked.device_bytes()
+
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
+        awake(self._asleep, "a weight update")
         started, checking, size = time.perf_counter(), 0.0, 0
         if self._lora:
             weights = self._make_room(dict(weights), self._lora)

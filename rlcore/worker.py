@@ -17,13 +17,14 @@ from rlcore.config import LoraConfig, ModelConfig, RunConfig, nearest
 from rlcore.critic import TorchCritic
 from rlcore.data import PromptSource, load_rows
 from rlcore.errors import ConfigError
-from rlcore.learner import Tally
+from rlcore.learner import Learner, Tally
 from rlcore.link import Link
 from rlcore.metrics import Clock, Span, memory
 from rlcore.models import adapter_for, context_length, resolve
 from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
 from rlcore.protocols import Backend, Rollout
-from rlcore.recipe import recipe
+from rlcore.recipe import Recipe, recipe
+from rlcore.residence import Parked, Residence
 from rlcore.sharding import Sharding
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
 from rlcore.vision import ImageCache
@@ -135,6 +136,7 @@ class Worker:
     def __init__(self, policy: Policy, roles: Collection[str] = ROLES) -> None:
         self.policy, self.config, self.roles = policy, policy.config, frozenset(roles)
         self.clock = Clock()
+        self.residence = Residence(self.clock, self.config.placement.offload)
         self.ranks = distributed.ALONE
         self.actor: TorchActor | None = None
         self.reference: TorchReference | AdapterOffReference | None = None
@@ -153,24 +155,32 @@ class Worker:
         """Weights reach it by `sync`."""
         if "rollout" in self.roles:
             self.rollout = start_rollout(self.policy)
+            self.residence.settle("engine", self.rollout)
 
     def load(self, task: str, folder: Path | None = None) -> None:
         """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
         self.actor = self.reference = self.critic = None
-        checkpoint.seed_random_states(self.config.seed)  # on every rank the same
         way, trained = recipe(task, self.config), "actor" in self.roles
         compared = way.compared and "reference" in self.roles
-        if not trained and not compared:
-            return
-        policy, model = self.policy, self.policy.load(folder)
-        settings, sharding = replace(policy.settings, temperature=way.temperature), self._sharding()
-        additions = self.config.model.lora is not None and trained
+        if trained or compared:
+            checkpoint.seed_random_states(self.config.seed)  # on every rank the same
+            self._build(way, self.policy.load(folder), trained, compared)
+        if trained and task == "grpo" and self.config.critic:
+            self.critic = TorchCritic(
+                self.policy.load_critic(), self.policy.adapter, self.policy.settings, self.config.algorithm,
+                self.config.critic.optimizer, way.passes, self._sharding(),
+            )  # fmt: skip
+        self._settle()
+
+    def _build(self, way: Recipe, model: torch.nn.Module, trained: bool, compared: bool) -> None:
+        policy, sharding = self.policy, self._sharding()
+        settings = replace(policy.settings, temperature=way.temperature)
+        additions = self.config.model.lora is not None and trained  # without them the model is the reference
         fixed = copy.deepcopy(model) if trained and compared and not additions else model
         if trained:
             model = policy.trainable(model)
-            images = policy.image_cache(model)
             self.actor = TorchActor(
-                model, policy.adapter, settings, way.objective, way.optimizer, way.passes, images,
+                model, policy.adapter, settings, way.objective, way.optimizer, way.passes, policy.image_cache(model),
                 publish_additions=policy.additions is not None, sharding=sharding,
             )  # fmt: skip
         if compared:
@@ -178,23 +188,29 @@ class Worker:
             self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
                 fixed.requires_grad_(False), policy.adapter, settings, images, sharding
             )  # fmt: skip
-        if trained and task == "grpo" and self.config.critic:
-            self.critic = TorchCritic(
-                policy.load_critic(), policy.adapter, settings, self.config.algorithm, self.config.critic.optimizer,
-                way.passes, sharding,
-            )  # fmt: skip
+
+    def _settle(self) -> None:
+        """Who holds memory now."""
+        learners = [(role.forward, role.learner) for role in (self.actor, self.critic) if role]
+        weights = [forward for forward, _ in learners]
+        fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
+        self.residence.settle("parameters", Parked(lambda: _tensors(weights)) if weights else None)
+        self.residence.settle("optimizer", Parked(lambda: _moments(learners)) if learners else None)
+        self.residence.settle("reference", Parked(lambda: _tensors([fixed])) if fixed else None)
+        for _, learner in learners:
+            learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
 
     def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> Iterator[tuple[int, Group]]:
         """Groups as they are finished, each with the place of its prompt in the whole call."""
         prompts, sampling = part
-        with self.clock.span("rollout"):
+        with self.residence.phase("infer", "rollout"):
             if prompts:
                 for place, group in _there(self.rollout).stream(prompts, sampling):
                     yield sampling.first + place, group
 
     def sync(self, version: int) -> Receipt:
         """The engine of this process serves the weights of its actor."""
-        with self.clock.span("resharding_to_infer"):
+        with self.residence.phase("reshard", "resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
 
     def link(self, rank: int, size: int, address: str) -> None:
@@ -204,7 +220,7 @@ class Worker:
 
     def send(self) -> None:
         """The actor's weights, gathered by all ranks and sent by the first."""
-        with self.clock.span("resharding_to_infer"):
+        with self.residence.phase("send", "resharding_to_infer"):
             weights = _there(self.actor).weights()
             if distributed.first():
                 _there(self._link).send(weights)
@@ -214,41 +230,44 @@ class Worker:
 
     def receive(self, version: int) -> Receipt:
         """The engine of this process serves the weights that are being sent."""
-        with self.clock.span("resharding_to_infer"):
+        with self.residence.phase("reshard", "resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self._link).receive(), version)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        with self.clock.span("reference_model"):
+        phase = "score" if isinstance(self.reference, AdapterOffReference) else "reference"
+        with self.residence.phase(phase, "reference_model"):
             return _there(self.reference).logprobs(batch)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        with self.clock.span("old_log_p"):
+        with self.residence.phase("score", "old_log_p"):
             return _there(self.actor).logprobs(batch)
 
     def values(self, batch: Batch) -> Tensor:
-        with self.clock.span("values"):
+        with self.residence.phase("score", "values"):
             return _there(self.critic).values(batch)
 
     def update(self, steps: Sequence[Batch]) -> list[Tally]:
         """This rank's part of each optimizer step."""
-        with self.clock.span("update"):
+        with self.residence.phase("train", "update"):
             return [_there(self.actor).step(step) for step in steps]
 
     def update_critic(self, steps: Sequence[Batch]) -> list[Tally]:
-        with self.clock.span("update"):
+        with self.residence.phase("train", "update"):
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        _there(self.actor).save(folder)
-        if self.critic:
-            self.critic.save(folder / "critic")
+        with self.residence.phase("train"):
+            _there(self.actor).save(folder)
+            if self.critic:
+                self.critic.save(folder / "critic")
 
     def restore(self, folder: Path) -> int:
         """The number of optimizer steps that the checkpoint has behind it."""
         actor = _there(self.actor)
-        actor.load(folder)
-        if self.critic:
-            self.critic.load(folder / "critic")
+        with self.residence.phase("train"):
+            actor.load(folder)
+            if self.critic:
+                self.critic.load(folder / "critic")
         return actor.learner.steps
 
     def now(self) -> float:
@@ -259,11 +278,26 @@ class Worker:
         return self.clock.take()
 
     def memory(self) -> Metrics:
-        return memory()
+        return {**memory(), **self.residence.memory()}
 
     def _sharding(self) -> Sharding | None:
         mesh = self.ranks.mesh
         return Sharding(mesh, self.policy.settings.compute_dtype, self.config.sharding.cpu_offload) if mesh else None
+
+
+def _tensors(modules: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    return (tensor for module in modules for tensor in module.parameters())
+
+
+def _moments(learners: Sequence[tuple[Any, Learner]]) -> Iterator[Tensor]:
+    states = (state for _, learner in learners for state in learner.optimizer.state.values())
+    return (value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return sum(distributed.part(weight.grad).nbytes for weight in weights if weight.grad is not None)
 
 
 def _there(role: T | None) -> T:
