@@ -16,7 +16,7 @@ from rlcore.learner import Learner, Objective, Tally, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
-from rlcore.sharding import Sharding, at_rest, collected, fill, summed_at_the_last
+from rlcore.sharding import Sharding, at_rest, collected, fill, read, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, ValueView
 
 OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
@@ -44,12 +44,14 @@ class TorchCritic:
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
-        optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None,
+        optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None, source: Path | None = None,
     ) -> None:
         self.settings, self.passes = settings, passes
         self.forward = ValueForward(model, adapter, settings)
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model))
+        if source:
+            read(self.forward, model, adapter.published_name, source, settings.device)
         self.learner = Learner(self.forward, optimizer, passes.total_steps)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 

@@ -17,7 +17,7 @@ from rlcore.learner import Learner, Objective, Tally, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
-from rlcore.sharding import Sharding, at_rest, fill, gathered, summed_at_the_last
+from rlcore.sharding import Sharding, at_rest, gathered, read, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
 from rlcore.vision import ImageCache
 
@@ -58,14 +58,17 @@ class TorchReference:
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, images: ImageCache | None = None,
-        sharding: Sharding | None = None,
+        sharding: Sharding | None = None, source: Path | None = None,
     ) -> None:
         """`images` keeps the embeddings of a frozen vision tower, shared by the models that have the same. `sharding` deals the
-        weights over the ranks, which then call everything here together."""
+        weights over the ranks, which then call everything here together; weights that are only shapes yet come from `source`.
+        """
         self.model, self.adapter, self.settings, self.images = model, adapter, settings, images
         self.forward = Forward(model, adapter, settings, images)
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model))
+        if source:
+            read(self.forward, model, adapter.published_name, source, settings.device)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -108,9 +111,10 @@ class TorchActor(TorchReference):
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
         passes: Passes, images: ImageCache | None = None, publish_additions: bool = False, sharding: Sharding | None = None,
+        source: Path | None = None,
     ) -> None:
         """`publish_additions`: `weights` gives the low-rank additions alone."""
-        super().__init__(model, adapter, settings, images, sharding)
+        super().__init__(model, adapter, settings, images, sharding, source)
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self.learner = Learner(model, optimizer, passes.total_steps)
 
@@ -139,8 +143,7 @@ class TorchActor(TorchReference):
         if lora.has_additions(self.model):
             lora.load_additions(self.model, folder)
         else:
-            fresh = self.adapter.load(folder / "model", torch.float32).to(self.settings.device)
-            fill(self.model.named_parameters(), dict(fresh.named_parameters()))
+            read(self.forward, self.model, self.adapter.published_name, folder / "model", self.settings.device)
         self.learner.load(folder)
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:

@@ -85,6 +85,10 @@ class Adapter(Protocol):
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
+    def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """The same model whose parameters have shapes but no memory."""
+        ...
+
     def prompt_length(self, row: Row) -> int:
         """The tokens `encode` will give, without touching pixels."""
         ...

@@ -7,18 +7,22 @@ step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rlcore import distributed
+from rlcore.errors import ConfigError
 from rlcore.protocols import NamedTensors
 
 BUCKET_BYTES = 512 * 2**20
@@ -38,13 +42,48 @@ class Sharding:
         """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does."""
         low = None if self.compute_dtype == torch.float32 else self.compute_dtype
         precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        pinned = self.mesh.device_type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         for module in (*blocks, root):
             sharded = fully_shard(
                 module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root
             )
             sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is one over all ranks, not a mean of theirs
             sharded.set_force_sum_reduction_for_comms(True)
+
+
+def read(root: nn.Module, model: nn.Module, published_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
+    """Memory and values for parameters that are only shapes so far: each rank reads its own rows from the files in `folder`.
+
+    ConfigError names the first that the files do not have.
+    """
+    root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    stored = Stored(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            distributed.part(parameter).copy_(stored.rows(published_name(name), parameter))
+
+
+class Stored:
+    """The weights of a Hugging Face folder, read row by row."""
+
+    def __init__(self, folder: Path) -> None:
+        files = (safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors")))
+        self._folder = folder
+        self._files = {name: file for file in files for name in file.keys()}
+
+    def rows(self, name: str, like: Tensor) -> Tensor:
+        """What this rank holds of the tensor, in the dtype of the file."""
+        if name not in self._files:
+            raise ConfigError(
+                f"sharding.meta_init: the weights in {self._folder} have no tensor {name}, under which this family's are read"
+                " row by row; set sharding.meta_init=false to have every rank read the whole model"
+            )
+        rows = self._files[name].get_slice(name)
+        if not isinstance(like, DTensor):
+            return rows[:]
+        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        return rows[offset[0] : offset[0] + shape[0]]
 
 
 def summed_at_the_last(module: nn.Module, rows: Sequence[T]) -> Iterator[T]:

@@ -56,18 +56,15 @@ class Policy:
             temperature=config.rollout.temperature,
         )
 
-    def load(self, folder: Path | None = None) -> torch.nn.Module:
-        """The weights of `folder`, or the ones the run starts from, in float32 on the device."""
-        return self.adapter.load(folder or self.folder, torch.float32).to(self.settings.device)
+    def load(self, folder: Path) -> torch.nn.Module:
+        """The model with the weights of `folder`, in float32 on the device."""
+        return self.adapter.load(folder, torch.float32).to(self.settings.device)
 
-    def load_critic(self) -> torch.nn.Module:
-        """The model that the critic starts from."""
+    def critic_folder(self) -> Path:
+        """Of the model that the critic starts from."""
         settings = self.config.critic
         assert settings is not None
-        if settings.path is None:
-            return self.load()
-        folder = resolve(ModelConfig(path=settings.path), MODEL_CACHE)
-        return adapter_for(folder, self.config.model).load(folder, torch.float32).to(self.settings.device)
+        return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE)
 
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
         """`model` with what the run file says of training it: frozen parts, low-rank additions, checkpointed layers."""
@@ -164,16 +161,24 @@ class Worker:
         compared = way.compared and "reference" in self.roles
         if trained or compared:
             checkpoint.seed_random_states(self.config.seed)  # on every rank the same
-            self._build(way, self.policy.load(folder), trained, compared)
+            self._build(way, folder or self.policy.folder, trained, compared)
         if trained and task == "grpo" and self.config.critic:
+            model, source = self._model(self.policy.critic_folder())
             self.critic = TorchCritic(
-                self.policy.load_critic(), self.policy.adapter, self.policy.settings, self.config.algorithm,
-                self.config.critic.optimizer, way.passes, self._sharding(),
+                model, self.policy.adapter, self.policy.settings, self.config.algorithm, self.config.critic.optimizer,
+                way.passes, self._sharding(), source,
             )  # fmt: skip
         self._settle()
 
-    def _build(self, way: Recipe, model: torch.nn.Module, trained: bool, compared: bool) -> None:
+    def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
+        """A model, and where its weights are still to be read from. Low-rank additions need weights to stand beside."""
+        if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
+            return self.policy.load(folder), None
+        return self.policy.adapter.outline(folder, torch.float32), folder
+
+    def _build(self, way: Recipe, folder: Path, trained: bool, compared: bool) -> None:
         policy, sharding = self.policy, self._sharding()
+        model, source = self._model(folder)
         settings = replace(policy.settings, temperature=way.temperature)
         additions = self.config.model.lora is not None and trained  # without them the model is the reference
         fixed = copy.deepcopy(model) if trained and compared and not additions else model
@@ -181,12 +186,12 @@ class Worker:
             model = policy.trainable(model)
             self.actor = TorchActor(
                 model, policy.adapter, settings, way.objective, way.optimizer, way.passes, policy.image_cache(model),
-                publish_additions=policy.additions is not None, sharding=sharding,
+                publish_additions=policy.additions is not None, sharding=sharding, source=source,
             )  # fmt: skip
         if compared:
             images = self.actor.images if self.actor else None
             self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
-                fixed.requires_grad_(False), policy.adapter, settings, images, sharding
+                fixed.requires_grad_(False), policy.adapter, settings, images, sharding, source
             )  # fmt: skip
 
     def _settle(self) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError
@@ -40,12 +41,15 @@ class CausalLM:
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
         _check_tensors(report, folder)
-        if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
-            raise ConfigError(
-                f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
-                " your longest sample, set use_sliding_window to false in its config.json"
-            )
-        return model
+        return _whole_attention(model, folder)
+
+    def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """`load`, with parameters that have shapes but no memory."""
+        config = AutoConfig.from_pretrained(folder)
+        with init_empty_weights(include_buffers=False):
+            model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
+        model.tie_weights()
+        return _whole_attention(model.eval(), folder)
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, without touching pixels."""
@@ -113,6 +117,16 @@ class CausalLM:
                 " use a vision-language model or a data set without images"
             )
         return [{**message, "content": _text(message["content"])} for message in row.messages]
+
+
+def _whole_attention(model: Any, folder: Path) -> Any:
+    """ConfigError for a model whose layers see a window only."""
+    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        raise ConfigError(
+            f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
+            " your longest sample, set use_sliding_window to false in its config.json"
+        )
+    return model
 
 
 def image_parts(row: Row) -> int:

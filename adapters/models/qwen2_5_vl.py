@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
@@ -21,7 +21,7 @@ from .causal_lm import CausalLM, image_parts
 class Qwen2_5_VL(CausalLM):
     """An adapter for rows with and without images."""
 
-    model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
+    model_class: ClassVar[Any] = AutoModelForImageTextToText
     processor_class: ClassVar[Any] = AutoProcessor
     attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
 
