@@ -105,7 +105,8 @@ def gathered(named: NamedTensors, limit: int = BUCKET_BYTES) -> NamedTensors:
     are gathered at once."""
     bucket: list[tuple[str, DTensor]] = []
     size = 0
-    for name, tensor in named:
+    for name, parameter in named:
+        tensor = parameter.detach()
         if not _by_rows(tensor):
             yield from _opened(bucket)
             bucket, size = [], 0
