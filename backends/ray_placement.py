@@ -61,7 +61,6 @@ def open_pools(policy: Policy) -> Placement:
         raise
 
 
-@ray.remote
 class Process:
     """A worker in a process of its own."""
 
@@ -170,7 +169,7 @@ class _Devices:
         remove_placement_group(self._group)
 
     def _process(self, backend: Backend, bundle: int) -> Any:
-        return Process.options(
+        return ray.remote(Process).options(
             num_cpus=backend.bundle().get("CPU", 0),
             resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
             num_gpus=backend.bundle().get("GPU", 0),

@@ -36,7 +36,7 @@ class ValueForward(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """[M]: the value at the place from which each target is predicted."""
         hidden = self.adapter.hidden(self.backbone, packed, None)[packed.sources.to(self.settings.device)]
-        return self.head(hidden)[:, 0].float()
+        return self.head(hidden).float().flatten().clone()  # FSDP wants no view to come out
 
 
 class TorchCritic:

@@ -35,6 +35,16 @@ def tiny_llama(models) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cluster():
+    """Ray on this machine, with room for more workers than it has cores."""
+    import ray
+
+    ray.init("local", num_cpus=12, include_dashboard=False, logging_level="ERROR", configure_logging=False)
+    yield
+    ray.shutdown()
+
+
 def shared(*parts: str) -> Path:
     """Real rows that stand beside some checkouts; skips where they do not."""
     path = Path(__file__).parents[2].joinpath("shared", *parts)

@@ -1,0 +1,241 @@
+"""The same numbers wherever the roles are: in this process, in one pool of workers, in several."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlcore import cli, metrics
+from rlcore.config import RunConfig
+from rlcore.placement import Placement, Pool, merged
+from rlcore.types import Receipt, Sampling
+from rlcore.worker import ROLES, Worker
+
+STEPS = 3
+EVERYTHING_AWAY = "offload: [parameters, optimizer, reference, engine]"
+ONE = "placement={kind: ray}"
+TOGETHER = f"placement={{kind: ray, devices: 2, {EVERYTHING_AWAY}}}"
+POOLS = "{train: {roles: [actor], devices: 2}, sample: {roles: [rollout], devices: 2}, fixed: {roles: [reference]}}"
+APART = f"placement={{kind: ray, pools: {POOLS}}}"
+
+
+def graded(response, answer, fields):
+    return len(set(response)) / 10
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama, cluster):
+    """Runs the command; the run folder."""
+    settings = {
+        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "data": {"train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64},
+        "rollout": {"engine": "torch", "max_new_tokens": 6}, "reward": [{"name": "test_placement.graded"}],
+        "algorithm": {"group_size": 4, "kl_coef": 0.1}, "optimizer": {"lr": 1e-3},
+        "train": {
+            "steps": STEPS, "prompts_per_step": 5, "minibatches_per_step": 1, "max_tokens_per_microbatch": 80, "save_every": 2,
+        },
+        "logging": {"tensorboard": False, "samples_on_console": 0},
+    }  # fmt: skip
+    base = tmp_path_factory.mktemp("placements")
+    (base / "run.yaml").write_text(yaml.safe_dump(settings))
+
+    def start(name, *overrides, status=0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(Path(__file__).parent))
+            assert cli.main(["grpo", str(base / "run.yaml"), *overrides, "--run-dir", str(base / name)]) == status
+        return base / name
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def local(run):
+    return run("local")
+
+
+@pytest.fixture(scope="module")
+def together(run):
+    return run("together", TOGETHER)
+
+
+def rows(folder):
+    clock = re.compile(r"timing/.*|memory/.*|sync/.*|.*_tps|tps_throughput|data/staleness")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not clock.fullmatch(name)} for line in lines]
+
+
+def written(folder):
+    """Samples and weights, to the bit."""
+    model = folder / "checkpoints" / f"step_{STEPS:06d}" / "model" / "model.safetensors"
+    return (folder / "samples.jsonl").read_bytes(), model.read_bytes()
+
+
+def test_one_worker_elsewhere_is_this_process_to_the_bit(run, local):
+    elsewhere = run("one", ONE)
+    assert written(elsewhere) == written(local)
+    assert rows(elsewhere) == rows(local)
+
+
+def test_two_workers_are_one_to_rounding(together, local):
+    """Five prompts over two ranks, half of every weight on each, and whatever is not in use off the device."""
+    assert len(rows(together)) == STEPS
+    for ours, theirs in zip(rows(together), rows(local), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_pools_apart_are_one_pool_to_the_bit(run, together):
+    apart = run("apart", APART)
+    assert written(apart) == written(together)
+    assert rows(apart) == rows(together)
+
+
+def test_a_run_goes_on_in_another_placement(run, together, local):
+    """What two ranks saved after step 2 goes on in two others as if it had not stopped, and in this process to rounding."""
+    import shutil
+
+    expected = written(together)
+    for name, overrides, same in (("again", APART, True), ("alone", "placement.kind=local", False)):
+        folder = together.parent / name
+        shutil.copytree(together, folder)
+        (folder / "checkpoints" / "latest").write_text("step_000002")
+        run(name, overrides, "--resume")
+        if same:
+            assert written(folder) == expected
+        assert rows(folder)[-1] == pytest.approx(rows(local)[-1], rel=1e-4, abs=1e-5)
+
+
+def test_memory_of_each_phase_is_what_the_phase_needs(together, local):
+    """In units of the weights: float32 weights, two moments and the gradient make four."""
+    last = json.loads((together / "metrics.jsonl").read_text().splitlines()[-1])
+    whole = json.loads((local / "metrics.jsonl").read_text().splitlines()[-1])
+    weights = last["memory/infer"]  # the sampler's own copy, whole
+    assert last["memory/reference"] == pytest.approx(weights / 2, rel=0.01)
+    assert last["memory/reshard"] == pytest.approx(1.5 * weights, rel=0.01)
+    assert last["memory/train"] == pytest.approx(2 * weights, rel=0.01)
+    assert whole["memory/train"] == pytest.approx((4 + 1 + 1) * weights, rel=0.01), "nothing parked: sampler and reference too"
+
+
+def test_sampling_ahead_is_one_version_behind_and_no_more(run):
+    pools = "{train: {roles: [actor, reference]}, sample: {roles: [rollout]}}"
+    folder = run("stale", f"placement={{kind: ray, max_staleness: 1, pools: {pools}}}", "algorithm.correction=token_tis")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data/staleness"] for line in lines] == [0, 1, 1]
+    versions = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {(line["step"], line["policy_version"]) for line in versions} == {(1, 0), (2, 0), (3, 1)}
+    assert lines[1]["mismatch/mean"] > 100 * lines[0]["mismatch/mean"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("placement={kind: ray, devices: 400}", "placement.devices: 400 devices of 1 CPU are more than the cluster has"),
+        ("placement={devices: 2}", "placement.kind: local is one process on one device; set placement.kind=ray"),
+        ("placement={kind: ray, devices: 3}", "3 devices cannot be split into equal parts of 2 (rollout.tensor_parallel)"),
+        ("placement={kind: ray, max_staleness: 1}", "max_staleness: 1 needs actor and rollout in different pools"),
+        ("placement={kind: ray, pools: {a: {roles: [actor]}}}", "no pool has the role rollout"),
+        ("placement={kind: rey}", "placement.kind: none of the installed placements is called 'rey'; did you mean 'ray'?"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused(run, capsys, setting, message):
+    folder = run("refused", setting, *(["rollout.tensor_parallel=2"] if "devices: 3" in setting else []), status=2)
+    assert message in capsys.readouterr().err
+    assert not folder.exists()
+
+
+# metrics over workers
+
+
+class Threaded:
+    """A worker beside others in this process, its calls in a thread of its own as an actor's are."""
+
+    def __init__(self, worker):
+        self.worker, self.thread = worker, ThreadPoolExecutor(1)
+
+    def call(self, method, *arguments):
+        return self.thread.submit(lambda: getattr(self.worker, method)(*arguments))
+
+    def stream(self, method, *arguments):
+        return iter(self.thread.submit(lambda: list(getattr(self.worker, method)(*arguments))).result())
+
+
+class Slow:
+    """A role that takes a known time."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def _take(self, what):
+        time.sleep(self.seconds[what])
+
+    def stream(self, prompts, sampling):
+        self._take("rollout")
+        return iter(())
+
+    def weights(self):
+        self._take("gather")
+        return iter(())
+
+    def load_weights(self, weights, version):
+        list(weights)
+        self._take("load")
+        return Receipt(version, 0, 0, self.seconds["load"], 0.0)
+
+    def pause(self):
+        self._take("pause")
+
+    def resume(self):
+        self._take("resume")
+
+    def device_bytes(self):
+        return 0
+
+
+def test_known_durations_and_skew_come_back(tiny_llama, backend):
+    """Two workers of different speed: a stage takes what its slower worker takes, never the difference of the two."""
+    from rlcore.worker import Policy
+
+    config = RunConfig.model_validate({
+        "model": {"path": str(tiny_llama)}, "data": {"train": {"name": "arithmetic"}},
+        "placement": {"kind": "ray", "devices": 2, "offload": ["engine", "parameters"]},
+    })  # fmt: skip
+    names = ("rollout", "gather", "load", "pause", "resume")
+    members = []
+    for seconds in ((0.3, 0.2, 0.1, 0.05, 0.06), (0.5, 0.1, 0.1, 0.02, 0.08)):
+        worker = Worker(Policy(config, backend))
+        worker.rollout = worker.actor = Slow(dict(zip(names, seconds, strict=True)))
+        worker.residence.settle("engine", worker.rollout)
+        worker.residence.settle("parameters", Slow({"pause": 0.04, "resume": 0.07}))
+        members.append(Threaded(worker))
+    placement = Placement(config, dict.fromkeys(ROLES, Pool(members)))
+    started = time.perf_counter()
+    placement.sync_weights()
+    list(placement.rollout.stream([None, None], Sampling(1, 1)))
+    timing = metrics.timings(placement.spans(), started, time.perf_counter())
+    assert timing["timing/rollout"] == pytest.approx(0.5, rel=0.05)
+    assert timing["timing/resharding_to_infer"] == pytest.approx(max(0.2 + 0.1, 0.1 + 0.1) + 0.04, rel=0.05)
+    assert timing["timing/all"] == pytest.approx(0.3 + 0.04 + 0.5, rel=0.05)
+    assert timing["timing/other"] < 0.05 * timing["timing/all"]
+    for member in members:
+        with member.worker.residence.phase("score"):
+            pass
+    timing = metrics.timings(placement.spans(), started, time.perf_counter())
+    assert timing["timing/resharding_to_train"] == pytest.approx(0.05 + 0.07, rel=0.05)
+
+
+def test_streams_are_merged_as_they_come_and_an_error_ends_them():
+    def slow(values, error=None):
+        for value in values:
+            time.sleep(0.02)
+            yield value
+        if error:
+            raise error
+
+    assert sorted(merged([[slow([1, 2]), slow([1, 2])], [slow([3, 4]), slow([3, 4])]])) == [1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError):
+        list(merged([[slow([1], ZeroDivisionError())], [slow(range(50))]]))
