@@ -16,6 +16,9 @@ from rlcore.config import Strict
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
+
+    from rlcore.sharding import Exchange
 
 _GIB = 2**30
 _PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
@@ -79,6 +82,12 @@ class CpuBackend:
         host, port = address.rsplit(":", 1)
         store = distributed.TCPStore(host, int(port), size, is_master=rank == 0)
         return distributed.ProcessGroupGloo(store, rank, size, _PATIENCE)
+
+    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
+        """Ranks of one machine read each other's memory; gloo's sockets are several times slower."""
+        from .shared_memory import SharedExchange, one_machine
+
+        return SharedExchange(group, bucket_bytes) if one_machine(group) else None
 
     def bundle(self) -> Mapping[str, float]:
         return {"CPU": float(self.threads)}

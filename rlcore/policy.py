@@ -116,6 +116,7 @@ class TorchActor(TorchReference):
         """`publish_additions`: `weights` gives the low-rank additions alone."""
         super().__init__(model, adapter, settings, images, sharding, source)
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
+        self._sharding = sharding
         self.learner = Learner(model, optimizer, passes.total_steps)
 
     def update(self, batch: Batch) -> Metrics:
@@ -130,7 +131,9 @@ class TorchActor(TorchReference):
     def weights(self) -> NamedTensors:
         """Every parameter once, under its published name, low-rank additions added: a tied head is its embedding."""
         named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
-        return gathered((self.adapter.published_name(name), tensor.detach()) for name, tensor in named)
+        published = ((self.adapter.published_name(name), tensor) for name, tensor in named)
+        dealt = self._sharding
+        return gathered(published, dealt.bucket_bytes, dealt.exchange) if dealt else gathered(published)
 
     def save(self, folder: Path) -> None:
         lora.save_merged(self.model, folder / "model")

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from rlcore.config import LoraConfig, RolloutConfig
     from rlcore.packing import Packed
+    from rlcore.sharding import Exchange
     from rlcore.vision import ImageCache
 
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
@@ -152,6 +155,10 @@ class Backend(Protocol):
 
     def group(self, address: str, rank: int, size: int) -> Any:
         """Processes that meet at `address` (host:port), beside the ranks of their pools: a group that broadcasts."""
+        ...
+
+    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
+        """What is quicker than a collective to gather weights in buckets, if there is something."""
         ...
 
     def bundle(self) -> Mapping[str, float]:

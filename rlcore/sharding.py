@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -37,6 +37,8 @@ class Sharding:
     mesh: DeviceMesh  # [shard], or [replicate, shard]
     compute_dtype: torch.dtype
     offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
+    exchange: Exchange | None = None  # for weights on their way to an engine; None is one collective a bucket
+    bucket_bytes: int = BUCKET_BYTES
 
     def apply(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does."""
@@ -100,24 +102,49 @@ def at_rest(module: nn.Module) -> None:
         module.reshard()
 
 
-def gathered(named: NamedTensors, limit: int = BUCKET_BYTES) -> NamedTensors:
-    """Whole tensors, in order and one at a time; ranks iterate together. At most `limit` bytes, or one tensor that is larger,
-    are gathered at once."""
+class Exchange(Protocol):
+    """How the ranks of a group show each other what they hold."""
+
+    def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
+        """Of each tensor this rank's elements, and how many the rank with most of them has -> [ranks x most] everyone's, in the
+        order of ranks. They stay as they are until the next call but one."""
+        ...
+
+
+class Collective:
+    """One all-gather for all the parts."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
+        ranks, first = self._group.size(), parts[0]
+        mine = torch.empty(sum(most), dtype=first.dtype, device=first.device)
+        for place, part in zip(mine.split(list(most)), parts, strict=True):
+            place[: part.numel()] = part
+        everyones = torch.empty(ranks, len(mine), dtype=mine.dtype, device=mine.device)
+        _all_gather(everyones.view(-1), mine, group=self._group)
+        return [columns.flatten() for columns in everyones.split(list(most), dim=1)]
+
+
+def gathered(named: NamedTensors, limit: int = BUCKET_BYTES, exchange: Exchange | None = None) -> NamedTensors:
+    """Whole tensors, in order and one at a time; ranks iterate together. At most `limit` bytes are gathered at once, or one
+    tensor that is larger."""
     bucket: list[tuple[str, DTensor]] = []
     size = 0
     for name, parameter in named:
         tensor = parameter.detach()
         if not _by_rows(tensor):
-            yield from _opened(bucket)
+            yield from _opened(bucket, exchange)
             bucket, size = [], 0
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             continue
         if bucket and (size + tensor.nbytes > limit or tensor.dtype != bucket[0][1].dtype):
-            yield from _opened(bucket)
+            yield from _opened(bucket, exchange)
             bucket, size = [], 0
         bucket.append((name, tensor))
         size += tensor.nbytes
-    yield from _opened(bucket)
+    yield from _opened(bucket, exchange)
 
 
 def collected(named: NamedTensors) -> dict[str, Tensor]:
@@ -147,20 +174,12 @@ def _by_rows(tensor: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _opened(bucket: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, Tensor]]:
-    """One collective for them all: every rank's rows of each, padded to the same number."""
+def _opened(bucket: Sequence[tuple[str, DTensor]], exchange: Exchange | None) -> Iterator[tuple[str, Tensor]]:
     if not bucket:
         return
     mesh = bucket[0][1].device_mesh
-    group, ranks = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-    most = [math.ceil(len(tensor) / ranks) * tensor.stride(0) for _, tensor in bucket]  # elements of a rank
-    first = bucket[0][1]
-    mine = torch.empty(sum(most), dtype=first.dtype, device=first.device)
-    for part, (_, tensor) in zip(mine.split(most), bucket, strict=True):
-        local = tensor.to_local()
-        part[: local.numel()] = local.flatten()
-    everyones = torch.empty(ranks, len(mine), dtype=mine.dtype, device=mine.device)
-    _all_gather(everyones.view(-1), mine, group=group)
-    del mine
-    for parts, (name, tensor) in zip(everyones.split(most, dim=1), bucket, strict=True):
-        yield name, parts.flatten()[: tensor.numel()].view(tensor.shape)
+    group = mesh.get_group(mesh.ndim - 1)
+    most = [math.ceil(len(tensor) / group.size()) * tensor.stride(0) for _, tensor in bucket]
+    everyones = (exchange or Collective(group))([tensor.to_local().flatten() for _, tensor in bucket], most)
+    for elements, (name, tensor) in zip(everyones, bucket, strict=True):
+        yield name, elements[: tensor.numel()].view(tensor.shape)

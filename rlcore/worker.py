@@ -221,7 +221,7 @@ class Worker:
     def link(self, rank: int, size: int, address: str) -> None:
         """One end of what weights travel through to the engines of other pools; rank 0 sends."""
         group = self.policy.backend.group(address, rank, size)
-        self._link = Link(group, self.policy.settings.device, self.config.sharding.bucket_mib * 2**20 // 2)
+        self._link = Link(group, self.policy.settings.device, self._bucket)
 
     def send(self) -> None:
         """The actor's weights, gathered by all ranks and sent by the first."""
@@ -286,8 +286,16 @@ class Worker:
         return {**memory(), **self.residence.memory()}
 
     def _sharding(self) -> Sharding | None:
-        mesh = self.ranks.mesh
-        return Sharding(mesh, self.policy.settings.compute_dtype, self.config.sharding.cpu_offload) if mesh else None
+        mesh, config, backend = self.ranks.mesh, self.config.sharding, self.policy.backend
+        if mesh is None:
+            return None
+        exchange = backend.exchange(mesh.get_group(mesh.ndim - 1), self._bucket)
+        return Sharding(mesh, self.policy.settings.compute_dtype, config.cpu_offload, exchange, self._bucket)
+
+    @property
+    def _bucket(self) -> int:
+        """Bytes: half of what may be gathered at once, since two halves take turns."""
+        return self.config.sharding.bucket_mib * 2**20 // 2
 
 
 def _tensors(modules: Sequence[torch.nn.Module]) -> Iterator[Tensor]:

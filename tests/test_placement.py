@@ -161,7 +161,8 @@ class Threaded:
         return self.thread.submit(lambda: getattr(self.worker, method)(*arguments))
 
     def stream(self, method, *arguments):
-        return iter(self.thread.submit(lambda: list(getattr(self.worker, method)(*arguments))).result())
+        started = self.thread.submit(lambda: list(getattr(self.worker, method)(*arguments)))
+        return (item for _ in range(1) for item in started.result())
 
 
 class Slow:

@@ -1,0 +1,83 @@
+"""Weights of SmolLM2-135M in fp32 from two FSDP ranks into the vLLM engine of each: against copying the same bytes once, and
+how much memory it takes beside both."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+
+import stack
+
+from rlcore import registry
+from rlcore.config import RunConfig
+
+TARGET, RANKS = 3.0, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bucket-mib", type=int, default=512)
+    options = parser.parse_args()
+    stack.start()
+    settings = {
+        "model": {"path": "smollm2"}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+        "rollout": {"engine": "vllm", "max_new_tokens": 64}, "backend": {"name": "cpu"},
+        "placement": {"kind": "ray", "devices": RANKS}, "sharding": {"bucket_mib": options.bucket_mib},
+    }  # fmt: skip
+
+    from rlcore_backends import ray_placement
+
+    from rlcore.placement import results
+    from rlcore.worker import Policy
+
+    ray_placement.Process = measured(ray_placement.Process)
+    kind = registry.load("backends", "cpu")
+    with ray_placement.open_pools(Policy(RunConfig.model_validate(settings), kind(kind.Options()))) as placement:
+        placement.load("grpo")
+        placement.start_engines()
+        members = placement.pools[0].members
+        times = {}
+        for what in ("copied once", "gathered", "resharded"):
+            rounds = [results([member.ask("take", what) for member in members]) for _ in range(options.repeats)]
+            times[what] = statistics.median(max(one[0] for one in ranks) for ranks in rounds)
+            size, grown = rounds[0][0][1], max(one[2] for ranks in rounds for one in ranks)
+            rate = size / times[what] / 1e9
+            print(f"{what:12} {times[what]:6.3f} s, {rate:5.1f} GB/s, a process grew by {grown / 1e6:4.0f} MB")
+        print(f"{size / 1e6:.0f} MB; checks took {rounds[-1][0][3]:.3f} s of the last")
+        print(f"{times['resharded'] / times['copied once']:.1f} times a copy (target {TARGET})")
+
+
+def measured(process: type) -> type:
+    """The same worker process, which can time itself."""
+
+    class Measured(process):
+        def take(self, what: str) -> tuple[float, int, int, float]:
+            """Seconds, bytes, growth of the peak in bytes, and seconds of checks."""
+            from rlcore import sharding
+
+            before, checks = peak(), 0.0
+            whole = dict(sharding.gathered(self.worker.actor.model.named_parameters())) if what == "copied once" else {}
+            start = time.perf_counter()
+            if what == "copied once":
+                for tensor in whole.values():
+                    tensor.clone()
+            elif what == "gathered":
+                for _ in self.worker.actor.weights():
+                    pass
+            else:
+                checks = self.worker.sync(int(self.worker.now())).check_seconds
+            taken = time.perf_counter() - start
+            size = sum(weight.numel() * weight.element_size() for weight in self.worker.actor.model.parameters())
+            return taken, size, peak() - before, checks
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    return Measured
+
+
+if __name__ == "__main__":
+    main()
