@@ -38,9 +38,10 @@ class Span:
 class Rectangle:
     """B spans as one attention call."""
 
+    spans: int  # B
     queries: Tensor  # [B * Q] int64, places in the row; padding repeats the first
     keys: Tensor  # [B * K]
-    mask: Tensor  # [B, 1, Q, K] bool, True where a query sees a key
+    mask: Tensor | None  # [B, 1, Q, K], added to scores: 0 where a query sees a key, else -inf; None: those up to its own place
     used: Tensor  # places of [B * Q] that are no padding
     targets: Tensor  # where those belong in the row
 
@@ -53,21 +54,22 @@ def packed_attention(
     their whole prompt and causally to their own response. H is a multiple of K."""
     query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # [T, heads, D]
     outputs, targets = [], []
-    for rectangle in layout(tuple(segments), query.device):
-        spans, _, width, _ = rectangle.mask.shape
+    for rectangle in layout(tuple(segments), query.device, _dtype(query)):
+        spans = rectangle.spans
         attended = scaled_dot_product_attention(
             _gather(query, rectangle.queries, spans), _gather(key, rectangle.keys, spans),
-            _gather(value, rectangle.keys, spans), attn_mask=rectangle.mask, scale=scaling, enable_gqa=True,
+            _gather(value, rectangle.keys, spans), attn_mask=rectangle.mask, is_causal=rectangle.mask is None, scale=scaling,
+            enable_gqa=True,
         )
-        flat = attended.transpose(1, 2).reshape(spans * width, *query.shape[1:])
+        flat = attended.transpose(1, 2).reshape(len(rectangle.queries), *query.shape[1:])
         outputs.append(flat.index_select(0, rectangle.used))
         targets.append(rectangle.targets)
     place = torch.cat(targets).argsort()
     return torch.cat(outputs).index_select(0, place)[None], None
 
 
-@lru_cache(maxsize=256)
-def layout(segments: tuple[Segment, ...], device: torch.device) -> list[Rectangle]:
+@lru_cache(maxsize=4)  # for the layers of a pass: masks grow with the square of a row, and are made in milliseconds
+def layout(segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> list[Rectangle]:
     """The rectangles of a packed row: every one of its tokens is a query exactly once."""
     prompts = [Span(segment.start, segment.prompt, segment.start, 0) for segment in segments]
     responses = [
@@ -76,7 +78,13 @@ def layout(segments: tuple[Segment, ...], device: torch.device) -> list[Rectangl
         for start, end in pairwise(_starts(segment))
         if end > start
     ]
-    return [_rectangle(spans, device) for kind in (prompts, responses) for spans in _alike(kind)]
+    return [_rectangle(spans, device, dtype) for kind in (prompts, responses) for spans in _alike(kind)]
+
+
+def _dtype(query: Tensor) -> torch.dtype:
+    """The one that attention computes in. A mask in another would be converted, and kept, by every layer."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _gather(tensor: Tensor, places: Tensor, spans: int) -> Tensor:
@@ -114,7 +122,7 @@ def _longest(spans: Sequence[Span], size: Callable[[Span], int]) -> int:
     return max(map(size, spans))
 
 
-def _rectangle(spans: Sequence[Span], device: torch.device) -> Rectangle:
+def _rectangle(spans: Sequence[Span], device: torch.device, dtype: torch.dtype) -> Rectangle:
     queries = _longest(spans, lambda span: span.length)
     prefix = _longest(spans, lambda span: span.prefix)
     numbers = torch.tensor([(span.start, span.length, span.prefix_start, span.prefix) for span in spans])
@@ -122,11 +130,19 @@ def _rectangle(spans: Sequence[Span], device: torch.device) -> Rectangle:
     own, shared = torch.arange(queries), torch.arange(prefix)
     query_places = torch.where(own < length, start + own, start)
     key_places = torch.cat([torch.where(shared < prefixes, prefix_start + shared, start), query_places], dim=1)
-    sees_prefix = (shared < prefixes)[:, None, :].expand(-1, queries, -1)
-    sees_own = (own[None, :] <= own[:, None]).expand(len(spans), -1, -1)
     used = (own < length).flatten().nonzero()[:, 0]
-    tensors = (query_places.flatten(), key_places.flatten(), torch.cat([sees_prefix, sees_own], dim=2)[:, None], used)
-    return Rectangle(*(tensor.to(device) for tensor in tensors), targets=query_places.flatten()[used].to(device))
+    places = (query_places.flatten(), key_places.flatten(), used, query_places.flatten()[used])
+    query_places, key_places, used, targets = (each.to(device) for each in places)
+    mask = _mask(prefixes, prefix, queries).to(device, dtype) if prefix else None
+    return Rectangle(len(spans), query_places, key_places, mask, used, targets)
+
+
+def _mask(prefixes: Tensor, prefix: int, queries: int) -> Tensor:
+    """[B, 1, Q, prefix + Q] for prefixes [B, 1] of up to `prefix` tokens."""
+    sees_prefix = (torch.arange(prefix) < prefixes)[:, None, :].expand(-1, queries, -1)
+    sees_own = torch.ones(queries, queries, dtype=torch.bool).tril().expand(len(prefixes), -1, -1)
+    seen = torch.cat([sees_prefix, sees_own], dim=2)[:, None]
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 AttentionInterface.register(NAME, packed_attention)
