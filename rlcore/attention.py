@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from rlcore.packing import Segment
+from rlcore.sequence_parallel import over_slices
 
 NAME = "rlcore_packed"
 MAX_PADDING = 1.5  # a rectangle's area over the area in use
@@ -145,4 +146,4 @@ def _mask(prefixes: Tensor, prefix: int, queries: int) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(NAME, over_slices(packed_attention))

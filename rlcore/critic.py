@@ -16,6 +16,7 @@ from rlcore.learner import Learner, Objective, Tally, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
+from rlcore.sequence_parallel import Slice
 from rlcore.sharding import Sharding, at_rest, collected, fill, read, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, ValueView
 
@@ -35,8 +36,10 @@ class ValueForward(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         """[M]: the value at the place from which each target is predicted."""
-        hidden = self.adapter.hidden(self.backbone, packed, None)[packed.sources.to(self.settings.device)]
-        return self.head(hidden).float().flatten().clone()  # FSDP wants no view to come out
+        part = Slice(packed.tokens, self.settings.sequence)
+        hidden = part.at(self.adapter.hidden(self.backbone, packed, None, part), packed.sources)
+        values = self.head(hidden).float().flatten().clone()  # FSDP wants no view to come out
+        return part.all_of(values, packed.sources)
 
 
 class TorchCritic:

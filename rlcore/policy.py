@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from rlcore import distributed, lora
 from rlcore.config import OptimizerConfig
@@ -17,6 +18,7 @@ from rlcore.learner import Learner, Objective, Tally, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
+from rlcore.sequence_parallel import Slice
 from rlcore.sharding import Sharding, at_rest, gathered, read, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
 from rlcore.vision import ImageCache
@@ -30,6 +32,7 @@ class ForwardSettings:
     compute_dtype: torch.dtype
     max_tokens: int  # a packed row never holds more
     temperature: float  # log-probabilities are those of logits / temperature, the distribution that was sampled
+    sequence: ProcessGroup | None = None  # the ranks that share each packed row; all of them are given the same
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = self.compute_dtype
@@ -45,12 +48,13 @@ class Forward(nn.Module):
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [M] entropies of the row's targets."""
-        device = self.settings.device
-        hidden = self.adapter.hidden(self.model, packed, self.images)
-        return token_logprobs(
-            hidden[packed.sources.to(device)], self.adapter.head(self.model), packed.targets.to(device),
-            self.settings.temperature, self.settings.compute_dtype,
+        part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
+        hidden = part.at(self.adapter.hidden(self.model, packed, self.images, part), sources)
+        targets = packed.targets[part.held(sources)].to(self.settings.device)
+        logprobs, entropy = token_logprobs(
+            hidden, self.adapter.head(self.model), targets, self.settings.temperature, self.settings.compute_dtype
         )
+        return part.all_of(logprobs, sources), part.all_of(entropy, sources)
 
 
 class TorchReference:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rlcore.config import LoraConfig, RolloutConfig
     from rlcore.packing import Packed
+    from rlcore.sequence_parallel import Slice
     from rlcore.sharding import Exchange
     from rlcore.vision import ImageCache
 
@@ -106,8 +107,11 @@ class Adapter(Protocol):
         """Response tokens as text, special tokens left out."""
         ...
 
-    def hidden(self, model: nn.Module, packed: Packed, images: ImageCache | None = None) -> Tensor:
-        """[T, D]: the last hidden states of a packed row, after the final norm. `images` keeps what a frozen tower gives."""
+    def hidden(
+        self, model: nn.Module, packed: Packed, images: ImageCache | None = None, part: Slice | None = None
+    ) -> Tensor:
+        """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, called by its whole group.
+        `images` keeps what a frozen tower gives."""
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...

@@ -54,11 +54,11 @@ def read(adapter, monkeypatch):
     calls = []
     real = registry.load("adapters", "qwen2_5_vl").hidden
 
-    def counted(self, model, packed, images=None):
+    def counted(self, model, *arguments):
         tower = self.vision_tower(model)
         if not hasattr(tower, "counted"):
             tower.counted = tower.register_forward_hook(lambda _, inputs, __: calls.append(1))
-        return real(self, model, packed, images)
+        return real(self, model, *arguments)
 
     monkeypatch.setattr(type(adapter), "hidden", counted)
     return calls

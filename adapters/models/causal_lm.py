@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError
 from rlcore.packing import Packed
+from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row
 from rlcore.vision import ImageCache
 
@@ -71,12 +72,14 @@ class CausalLM:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None) -> Tensor:
-        """[T, D]: the last hidden states after the final norm, on the model's device."""
+    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None, part: Slice | None = None) -> Tensor:
+        """[t, D]: the last hidden states after the final norm, on the model's device."""
+        part = part or Slice(packed.tokens)
         output = model.model(
-            input_ids=packed.input_ids[None].to(model.device),
-            position_ids=packed.position_ids[None].to(model.device),
+            input_ids=part.cut(packed.input_ids)[None].to(model.device),
+            position_ids=part.cut(packed.position_ids)[None].to(model.device),
             segments=packed.segments,
+            part=part,
             use_cache=False,
         )
         return output.last_hidden_state[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
 from rlcore.packing import Packed
+from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row
 from rlcore.vision import ImageCache
 
@@ -54,12 +56,15 @@ class Qwen2_5_VL(CausalLM):
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
         )
 
-    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None) -> Tensor:
-        """[T, D]. The vision tower runs once over the row's images, or over those that `images` does not keep."""
+    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None, part: Slice | None = None) -> Tensor:
+        """[t, D]. The vision tower runs once over the row's images, or over those that `images` does not keep; the ranks that
+        share the row share them out."""
+        part = part or Slice(packed.tokens)
         output = model.model.language_model(
-            inputs_embeds=self._embedded(model.model, packed, images)[None],
-            position_ids=packed.position_ids.expand(3, -1)[:, None].to(model.device),
+            inputs_embeds=self._embedded(model.model, packed, images, part)[None],
+            position_ids=part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device),
             segments=packed.segments,
+            part=part,
             use_cache=False,
         )
         return output.last_hidden_state[0]
@@ -81,20 +86,15 @@ class Qwen2_5_VL(CausalLM):
             )
         return list(row.messages)
 
-    def _embedded(self, model: Any, packed: Packed, cache: ImageCache | None) -> Tensor:
-        """[T, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
+    def _embedded(self, model: Any, packed: Packed, cache: ImageCache | None, part: Slice) -> Tensor:
+        """[t, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
 
         transformers' own forward pass counts those too, and refuses the sample.
         """
-        embedded = model.get_input_embeddings()(packed.input_ids.to(model.device))
+        embedded = model.get_input_embeddings()(part.cut(packed.input_ids).to(model.device))
         if not packed.vision:
             return embedded
-
-        def encode(prompts: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
-            vision = {name: torch.cat([prompt[name] for prompt in prompts]).to(model.device) for name in prompts[0]}
-            encoded = iter(model.get_image_features(**vision, return_dict=True).pooler_output)
-            return [[next(encoded) for _ in prompt["image_grid_thw"]] for prompt in prompts]
-
+        encode = partial(_encoded, model, part)
         if cache is None:
             images = [image for prompt in encode(packed.vision) for image in prompt]
         else:
@@ -103,7 +103,9 @@ class Qwen2_5_VL(CausalLM):
         for segment in packed.segments:
             in_prompt[segment.start : segment.start + segment.prompt] = True
         places = (in_prompt & (packed.input_ids == self.processor.image_token_id)).nonzero()[:, 0]
-        return embedded.index_copy(0, places.to(model.device), torch.cat(images).to(embedded.dtype))
+        held = part.held(places)
+        here = torch.cat(images)[held.to(model.device)].to(embedded.dtype)
+        return embedded.index_copy(0, (places[held] - part.start).to(model.device), here)
 
     def _template_ids(self, row: Row) -> list[int]:
         token_ids = super()._template_ids(row)
@@ -146,6 +148,20 @@ def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: S
         done += text + axes[-1].shape[1]
     axes.append(torch.arange(position, position + len(token_ids) - done).expand(3, -1))
     return torch.cat(axes, dim=1)
+
+
+def _encoded(model: Any, part: Slice, prompts: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
+    """By prompt, the embeddings [tokens, D] of each of its images."""
+    grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts])
+    pixels = torch.cat([prompt["pixel_values"] for prompt in prompts]).split(grids.prod(-1).tolist())
+
+    def read(images: Sequence[int]) -> Sequence[Tensor]:
+        chosen = torch.cat([pixels[image] for image in images]).to(model.device)
+        return model.get_image_features(chosen, grids[images].to(model.device), return_dict=True).pooler_output
+
+    tokens = grids.prod(-1) // model.visual.spatial_merge_size**2
+    embeddings = iter(part.dealt(tokens.tolist(), read))
+    return [[next(embeddings) for _ in prompt["image_grid_thw"]] for prompt in prompts]
 
 
 def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
