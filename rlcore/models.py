@@ -67,8 +67,17 @@ def model_type(folder: Path) -> str:
 
 def context_length(folder: Path) -> int | None:
     """The positions that the folder's text model has, where its config.json says."""
+    return _text_config(folder).get("max_position_embeddings")
+
+
+def query_heads(folder: Path) -> int | None:
+    """The same of its attention's query heads."""
+    return _text_config(folder).get("num_attention_heads")
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("text_config", config).get("max_position_embeddings")
+    return config.get("text_config", config)
 
 
 def _made(config: ModelConfig, cache: Path) -> Path:

@@ -20,11 +20,12 @@ from rlcore.errors import ConfigError
 from rlcore.learner import Learner, Tally
 from rlcore.link import Link
 from rlcore.metrics import Clock, Span, memory
-from rlcore.models import adapter_for, context_length, resolve
+from rlcore.models import adapter_for, context_length, query_heads, resolve
 from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
 from rlcore.protocols import Backend, Rollout
 from rlcore.recipe import Recipe, recipe
 from rlcore.residence import Parked, Residence
+from rlcore.sequence_parallel import check_heads
 from rlcore.sharding import Sharding
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
 from rlcore.vision import ImageCache
@@ -45,6 +46,8 @@ class Policy:
         self.config, self.backend = config, backend
         backend.prepare()
         self.folder = resolve(config.model, MODEL_CACHE)
+        if heads := query_heads(self.folder):
+            check_heads(heads, config.sharding.sequence_parallel)
         self.adapter = adapter_for(self.folder, config.model)
         fast = backend.default_precision()
         self.precision = precision = fast if config.model.precision == "auto" else config.model.precision
@@ -165,8 +168,8 @@ class Worker:
         if trained and task == "grpo" and self.config.critic:
             model, source = self._model(self.policy.critic_folder())
             self.critic = TorchCritic(
-                model, self.policy.adapter, self.policy.settings, self.config.algorithm, self.config.critic.optimizer,
-                way.passes, self._sharding(), source,
+                model, self.policy.adapter, self._settings(), self.config.algorithm, self.config.critic.optimizer, way.passes,
+                self._sharding(), source,
             )  # fmt: skip
         self._settle()
 
@@ -179,7 +182,7 @@ class Worker:
     def _build(self, way: Recipe, folder: Path, trained: bool, compared: bool) -> None:
         policy, sharding = self.policy, self._sharding()
         model, source = self._model(folder)
-        settings = replace(policy.settings, temperature=way.temperature)
+        settings = replace(self._settings(), temperature=way.temperature)
         additions = self.config.model.lora is not None and trained  # without them the model is the reference
         fixed = copy.deepcopy(model) if trained and compared and not additions else model
         if trained:
@@ -284,6 +287,10 @@ class Worker:
 
     def memory(self) -> Metrics:
         return {**memory(), **self.residence.memory()}
+
+    def _settings(self) -> ForwardSettings:
+        """The policy's, among the ranks that share a row."""
+        return replace(self.policy.settings, sequence=self.ranks.sequence)
 
     def _sharding(self) -> Sharding | None:
         mesh, config, backend = self.ranks.mesh, self.config.sharding, self.policy.backend
