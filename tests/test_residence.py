@@ -1,0 +1,116 @@
+"""What is parked is off the device and comes back as it was; what is asked of it meanwhile is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rlcore import registry, rollout
+from rlcore.config import RolloutConfig
+from rlcore.metrics import Clock
+from rlcore.residence import Parked, PhaseError, Residence
+from rlcore.types import Row, Sampling
+
+
+@pytest.fixture
+def model():
+    tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    tied[1].weight = tied[0].weight
+    return tied
+
+
+def test_parked_weights_leave_and_come_back_to_the_bit(model):
+    before, first = model[0].weight.detach().clone(), model[0].weight
+    view = model[0].weight.detach()[2:3]
+    parked = Parked(model.parameters)
+    assert parked.device_bytes() == 7 * 4 * 4, "tied weights are held once"
+    parked.pause()
+    assert parked.device_bytes() == 0 == first.untyped_storage().nbytes()
+    parked.resume()
+    assert model[0].weight is first is model[1].weight
+    assert torch.equal(first, before) and torch.equal(view, before[2:3])
+
+
+def test_what_need_not_be_kept_comes_back_as_zeros(model):
+    parked = Parked(model.parameters, keep=False)
+    parked.pause()
+    parked.resume()
+    assert not model[0].weight.any()
+
+
+def test_an_optimizer_has_nothing_to_park_before_its_first_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    parked = Parked(lambda: [value for state in optimizer.state.values() for value in state.values() if value.dim()])
+    parked.pause()
+    parked.resume()
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert parked.device_bytes() == 2 * 7 * 4 * 4
+    parked.pause()
+    parked.resume()
+    optimizer.step()
+
+
+class Part:
+    def __init__(self):
+        self.there = True
+
+    def pause(self):
+        assert self.there
+        self.there = False
+
+    def resume(self):
+        assert not self.there
+        self.there = True
+
+    def device_bytes(self):
+        return 2**30 * self.there
+
+
+def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
+    clock = Clock()
+    residence = Residence(clock, ["engine", "optimizer", "parameters", "reference"])
+    parts = {name: Part() for name in ("engine", "optimizer", "parameters", "reference")}
+    for name, part in parts.items():
+        residence.settle(name, part)
+
+    def there():
+        return {name for name, part in parts.items() if part.there}
+
+    for phase, needed in (
+        ("reshard", {"engine", "parameters"}), ("infer", {"engine"}), ("infer", {"engine"}), ("reference", {"reference"}),
+        ("score", {"parameters"}), ("train", {"parameters", "optimizer"}), ("send", {"parameters"}),
+    ):  # fmt: skip
+        with residence.phase(phase):
+            assert there() == needed, phase
+    memory = residence.memory()
+    assert memory == {
+        "memory/reshard": 2, "memory/infer": 1, "memory/reference": 1, "memory/score": 1, "memory/train": 2, "memory/send": 1
+    }  # fmt: skip
+    stages = [span.stage for span in clock.take()]
+    assert stages.count("ref_onload") == 1 and stages.count("ref_offload") == 2
+    assert set(stages) == {"ref_onload", "ref_offload", "resharding_to_infer", "resharding_to_train"}
+
+
+def test_what_may_not_leave_stays():
+    residence, part = Residence(Clock(), []), Part()
+    residence.settle("engine", part)
+    with residence.phase("train"):
+        assert part.there
+
+
+def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
+    adapter = registry.load("adapters", "llama")(tiny_llama)
+    engine = rollout.build(adapter, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
+    prompt = adapter.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
+    before = engine.generate([prompt], Sampling(2, 4))
+    engine.pause()
+    with pytest.raises(PhaseError, match="sampling was asked of an engine that is paused; resume it first"):
+        engine.generate([prompt], Sampling(2, 4))
+    with pytest.raises(PhaseError, match="a weight update was asked of an engine that is paused"):
+        engine.load_weights([], 1)
+    engine.resume()
+    for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
+        assert now.token_ids == then.token_ids
+        assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
