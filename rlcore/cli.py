@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlcore import config as configuration
 from rlcore import registry
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rlcore.protocols import Backend
 
 INTERRUPTED = 130
+LAUNCHER = "ray"
 RECORD = "config.yaml"  # a folder that holds one holds a run
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides that stand behind an option
         options.overrides += rest
     try:
-        options.run(options)
+        return options.run(options) or 0
     except RlcoreError as error:
         print(f"rlcore: {error}", file=sys.stderr)
         return error.status
@@ -46,7 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+
+
+class _Command(argparse.ArgumentParser):
+    """A subcommand. Options that a plugin brings are asked for when the command is called: other commands never load it."""
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        if complete := self.get_default("complete"):
+            complete(self)
+        return super().parse_known_args(*arguments, **keywords)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,15 +64,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 2 your mistake (settings, data, a missing part), 1 the run failed, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"rlcore {metadata.version('rlcore')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     for name, module, what in (
         ("grpo", "rlcore.trainer", "train by a policy gradient: the algorithm section (after the warm start, if sft is set)"),
         ("sft", "rlcore.sft", "supervised training alone: the sft section"),
         ("dpo", "rlcore.dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
     ):
-        command = _command(commands, name, partial(_train, module), what)
-        command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<run file's name>-<date>-<time>")
-        command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
+        _add_run_folder(_command(commands, name, partial(_train, module), what))
+    launch = _command(commands, "launch", _launch, "train over the devices of several nodes: the same line on each of them")
+    _add_run_folder(launch)
+    launch.add_argument("--train", choices=("grpo", "sft", "dpo"), default="grpo", help="what the head runs; default: grpo")
+    launch.set_defaults(complete=_add_launcher_options)
     _command(commands, "plan", _plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", _show, "every setting of the run, as YAML")
     return parser
@@ -77,6 +88,22 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
     command.set_defaults(run=run)
     return command
+
+
+def _add_run_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<run file's name>-<date>-<time>")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
+
+
+def _add_launcher_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("nodes", "Each can also be set as an environment variable: --ray-port as RAY_PORT.")
+    for name, field in registry.load("launchers", LAUNCHER).Options.model_fields.items():
+        flag, about = f"--{name.replace('_', '-')}", {"dest": field.alias, "default": None}
+        if field.annotation is bool:
+            group.add_argument(flag, action="store_true", help=field.description, **about)
+        else:
+            default = f"; default: {field.default}" if field.default and not field.is_required() else ""
+            group.add_argument(flag, metavar="X", help=f"{field.description}{default}", **about)
 
 
 def _load(options: argparse.Namespace) -> RunConfig:
@@ -108,7 +135,7 @@ def _show(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = _load(options)
-    _backend(config)
+    _prepared(config)
     from rlcore import plan
     from rlcore.data import load_rows
 
@@ -117,7 +144,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _train(module: str, options: argparse.Namespace) -> None:
     config = _load(options)
-    backend = _backend(config)
+    backend = _prepared(config)
     folder = _run_folder(options)
     train = importlib.import_module(module).train
     from rlcore.console import Console
@@ -128,14 +155,40 @@ def _train(module: str, options: argparse.Namespace) -> None:
     _closing(folder)
 
 
-def _backend(config: RunConfig) -> Backend:
+def _launch(options: argparse.Namespace) -> int:
+    """The exit status of the trainer, a process of its own on one of the nodes. Each of them checks the settings first."""
+    kind = registry.load("launchers", LAUNCHER)
+    given = {field.alias: getattr(options, field.alias) for field in kind.Options.model_fields.values()}
+    launcher = kind({name: value for name, value in given.items() if value is not None}, os.environ)
+    options.overrides = [*_placed(options, launcher.devices), *options.overrides]
+    config = _load(options)
+    wanted = sum(devices for _, devices, _ in config.pools())
+    if launcher.devices is not None and wanted > launcher.devices:
+        raise ConfigError(f"placement: {wanted} devices are more than the {launcher.devices} of all nodes; lower it, or add nodes")
+    place = [*(["--run-dir", str(options.run_dir)] if options.run_dir else []), *(["--resume"] if options.resume else [])]
+    chosen = ["--backend", options.backend] if options.backend else []
+    trainer = [sys.executable, "-m", "rlcore.cli", options.train, options.file, *options.overrides, *chosen, *place]
+    return launcher.run(trainer, _backend(config))
+
+
+def _placed(options: argparse.Namespace, devices: int | None) -> list[str]:
+    """The run on all devices of the launcher's nodes, unless the run file says on how many."""
+    said = configuration.read(options.file, options.overrides).get("placement")
+    silent = devices is not None and not (isinstance(said, dict) and said.keys() & {"devices", "pools"})
+    return [f"placement.kind={LAUNCHER}", *([f"placement.devices={devices}"] if silent else [])]
+
+
+def _prepared(config: RunConfig) -> Backend:
     """The chosen backend, with its environment in place: torch reads it when it is imported, which comes later."""
-    name = "cpu" if config.backend.name == "auto" else config.backend.name
-    kind = registry.load("backends", name)
-    backend = kind(configuration.validate(kind.Options, config.backend.options, "backend.options."))
+    backend = _backend(config)
     for variable, value in backend.environment().items():
         os.environ.setdefault(variable, value)
     return backend
+
+
+def _backend(config: RunConfig) -> Backend:
+    kind = registry.load("backends", "cpu" if config.backend.name == "auto" else config.backend.name)
+    return kind(configuration.validate(kind.Options, config.backend.options, "backend.options."))
 
 
 def _run_folder(options: argparse.Namespace) -> Path:

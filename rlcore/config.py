@@ -451,6 +451,11 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
+    return validate(RunConfig, read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file and the overrides say, not yet checked."""
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
@@ -467,7 +472,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {found}")
     for override in overrides:
         values = _override(values, override)
-    return validate(RunConfig, values)
+    return values
 
 
 def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:

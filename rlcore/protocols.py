@@ -201,3 +201,22 @@ class Dataset(Protocol):
     """Rows of a published or generated data set. Registered by name; `data.train.name` chooses."""
 
     def __call__(self, path: Path | None, **options: Any) -> Sequence[Row]: ...
+
+
+class Launcher(Protocol):
+    """Brings the nodes of a run together, each of which starts one; registered by name."""
+
+    Options: ClassVar[type[BaseModel]]  # every field is an option of `rlcore launch` under its alias, an environment variable
+
+    def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """Options by alias: what was given, then what the environment says."""
+        ...
+
+    @property
+    def devices(self) -> int | None:
+        """Of all nodes together; None when they are not this launcher's."""
+        ...
+
+    def run(self, trainer: Sequence[str], backend: Backend) -> int:
+        """Runs the command once, where the nodes' devices can be reached; its exit status, on every node."""
+        ...
