@@ -57,6 +57,11 @@ def create_token(file: Path | None) -> None:
         opened.write(secrets.token_hex(32))
 
 
+def read_token(environment: Mapping[str, str]) -> str:
+    file = token_file(environment)
+    return environment["RAY_AUTH_TOKEN"] if file is None else file.read_text(encoding="utf-8").strip()
+
+
 # what the head knows
 
 
@@ -72,13 +77,14 @@ class Node:
 class Head:
     """What Ray's head knows. Asked by plain gRPC: Ray's own client ends a process whose head is silent for a minute."""
 
-    def __init__(self, address: str) -> None:
-        from ray._private.grpc_utils import init_grpc_channel
-        from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+    def __init__(self, address: str, token: str) -> None:
+        import grpc
         from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-        channel = init_grpc_channel(address, [*GLOBAL_GRPC_OPTIONS, ("grpc.max_reconnect_backoff_ms", 1000)])
+        options = [("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1000)]
+        channel = grpc.insecure_channel(address, options)
         self.address = address
+        self._credentials = [("authorization", f"Bearer {token}")]
         self._messages: Any = gcs_service_pb2
         self._nodes = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         self._notes = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
@@ -105,7 +111,7 @@ class Head:
         import grpc
 
         try:
-            return call(request, timeout=ANSWER_SECONDS)
+            return call(request, timeout=ANSWER_SECONDS, metadata=self._credentials)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +83,6 @@ class RayLauncher:
         options = self._options
         master, current = _addresses(options)
         environment = {**self._environment, **_additions(options, self._environment)}
-        os.environ.update(environment)  # Ray's client looks for the token there
         device = backend.sharing(options.devices_per_node).bundle()
         resources = {name: amount * options.devices_per_node for name, amount in device.items()}
         place = ray_roles.Place(

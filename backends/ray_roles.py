@@ -16,6 +16,7 @@ from . import ray_cluster
 from .ray_cluster import Head, Node, RayNode, Unreachable
 
 LOOK_SECONDS = 1.0
+START_SECONDS = 180.0  # seconds where nothing else runs
 SILENT_SECONDS = 30.0  # a head that does not answer for as long is gone
 LEAVE_SECONDS = 20.0
 INTERRUPTED = 130
@@ -52,7 +53,7 @@ class Place:
 
 def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[str]) -> int:
     """The trainer's exit status. arguments: of `ray start`, for a head."""
-    head = Head(place.head)
+    head = Head(place.head, ray_cluster.read_token(place.environment))
     with place.ray("--head", f"--port={port}", *arguments) as own:
         end: dict[str, Any] = {"status": 1, "reason": "the launcher on the head failed"}
         try:
@@ -70,29 +71,44 @@ def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[st
 
 def _gather(place: Place, own: RayNode, head: Head) -> list[Node]:
     """The nodes of the run, once all are there with all their devices."""
+    nodes = _started(own, head)
     deadline = time.monotonic() + place.wait_seconds
-    nodes: list[Node] = []
-    while len(nodes) < place.nodes:
+    said = 0
+    while True:
+        if len(nodes) != said:
+            said = len(nodes)
+            say(f"{said} of {place.nodes} nodes: {_listed(nodes)}")
+        _refuse_misfits(place, nodes)
+        if len(nodes) == place.nodes:
+            break
         if time.monotonic() > deadline:
             raise RunError(_missing(place, nodes))
         time.sleep(LOOK_SECONDS)
         own.check()
-        before = len(nodes)
-        with contextlib.suppress(Unreachable):  # as long as it starts
+        with contextlib.suppress(Unreachable):  # busy; were it gone, the check would tell
             nodes = head.nodes()
-        if len(nodes) != before:
-            say(f"{len(nodes)} of {place.nodes} nodes: {_listed(nodes)}")
-        _refuse_misfits(place, nodes)
     head.write(MEMBERS, [node.name for node in nodes])
     return nodes
 
 
+def _started(own: RayNode, head: Head) -> list[Node]:
+    """Waits for this node's own Ray; the nodes that are there by then."""
+    limit = time.monotonic() + START_SECONDS
+    while time.monotonic() < limit:
+        time.sleep(LOOK_SECONDS)
+        own.check()
+        with contextlib.suppress(Unreachable):
+            nodes = head.nodes()
+            if any(node.name == own.name for node in nodes):
+                return nodes
+    raise RunError(f"Ray does not start on this node within {START_SECONDS:g} s; its logs are in {own.folder}")
+
+
 def _missing(place: Place, nodes: Sequence[Node]) -> str:
-    there = f"there {'is' if len(nodes) == 1 else 'are'} {_listed(nodes)}" if nodes else "not even this one's Ray has started"
     return (
-        f"{place.nodes - len(nodes)} of {place.nodes} nodes did not come within {place.wait_seconds:g} s; {there}. Start the "
-        f"same command on each node that is missing, with its way to {place.head} open and the head's token; where it runs "
-        "already, its output says what it waits for. WAIT_SECONDS waits longer"
+        f"{place.nodes - len(nodes)} of {place.nodes} nodes did not come within {place.wait_seconds:g} s; there: "
+        f"{_listed(nodes)}. Start the same command on each node that is missing, with its way to {place.head} open and the "
+        "head's token; where it runs already, its output says what it waits for. WAIT_SECONDS waits longer"
     )
 
 
@@ -112,15 +128,16 @@ def _refuse_misfits(place: Place, nodes: Sequence[Node]) -> None:
 
 
 def train(trainer: Sequence[str], environment: Mapping[str, str], look: Callable[[], None] = lambda: None) -> int:
-    """The trainer's status. It hears of signals, knows how to leave, and is waited for; meanwhile `look` is called."""
+    """The trainer's status. It hears of signals and is waited for, until the third; meanwhile `look` is called."""
     process = ray_cluster.start(trainer, environment)
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM]  # it finishes its step, gives the step up, is made to
     try:
         while (status := process.poll()) is None:
             try:
                 time.sleep(LOOK_SECONDS)
                 look()
             except KeyboardInterrupt:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signals.pop() if signals else signal.SIGKILL)
     finally:
         ray_cluster.stop(process)
     return status if status >= 0 else 128 - status
@@ -174,7 +191,7 @@ def _find_head(place: Place) -> Head:
         problem = f"there is no token at {file}; bring the head's there, or name its file with RAY_AUTH_TOKEN_PATH"
         if ray_cluster.there(file):
             try:
-                head = Head(place.head)
+                head = Head(place.head, ray_cluster.read_token(place.environment))
                 if head.read(END) is None:
                     return head
                 problem = f"the run at {place.head} is ending"

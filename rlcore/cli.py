@@ -164,7 +164,7 @@ def _launch(options: argparse.Namespace) -> int:
     config = _load(options)
     wanted = sum(devices for _, devices, _ in config.pools())
     if launcher.devices is not None and wanted > launcher.devices:
-        raise ConfigError(f"placement: {wanted} devices are more than the {launcher.devices} of all nodes; lower it, or add nodes")
+        raise ConfigError(f"placement: {wanted} devices, but all nodes have {launcher.devices}; lower it, or add nodes")
     place = [*(["--run-dir", str(options.run_dir)] if options.run_dir else []), *(["--resume"] if options.resume else [])]
     chosen = ["--backend", options.backend] if options.backend else []
     trainer = [sys.executable, "-m", "rlcore.cli", options.train, options.file, *options.overrides, *chosen, *place]
