@@ -14,5 +14,5 @@ test: setup
 
 setup: .venv/installed
 
-.venv/installed: requirements/base.txt requirements/cpu.txt requirements/dev.txt pyproject.toml ci/setup.sh
+.venv/installed: requirements/base.txt requirements/cpu.txt requirements/ray.txt requirements/dev.txt pyproject.toml ci/setup.sh
 	PYTHON=$(PYTHON) bash ci/setup.sh

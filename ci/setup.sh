@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned cpu stack, the development tools and rlcore itself, editable.
+# Makes .venv with the pinned cpu stack, Ray, the development tools and rlcore itself, editable.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "rlcore needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
@@ -15,7 +15,7 @@ then find=(--extra-index-url "$index"); fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile)
 echo "installing the cpu stack into .venv (about 1 GB to fetch, once)"
-"${pip[@]}" "${find[@]}" -r requirements/cpu.txt -r requirements/dev.txt
+"${pip[@]}" "${find[@]}" -r requirements/cpu.txt -r requirements/ray.txt -r requirements/dev.txt
 "${pip[@]}" --no-build-isolation --editable .
 # Compiled here on every core, not at the first import on one. Some files are for other Pythons; that they fail is no news.
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

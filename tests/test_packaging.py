@@ -75,7 +75,7 @@ def test_the_pins_satisfy_what_the_core_asks_for():
 
 
 def test_pinned_files_pin_every_line():
-    for name in ("cpu.txt", "dev.txt"):
+    for name in ("cpu.txt", "ray.txt", "dev.txt"):
         for requirement in map(Requirement, requirements(name)):
             assert [one.operator for one in requirement.specifier] == ["=="], f"{name}: {requirement}"
 
