@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -129,10 +129,10 @@ _TIED = (  # a program that ends when its parent is killed: asked for in the chi
 )
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> subprocess.Popen[bytes]:
-    """A program in a session of its own, so that a Ctrl-C of the terminal reaches it through us alone."""
+def start(command: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """A program in a session of its own, so that a Ctrl-C of the terminal reaches it through us alone. No log is our output."""
     tied = [sys.executable, "-c", _TIED, str(os.getpid()), *command]
-    return subprocess.Popen(tied, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **streams)
+    return subprocess.Popen(tied, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -173,7 +173,7 @@ class RayNode:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--log-color=false", "--disable-usage-stats"]
         command = [*ray, f"--temp-dir={self.folder}", *self._arguments]
         with self._log.open("wb") as log:
-            self._process = start(command, self._environment, stdout=log, stderr=log)
+            self._process = start(command, self._environment, log)
         return self
 
     def __exit__(self, *_: object) -> None:

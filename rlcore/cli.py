@@ -102,7 +102,7 @@ def _add_launcher_options(command: argparse.ArgumentParser) -> None:
         if field.annotation is bool:
             group.add_argument(flag, action="store_true", help=field.description, **about)
         else:
-            default = f"; default: {field.default}" if field.default and not field.is_required() else ""
+            default = "" if field.is_required() or field.default is None else f"; default: {field.default}"
             group.add_argument(flag, metavar="X", help=f"{field.description}{default}", **about)
 
 

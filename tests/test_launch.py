@@ -120,8 +120,8 @@ def test_what_is_given_comes_before_the_environment():
 def test_the_documentation_lists_every_variable_with_its_default():
     documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs" / "launching.md").read_text(), re.MULTILINE))
     for field in LaunchOptions.model_fields.values():
-        default = "required" if field.is_required() else f"`{field.default}`" if field.default not in (None, False) else ""
-        assert documented[field.alias] == default, field.alias
+        default = "required" if field.is_required() else "" if field.default in (None, "") else f"`{field.default}`"
+        assert documented[field.alias] == ("" if field.default is False else default), field.alias
 
 
 # addresses and the token
