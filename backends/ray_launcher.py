@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class RayLauncher:
         """The trainer's exit status, on every node."""
         if self._options is None:
             return self._visit(trainer)
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # that the head hangs up at the end is no news
         options = self._options
         master, current = _addresses(options)
         environment = {**self._environment, **_additions(options, self._environment)}
@@ -143,7 +145,6 @@ def _additions(options: LaunchOptions, environment: Mapping[str, str]) -> dict[s
     added = {
         "RAY_AUTH_MODE": "token",
         "RAY_START_HOOK": f"{ray_cluster.__name__}.without_client_server",
-        "GRPC_VERBOSITY": environment.get("GRPC_VERBOSITY", "ERROR"),  # that the head hangs up at the end is no news
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # when Ray is stopped, the trainer is done
     }
     if options.token_stdin:
