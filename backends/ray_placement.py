@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -196,6 +197,7 @@ def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
     address = options.address or os.environ.get("RAY_ADDRESS")
     started = not ray.is_initialized() and not address
     quiet = {"include_dashboard": False, "logging_level": "ERROR", "configure_logging": False}
+    leave = signal.getsignal(signal.SIGTERM)
     try:
         if started:
             cpus = backend.sharing(devices).bundle().get("CPU", 1) * devices
@@ -204,6 +206,7 @@ def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
             ray.init(address, logging_level="ERROR", configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"placement.options.address: Ray at {address or 'this machine'} cannot be joined: {error}") from error
+    signal.signal(signal.SIGTERM, leave)  # Ray's own would end the run without saving
     return started
 
 

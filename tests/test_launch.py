@@ -372,6 +372,19 @@ def test_in_a_cluster_that_exists_a_run_trains_and_leaves_it_as_it_was(place, he
     assert (recorded["kind"], recorded["devices"]) == ("ray", 2)
 
 
+def test_a_run_that_is_told_to_leave_saves_and_leaves_the_cluster_as_it_was(place, head, run_file, tmp_path):
+    settings = [str(run_file), "train.steps=100000", "placement.devices=2", "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "RAY_ADDRESS": place.head, "RAY_AUTH_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "rlcore.cli", "launch", *settings]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launch:
+        assert any(line.startswith("step 1/") for line in launch.stdout)
+        launch.terminate()
+        launch.communicate(timeout=120)
+    assert launch.returncode == 130
+    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{steps:06}"
+
+
 def test_two_nodes_on_one_machine_train_together():
     command = ["bash", str(ROOT / "ci" / "two_nodes.sh"), "together"]
     ended = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False)
