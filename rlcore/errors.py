@@ -24,6 +24,10 @@ class RunError(RlcoreError):
     """The run failed: weights that did not arrive, an engine that answers wrongly."""
 
 
+class WorkerDied(RunError):
+    """A worker's process is gone; what the others then say (a connection that broke) is only the consequence."""
+
+
 class NonFinite(RunError):
     """A loss or gradient that is no number, before the optimizer saw it."""
 

@@ -1,0 +1,154 @@
+"""What a process shows of itself while it works, and how others on its node read it, whatever state it is in.
+
+The pulse is in a file that the process shares, its stacks come at a signal which the interpreter answers below Python
+(faulthandler). So both can be had of a process that hangs in a collective, or in code that never lets go of the interpreter.
+Both files have no name and are opened by /proc/PID/fd (Linux): nothing is left behind, however the process ends.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_RECORD = 512  # bytes of a shared pulse
+_ANSWER = 5.0  # seconds that a process has to show its stacks
+_POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a process is doing, seen at one moment; times are seconds before it."""
+
+    stage: str  # empty between stages
+    began: float  # the stage, or the wait for one
+    moved: float
+    beats: int
+
+    def __str__(self) -> str:
+        return f"in {self.stage} for {self.began:.0f} s" if self.stage else f"idle for {self.began:.0f} s"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is known of a process."""
+
+    who: str
+    where: str
+    progress: Progress | None = None  # None: nothing is known
+    stacks: str = ""  # as faulthandler writes them
+    trouble: str = ""  # why something is not known
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process shows its pulse and its stacks."""
+
+    who: str  # as messages call it
+    node: str
+    pid: int
+    pulse: int  # file descriptors of that process
+    stacks: int
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.node}"
+
+
+class Pulse:
+    """Counts what this process does. Any of its threads may beat."""
+
+    def __init__(self, shared: BinaryIO | None = None) -> None:
+        """`shared`: an unbuffered file in which other processes read it."""
+        self._shared, self._beats = shared, 0
+        self._open: list[tuple[str, float]] = []  # stages and when they began
+        self.beat()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        entry = (name, time.monotonic())
+        self._open.append(entry)
+        self.beat()
+        try:
+            yield
+        finally:
+            self._open.remove(entry)
+            self.beat()
+
+    def beat(self) -> None:
+        """Something moved."""
+        self._beats, self._moved = self._beats + 1, time.monotonic()
+        if self._shared is not None:
+            os.pwrite(self._shared.fileno(), json.dumps(self._moments()).ljust(_RECORD).encode(), 0)
+
+    def progress(self) -> Progress:
+        return _progress(*self._moments())
+
+    def _moments(self) -> tuple[str, float, float, int]:
+        """Stage, when it began and when something moved, on the clock that a node's processes share; beats."""
+        stages = list(self._open)
+        return ", ".join(name for name, _ in stages)[:200], stages[0][1] if stages else self._moved, self._moved, self._beats
+
+
+def publish(who: str, node: str) -> tuple[Pulse, Place]:
+    """A pulse that others can read; from now on the process shows its stacks at SIGUSR1."""
+    pulse, stacks = (tempfile.TemporaryFile(buffering=0) for _ in range(2))
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=False)
+    return Pulse(pulse), Place(who, node, os.getpid(), pulse.fileno(), stacks.fileno())
+
+
+def observe(place: Place, with_stacks: bool) -> Condition:
+    """What a process of this node is doing; its stacks cost it a signal."""
+    progress, stacks, trouble = None, "", ""
+    try:
+        progress = _progress(*json.loads(Path(f"/proc/{place.pid}/fd/{place.pulse}").read_bytes()))
+        if with_stacks and not (stacks := _stacks_of(place)):
+            trouble = f"shows no stacks for {_ANSWER:.0f} s: its process is {_state(place.pid)}; py-spy dump --pid {place.pid}"
+    except (FileNotFoundError, ProcessLookupError):
+        trouble = "its process is gone"
+    except PermissionError as error:
+        trouble = f"may not be looked at: {error}"
+    return Condition(place.who, str(place), progress, stacks, trouble)
+
+
+def own_stacks() -> str:
+    """Of this process, without the thread that asks."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        threads = file.read().decode(errors="replace").split("\n\n")
+    return "\n\n".join(thread for thread in threads if not thread.startswith("Current thread"))
+
+
+def _progress(stage: str, began: float, moved: float, beats: int) -> Progress:
+    now = time.monotonic()
+    return Progress(stage, now - began, now - moved, beats)
+
+
+def _stacks_of(place: Place) -> str:
+    """Empty when it does not answer."""
+    with open(f"/proc/{place.pid}/fd/{place.stacks}", "rb") as file:
+        before = size = file.seek(0, os.SEEK_END)
+        os.kill(place.pid, signal.SIGUSR1)
+        limit = time.monotonic() + _ANSWER
+        while time.monotonic() < limit:
+            time.sleep(_POLL)
+            last, size = size, os.fstat(file.fileno()).st_size
+            if size == last > before:
+                file.seek(before)
+                return file.read().decode(errors="replace")
+    return ""
+
+
+def _state(pid: int) -> str:
+    """Running, sleeping, stopped, ..., as the kernel says."""
+    found = re.search(r"^State:\s*\S+ \((.+)\)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else "unknown to the kernel"
