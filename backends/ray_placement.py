@@ -18,10 +18,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlcore import registry
 from rlcore.config import RunConfig, Strict, validate
-from rlcore.errors import ConfigError, RlcoreError, RunError
+from rlcore.errors import ConfigError, RlcoreError
 from rlcore.placement import Placement, Pool, results
 from rlcore.protocols import Backend
+from rlcore.pulse import Place, publish
+from rlcore.watch import Watch
 from rlcore.worker import Policy, Worker
+
+from . import ray_debugging
+from .ray_watch import Observers, died
 
 
 class RayOptions(Strict):
@@ -33,7 +38,7 @@ class RayOptions(Strict):
     """For the devices to be there and free."""
 
 
-def open_pools(policy: Policy) -> Placement:
+def open_pools(policy: Policy, watch: Watch) -> Placement:
     """Every pool of the run file with its workers. ConfigError when the cluster has not the devices."""
     config = policy.config
     options = validate(RayOptions, config.placement.options, "placement.options.")
@@ -41,8 +46,11 @@ def open_pools(policy: Policy) -> Placement:
     started = _connect(options, policy.backend, total)
     backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
     opened: list[_Devices] = []
+    observers = Observers()
+    watch.workers = observers.look
 
     def close() -> None:
+        observers.close()
         for devices in opened:
             devices.release()
         if started:
@@ -51,7 +59,7 @@ def open_pools(policy: Policy) -> Placement:
     try:
         pools: dict[str, Pool] = {}
         for setting, devices, roles in config.pools():
-            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds))
+            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds, observers))
             trains = not roles.isdisjoint({"actor", "reference"})
             pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1)
             pools |= dict.fromkeys(roles, pool)
@@ -65,8 +73,15 @@ def open_pools(policy: Policy) -> Placement:
 class Process:
     """A worker in a process of its own."""
 
+    def show(self, who: str) -> tuple[str, Place]:
+        """Ray's id of this node, and where others on it see what this process does."""
+        self.pulse, place = publish(who, ray.util.get_node_ip_address())
+        return ray.get_runtime_context().get_node_id(), place
+
     def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
-        self.worker = Worker(Policy(config, registry.load("backends", config.backend.name)(options)), roles)
+        with self.pulse.stage("open"):
+            policy = Policy(config, registry.load("backends", config.backend.name)(options))
+            self.worker = Worker(policy, self.pulse, roles)
         from transformers.utils import logging  # after the backend has made it importable
 
         logging.disable_progress_bar()
@@ -80,16 +95,18 @@ class Process:
     def join(self, rank: int, size: int, address: str) -> None:
         for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():
             os.environ.setdefault(name, value)
-        self.worker.join(rank, size, address)
+        self.call("join", rank, size, address)
 
     def pid(self) -> int:
         return os.getpid()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.worker, method)(*arguments)
+        with self.pulse.stage(method):
+            return getattr(self.worker, method)(*arguments)
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
-        yield from getattr(self.worker, method)(*arguments)
+        with self.pulse.stage(method):
+            yield from getattr(self.worker, method)(*arguments)
 
 
 class Remote:
@@ -97,6 +114,7 @@ class Remote:
 
     def __init__(self, process: Any, name: str) -> None:
         self.process, self.name = process, name
+        self.where = "not started"
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         return self.ask("call", method, *arguments)
@@ -130,12 +148,7 @@ class Remote:
         cause = getattr(error, "cause", None)
         if isinstance(cause, RlcoreError):
             return cause
-        if isinstance(error, RayActorError):
-            return RunError(
-                f"{self.name} died during {method}; its log is in the session's logs folder of Ray on that node. A process that"
-                " is killed without a trace often had no memory left"
-            )
-        return error
+        return died(self.name, self.where, method, error) if isinstance(error, RayActorError) else error
 
 
 def _link(actor: Pool, rollout: Pool) -> None:
@@ -150,7 +163,8 @@ class _Devices:
     """The workers of one pool, and what Ray has reserved for them."""
 
     def __init__(
-        self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float
+        self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float,
+        observers: Observers,
     ) -> None:
         self._processes: list[Any] = []
         self._group = _reserved(dict(backend.bundle()), setting, devices, wait_seconds)
@@ -158,7 +172,7 @@ class _Devices:
             nodes = placement_group_table(self._group)["bundles_to_node_id"]
             neighbours = sorted(range(devices), key=lambda bundle: (nodes[bundle], bundle))
             self._processes = [self._process(backend, bundle) for bundle in neighbours]
-            self.members = self._started(config, backend, setting, roles)
+            self.members = self._started(config, backend, setting, roles, observers)
         except BaseException:
             self.release()
             raise
@@ -175,16 +189,20 @@ class _Devices:
             resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
             num_gpus=backend.bundle().get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-            runtime_env={"env_vars": dict(backend.environment())},
+            runtime_env={"env_vars": {**backend.environment(), **ray_debugging.environment(os.environ)}},
         ).remote()
 
-    def _started(self, config: RunConfig, backend: Backend, setting: str, roles: set[str]) -> list[Remote]:
+    def _started(
+        self, config: RunConfig, backend: Backend, setting: str, roles: set[str], observers: Observers
+    ) -> list[Remote]:
         chosen = config.backend.model_copy(update={"name": backend.name})
         config = config.model_copy(update={"backend": chosen})
-        size, pool = len(self._processes), setting.removeprefix("placement.").removesuffix(".devices")
-        members = [
-            Remote(process, f"worker {rank} of {size} of {pool}") for rank, process in enumerate(self._processes)
-        ]
+        size, kind = len(self._processes), " ".join(["worker", *setting.split(".")[2:-1]])
+        members = [Remote(process, f"{kind} {rank} of {size}") for rank, process in enumerate(self._processes)]
+        shown = results([member.ask("show", member.name) for member in members])
+        for member, (node, place) in zip(members, shown, strict=True):
+            member.where = str(place)
+            observers.add(node, place)
         results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
         if size > 1:
             address = members[0].ask("meeting_place").result()

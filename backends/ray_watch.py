@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -28,19 +29,27 @@ class Observer:
 class Observers:
     """One on each node that has workers."""
 
-    def __init__(self, nodes: Mapping[str, Sequence[Place]]) -> None:
-        """`nodes`: by Ray's node id, the workers there."""
-        self._nodes, self._closed, self._looking = nodes, False, threading.Lock()
-        there = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
-        self._observers = {node: Observer.options(scheduling_strategy=strategy).remote() for node, strategy in there.items()}
+    def __init__(self) -> None:
+        self._places: dict[str, list[Place]] = {}  # by Ray's node id
+        self._observers: dict[str, Any] = {}
+        self._closed, self._looking = False, threading.Lock()
+
+    def add(self, node: str, place: Place) -> None:
+        """A worker on the node of that id."""
+        with self._looking:
+            self._places.setdefault(node, []).append(place)
+            if node not in self._observers:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._observers[node] = Observer.options(scheduling_strategy=there).remote()
 
     def look(self, with_stacks: bool) -> list[Condition]:
         """Every worker's condition, in bounded time, from any thread; none after `close`."""
         with self._looking:
             if self._closed:
                 return []
-            asked = {node: self._observers[node].look.remote(places, with_stacks) for node, places in self._nodes.items()}
-            ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+            asked = {node: self._observers[node].look.remote(places, with_stacks) for node, places in self._places.items()}
+            if asked:
+                ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
             return [one for node, answer in asked.items() for one in self._answer(node, answer)]
 
     def close(self) -> None:
@@ -54,18 +63,16 @@ class Observers:
             return ray.get(answer, timeout=0)
         except RayError as error:
             reason = f"its node has not answered for {PATIENCE:.0f} s ({type(error).__name__})"
-            return [Condition(place.who, str(place), trouble=reason) for place in self._nodes[node]]
+            return [Condition(place.who, str(place), trouble=reason) for place in self._places[node]]
 
 
-def died(place: Place, method: str, error: RayActorError) -> WorkerDied:
+def died(who: str, where: str, method: str, error: RayActorError) -> WorkerDied:
     """What to tell of a worker that ended in the middle of `method`."""
-    said = " ".join(str(error).rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0].split())
+    said = " ".join(str(error).rpartition("Worker exit detail: ")[2].split())
     if "node has died" in str(error):
-        return WorkerDied(
-            f"{place.who} ({place}) is lost in `{method}`: its node has left the cluster (switched off, cut off, or its Ray was"
-            " stopped); start it again, and go on with --resume"
-        )
-    return WorkerDied(
-        f"{place.who} ({place}) died in `{method}`: {said} Often the kernel's out-of-memory killer: look into dmesg on"
-        f" {place.node}; if so lower train.max_tokens_per_microbatch, then go on with --resume"
-    )
+        cause = "its node has left the cluster: switched off, cut off, or its Ray was stopped"
+    elif "connection error code" in said:  # all that Ray can know of a process that said nothing
+        cause = "killed (for want of memory, if dmesg on that node says so) or crashed (then its log has the stacks)"
+    else:
+        cause = said
+    return WorkerDied(f"{who} ({where}) died in `{method}`: {cause}; --resume goes on from the last checkpoint")

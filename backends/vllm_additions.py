@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ def engine_arguments(lora: LoraConfig) -> dict[str, Any]:
 class VllmAdditionsRollout(VllmRollout):
     """Serves the model of its folder plus the additions of the latest `load_weights`."""
 
-    def __init__(self, llm: LLM, adapter: Adapter, dtype: Any, lora: LoraConfig) -> None:
-        super().__init__(llm, adapter)
+    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None], dtype: Any, lora: LoraConfig) -> None:
+        super().__init__(llm, adapter, beat)
         self._dtype, self._lora = dtype, lora
         self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
 

@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import compare, fingerprint
@@ -44,6 +45,7 @@ def build(
     max_tokens: int,
     seed: int,
     lora: LoraConfig | None = None,
+    beat: Callable[[], None] = unwatched,
 ) -> VllmRollout:
     """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
     if importlib.util.find_spec("vllm") is None:
@@ -69,8 +71,8 @@ def build(
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
         _check_heads(_runner(llm).get_model())
         if lora:
-            return vllm_additions.VllmAdditionsRollout(llm, adapter, dtype, lora)
-        return VllmWeightsRollout(llm, adapter, dtype, _shapes(folder))
+            return vllm_additions.VllmAdditionsRollout(llm, adapter, beat, dtype, lora)
+        return VllmWeightsRollout(llm, adapter, beat, dtype, _shapes(folder))
 
 
 class VllmRollout:
@@ -80,8 +82,8 @@ class VllmRollout:
     left, which the trainer does not do.
     """
 
-    def __init__(self, llm: LLM, adapter: Adapter) -> None:
-        self._llm = llm
+    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None]) -> None:
+        self._llm, self._beat = llm, beat
         self._adapter = adapter
         self._runner = _runner(llm)
         self._version = 0
@@ -106,6 +108,7 @@ class VllmRollout:
             for place, prompt in enumerate(prompts):
                 engine.add_request(str(place), _request(prompt), parameters.clone(), lora_request=self._request)
             while engine.has_unfinished_requests():
+                self._beat()
                 for output in engine.step():
                     if output.finished:
                         place = int(output.request_id)
@@ -160,8 +163,10 @@ class VllmRollout:
 class VllmWeightsRollout(VllmRollout):
     """Takes whole weights, and proves that it holds them."""
 
-    def __init__(self, llm: LLM, adapter: Adapter, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
-        super().__init__(llm, adapter)
+    def __init__(
+        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]
+    ) -> None:
+        super().__init__(llm, adapter, beat)
         self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:

@@ -16,6 +16,7 @@ from rlcore.placement import start
 from rlcore.protocols import Adapter, Backend
 from rlcore.sft import Task, checked, loop, written
 from rlcore.types import Batch, Group, Row
+from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 
@@ -25,10 +26,10 @@ def train(
     """The `dpo` section as a run. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    with Interruption():
+    with Interruption(), Watch(config.placement.stall_seconds, folder) as watch:
         saved = checkpoint.latest(folder) if resume else None
         policy, source = checked(config, backend, check_pairs)
-        with start(policy) as placement:
+        with start(policy, watch) as placement:
             placement.load("dpo")
             begin()
             console.warn(policy.caution)

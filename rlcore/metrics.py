@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlcore.pulse import Pulse
 from rlcore.types import Group, Metrics, Receipt, Score
 
 OUTSIDE_ITERATION = ("save_checkpoint", "evaluate")  # timed, but no part of timing/all
@@ -36,14 +37,17 @@ class Span:
 class Clock:
     """Collects spans of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None) -> None:
+        """`pulse`: is told of the stages."""
         self.spans: list[Span] = []
+        self.pulse = pulse or Pulse()
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self.pulse.stage(stage):
+                yield
         finally:
             self.spans.append(Span(stage, start, time.perf_counter()))
 

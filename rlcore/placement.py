@@ -19,14 +19,17 @@ from torch import Tensor
 
 from rlcore import critic, registry
 from rlcore.config import RunConfig
+from rlcore.errors import RlcoreError, WorkerDied
 from rlcore.learner import Tally, combined
 from rlcore.metrics import Span
 from rlcore.packing import deal
 from rlcore.recipe import Recipe, recipe
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
+from rlcore.watch import Watch
 from rlcore.worker import Policy, Worker
 
 _PINGS = 5
+_AFTERMATH = 5.0  # seconds in which the death of a worker is known here after it has broken others
 T = TypeVar("T")
 
 
@@ -51,14 +54,16 @@ class Here:
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            future.set_result(getattr(self.worker, method)(*arguments))
+            with self.worker.pulse.stage(method):
+                future.set_result(getattr(self.worker, method)(*arguments))
         except Exception as error:
             future.set_exception(error)
         return future
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
         """All at once: whoever consumes it would only hold up this process's own work."""
-        return iter(list(getattr(self.worker, method)(*arguments)))
+        with self.worker.pulse.stage(method):
+            return iter(list(getattr(self.worker, method)(*arguments)))
 
 
 class Pool:
@@ -94,11 +99,13 @@ class Pool:
 
 
 def results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """Of all, or the first error of any."""
+    """Of all, or the first error of any; of a worker's death and what it broke in the others, the death."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        if (error := future.exception()) is not None:
-            raise error
+    if any(_unexplained(future) for future in done):
+        done, _ = wait(futures, timeout=_AFTERMATH)
+    errors = [error for future in done if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if isinstance(error, WorkerDied)), errors[0])
     return [future.result() for future in futures]
 
 
@@ -263,16 +270,16 @@ class Placement:
         return results([member.call(method) for member in self._late])
 
 
-def local(policy: Policy) -> Placement:
+def local(policy: Policy, watch: Watch) -> Placement:
     """Every role in this process."""
-    pool = Pool([Here(Worker(policy))])
+    pool = Pool([Here(Worker(policy, watch.pulse))])
     return Placement(policy.config, {role: pool for role in ("actor", "reference", "rollout")})
 
 
-def start(policy: Policy) -> Placement:
-    """The workers that the run file asks for."""
-    open_pools: Callable[[Policy], Placement] = registry.load("placements", policy.config.placement.kind)
-    return open_pools(policy)
+def start(policy: Policy, watch: Watch) -> Placement:
+    """The workers that the run file asks for, watched."""
+    open_pools: Callable[[Policy, Watch], Placement] = registry.load("placements", policy.config.placement.kind)
+    return open_pools(policy, watch)
 
 
 def _joined(tallies: Sequence[Tally]) -> Tally:
@@ -280,6 +287,11 @@ def _joined(tallies: Sequence[Tally]) -> Tally:
     for tally in tallies:
         total += tally
     return total
+
+
+def _unexplained(future: Future[Any]) -> bool:
+    """Whether it failed with something that may have its cause in another worker, such as a connection that broke."""
+    return future.exception() is not None and not isinstance(future.exception(), RlcoreError)
 
 
 def _clock_difference(member: Member) -> float:

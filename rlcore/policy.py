@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rlcore.learner import Learner, Objective, Tally, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
+from rlcore.pulse import unwatched
 from rlcore.sequence_parallel import Slice
 from rlcore.sharding import Sharding, at_rest, gathered, read, summed_at_the_last
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
@@ -33,6 +34,7 @@ class ForwardSettings:
     max_tokens: int  # a packed row never holds more
     temperature: float  # log-probabilities are those of logits / temperature, the distribution that was sampled
     sequence: ProcessGroup | None = None  # the ranks that share each packed row; all of them are given the same
+    beat: Callable[[], None] = unwatched  # at every packed row
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         dtype = self.compute_dtype
@@ -48,6 +50,7 @@ class Forward(nn.Module):
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [M] entropies of the row's targets."""
+        self.settings.beat()
         part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
         hidden = part.at(self.adapter.hidden(self.model, packed, self.images, part), sources)
         targets = packed.targets[part.held(sources)].to(self.settings.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from rlcore.pulse import unwatched
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score
 
 if TYPE_CHECKING:
@@ -191,9 +192,10 @@ class Engine(Protocol):
 
     def __call__(
         self, *, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
-        max_tokens: int, seed: int, lora: LoraConfig | None = None,
+        max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = unwatched,
     ) -> Rollout:
-        """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`."""
+        """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`. The engine calls `beat` at
+        each of its steps, so that a long answer is not taken for one that never comes."""
         ...
 
 

@@ -63,6 +63,10 @@ class Place:
         return f"pid {self.pid} on {self.node}"
 
 
+def unwatched() -> None:
+    """The beat that nobody listens to."""
+
+
 class Pulse:
     """Counts what this process does. Any of its threads may beat."""
 

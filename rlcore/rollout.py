@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rlcore import lora as low_rank
 from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
 from rlcore.errors import RunError
 from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Fingerprint, compare, fingerprint
@@ -34,10 +35,11 @@ def build(
     max_tokens: int,
     seed: int,
     lora: LoraConfig | None = None,
+    beat: Callable[[], None] = unwatched,
 ) -> TorchRollout:
     """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
-    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens, lora)
+    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens, lora, beat)
 
 
 class TorchRollout:
@@ -46,13 +48,17 @@ class TorchRollout:
     Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, max_tokens: int, lora: LoraConfig | None = None) -> None:
+    def __init__(
+        self, model: Any, adapter: Adapter, max_tokens: int, lora: LoraConfig | None = None,
+        beat: Callable[[], None] = unwatched,
+    ) -> None:
         self._model = model.eval().requires_grad_(False)
         self._adapter = adapter
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
         self._version = 0
         self._lora = lora
+        self._beat = beat
         self._asleep = False
         self._parked = Parked(self._model.parameters)
 
@@ -156,6 +162,7 @@ class TorchRollout:
             if step:
                 logits = self._continue(tokens, cache, positions + step - 1)  # noqa: F821 - of the step before
             tokens, logprobs = draw(logits, sampling, generators)
+            self._beat()
             yield tokens, logprobs
             running &= ~torch.isin(tokens, self._stop)
             if not running.any():

@@ -16,6 +16,7 @@ from rlcore.interruption import Interruption
 from rlcore.placement import Placement, start
 from rlcore.protocols import Actor, Adapter, Backend
 from rlcore.types import Batch, Group, Prompt, Row, Sample
+from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 
@@ -25,10 +26,10 @@ def train(
     """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
-    with Interruption():
+    with Interruption(), Watch(config.placement.stall_seconds, folder) as watch:
         saved = checkpoint.latest(folder) if resume else None
         policy, source = checked(config, backend, check_targets)
-        with start(policy) as placement:
+        with start(policy, watch) as placement:
             placement.load("sft")
             begin()
             console.warn(policy.caution)

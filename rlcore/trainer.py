@@ -27,6 +27,7 @@ from rlcore.placement import Placement, start
 from rlcore.protocols import Backend, Reward
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Group, Metrics, Outcome, Prompt, Receipt, Sampling, Score
+from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 EVALUATION_SEED = 1 << 40  # far from every step's
@@ -200,7 +201,7 @@ def train(
     """
     if not config.reward:
         raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
-    with Interruption() as interruption:
+    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
         saved = checkpoint.latest(folder) if resume else None
         checkpoint.seed_random_states(config.seed)
         policy = Policy(config, backend)
@@ -210,7 +211,7 @@ def train(
             sft.check_targets(source.rows, policy)
         reward = RewardFunctions(config.reward)
         warm = folder / "sft" if config.sft else None
-        with start(policy) as placement:
+        with start(policy, watch) as placement:
             first = sft.missing(warm)
             placement.load("sft" if first else "grpo", None if first else sft.result(warm))
             placement.start_engines()
@@ -220,7 +221,8 @@ def train(
                 sft.fit(placement, policy, policy.prompts(config.seed), warm, None, console)
                 placement.load("grpo", sft.result(warm))
             done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
-            Run(config, placement, reward, source, held_out, folder, console, interruption, done, kl_coef).go()
+            clock = metrics.Clock(watch.pulse)
+            Run(config, placement, reward, source, held_out, folder, console, interruption, clock, done, kl_coef).go()
 
 
 class Run:
@@ -228,15 +230,14 @@ class Run:
 
     def __init__(
         self, config: RunConfig, placement: Placement, reward: Reward, source: PromptSource, held_out: Sequence[Prompt],
-        folder: Path, console: Console, interruption: Interruption, done: int, kl_coef: float,
+        folder: Path, console: Console, interruption: Interruption, clock: metrics.Clock, done: int, kl_coef: float,
     ) -> None:
         """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
         self.config, self.placement, self.reward, self.source, self.held_out = config, placement, reward, source, held_out
-        self.folder, self.console, self.interruption = folder, console, interruption
+        self.folder, self.console, self.interruption, self.clock = folder, console, interruption, clock
         self.done = self.saved = done  # steps
         self.kl = Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
-        self.clock = metrics.Clock()
         self.sample = Sampler(placement, reward, source, config, self.clock)
         self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from rlcore.metrics import Clock, Span, memory
 from rlcore.models import adapter_for, context_length, query_heads, resolve
 from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
 from rlcore.protocols import Backend, Rollout
+from rlcore.pulse import Pulse
 from rlcore.recipe import Recipe, recipe
 from rlcore.residence import Parked, Residence
 from rlcore.sequence_parallel import check_heads
@@ -133,8 +134,9 @@ def _checkpoint_layers(model: Any) -> None:
 class Worker:
     """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
 
-    def __init__(self, policy: Policy, roles: Collection[str] = ROLES) -> None:
-        self.policy, self.config, self.roles = policy, policy.config, frozenset(roles)
+    def __init__(self, policy: Policy, pulse: Pulse, roles: Collection[str] = ROLES) -> None:
+        """`pulse`: beats at whatever a role finishes."""
+        self.policy, self.config, self.pulse, self.roles = policy, policy.config, pulse, frozenset(roles)
         self.clock = Clock()
         self.residence = Residence(self.clock, self.config.placement.offload)
         self.ranks = distributed.ALONE
@@ -154,7 +156,7 @@ class Worker:
     def start_engine(self) -> None:
         """Weights reach it by `sync`."""
         if "rollout" in self.roles:
-            self.rollout = start_rollout(self.policy)
+            self.rollout = start_rollout(self.policy, self.pulse.beat)
             self.residence.settle("engine", self.rollout)
 
     def load(self, task: str, folder: Path | None = None) -> None:
@@ -289,8 +291,8 @@ class Worker:
         return {**memory(), **self.residence.memory()}
 
     def _settings(self) -> ForwardSettings:
-        """The policy's, among the ranks that share a row."""
-        return replace(self.policy.settings, sequence=self.ranks.sequence)
+        """The policy's, as they are in this process."""
+        return replace(self.policy.settings, sequence=self.ranks.sequence, beat=self.pulse.beat)
 
     def _sharding(self) -> Sharding | None:
         mesh, config, backend = self.ranks.mesh, self.config.sharding, self.policy.backend
@@ -325,7 +327,7 @@ def _there(role: T | None) -> T:
     return role
 
 
-def start_rollout(policy: Policy) -> Rollout:
+def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
     """The engine that the run file or the backend chooses, started; weights reach it by `load_weights`."""
     config, backend = policy.config, policy.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
@@ -340,5 +342,5 @@ def start_rollout(policy: Policy) -> Rollout:
     build = registry.load("engines", name)
     return build(
         adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
-        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions,
+        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions, beat=beat,
     )
