@@ -97,9 +97,6 @@ class Process:
             os.environ.setdefault(name, value)
         self.call("join", rank, size, address)
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def call(self, method: str, *arguments: Any) -> Any:
         with self.pulse.stage(method):
             return getattr(self.worker, method)(*arguments)

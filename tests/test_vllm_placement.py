@@ -13,6 +13,7 @@ import yaml
 from rlcore import cli
 from rlcore.config import RunConfig
 from rlcore.errors import RunError
+from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 APART = "{kind: ray, pools: {train: {roles: [actor], devices: 2}, sample: {roles: [rollout]}}}"
@@ -89,7 +90,8 @@ def test_a_fault_on_one_rank_of_an_engine_is_found(settings, cluster, backend, m
 
     monkeypatch.setattr(ray_placement, "Process", spoiled(ray_placement.Process))
     placed = {"placement": {"kind": "ray", "devices": 2}, "rollout": {**settings["rollout"], "tensor_parallel": 2}}
-    with ray_placement.open_pools(Policy(RunConfig.model_validate({**settings, **placed}), backend)) as placement:
+    policy = Policy(RunConfig.model_validate({**settings, **placed}), backend)
+    with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
         placement.sync_weights()

@@ -7,6 +7,7 @@ import argparse
 import resource
 import statistics
 import time
+from pathlib import Path
 
 import stack
 
@@ -31,11 +32,13 @@ def main() -> None:
     from rlcore_backends import ray_placement
 
     from rlcore.placement import results
+    from rlcore.watch import Watch
     from rlcore.worker import Policy
 
     ray_placement.Process = measured(ray_placement.Process)
     kind = registry.load("backends", "cpu")
-    with ray_placement.open_pools(Policy(RunConfig.model_validate(settings), kind(kind.Options()))) as placement:
+    policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
+    with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
         members = placement.pools[0].members
