@@ -286,6 +286,8 @@ class ShardingConfig(Strict):
     """Devices that work on one packed row together (arXiv 2309.14509)."""
     cpu_offload: bool = False
     """Weights, gradients and optimizer rest in host memory."""
+    gradient_sync: Literal["last", "each"] = "last"
+    """Sum gradients once an optimizer step, which keeps them whole on each device until then, or after each micro-batch."""
     meta_init: bool = True
     """Each device reads its own part of the weight files, so that a machine never holds a copy of the model a device."""
     bucket_mib: PositiveInt = 512

@@ -17,7 +17,7 @@ from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
 from rlcore.sequence_parallel import Slice
-from rlcore.sharding import Sharding, at_rest, collected, fill, read, summed_at_the_last
+from rlcore.sharding import Sharding, accumulated, at_rest, collected, fill, read
 from rlcore.types import Batch, Metrics, TokenLoss, ValueView
 
 OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
@@ -49,7 +49,7 @@ class TorchCritic:
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
         optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None, source: Path | None = None,
     ) -> None:
-        self.settings, self.passes = settings, passes
+        self.settings, self.passes, self._sharding = settings, passes, sharding
         self.forward = ValueForward(model, adapter, settings)
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model))
@@ -92,7 +92,7 @@ class TorchCritic:
         if not batch.unit:
             return
         with self.settings.autocast():
-            for packed in summed_at_the_last(self.forward, microbatches(batch, self.settings.max_tokens)):
+            for packed in accumulated(self.forward, microbatches(batch, self.settings.max_tokens), self._sharding):
                 mask = batch.loss_mask[packed.index]
                 index = packed.index[mask]
                 values = self.forward(packed)[mask.to(self.settings.device)]

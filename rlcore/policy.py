@@ -20,7 +20,7 @@ from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.sequence_parallel import Slice
-from rlcore.sharding import Sharding, at_rest, gathered, read, summed_at_the_last
+from rlcore.sharding import Sharding, accumulated, at_rest, gathered, read
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
 from rlcore.vision import ImageCache
 
@@ -136,9 +136,10 @@ class TorchActor(TorchReference):
         return self.learner.step(batch, self._losses(batch))
 
     def weights(self) -> NamedTensors:
-        """Every parameter once, under its published name, low-rank additions added: a tied head is its embedding."""
+        """Every parameter once, under its published name and in the compute dtype, low-rank additions added: a tied head is its
+        embedding. No more than a bucket of them is whole at a time."""
         named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
-        published = ((self.adapter.published_name(name), tensor) for name, tensor in named)
+        published = ((self.adapter.published_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
         dealt = self._sharding
         return gathered(published, dealt.bucket_bytes, dealt.exchange) if dealt else gathered(published)
 
@@ -162,7 +163,7 @@ class TorchActor(TorchReference):
             return
         rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
         with self.settings.autocast():
-            for packed in summed_at_the_last(self.forward, rows):
+            for packed in accumulated(self.forward, rows, self._sharding):
                 logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]
                 index, logprobs, entropy = packed.index[mask], logprobs[mask], entropy[mask]

@@ -39,6 +39,7 @@ class Sharding:
     offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
     exchange: Exchange | None = None  # for weights on their way to an engine; None is one collective a bucket
     bucket_bytes: int = BUCKET_BYTES
+    sum_each: bool = False  # gradients are summed after each micro-batch: more traffic, and none is ever whole
 
     def apply(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does."""
@@ -88,11 +89,11 @@ class Stored:
         return rows[offset[0] : offset[0] + shape[0]]
 
 
-def summed_at_the_last(module: nn.Module, rows: Sequence[T]) -> Iterator[T]:
-    """The rows; the backward pass of the last sends the gradients of all."""
+def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None) -> Iterator[T]:
+    """The rows; the backward pass of the last sends the gradients of all, or that of each its own."""
     for number, row in enumerate(rows, start=1):
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(number == len(rows))
+        if sharding and isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sharding.sum_each or number == len(rows))
         yield row
 
 

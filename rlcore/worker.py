@@ -299,7 +299,10 @@ class Worker:
         if mesh is None:
             return None
         exchange = backend.exchange(mesh.get_group(mesh.ndim - 1), self._bucket)
-        return Sharding(mesh, self.policy.settings.compute_dtype, config.cpu_offload, exchange, self._bucket)
+        return Sharding(
+            mesh, self.policy.settings.compute_dtype, config.cpu_offload, exchange, self._bucket,
+            sum_each=config.gradient_sync == "each",
+        )  # fmt: skip
 
     @property
     def _bucket(self) -> int:
