@@ -90,6 +90,13 @@ def test_two_workers_are_one_to_rounding(together, local):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+def test_two_workers_that_share_every_row_are_one_to_rounding(run, local):
+    """No token counts twice."""
+    shared = run("shared", TOGETHER, "sharding.sequence_parallel=2")
+    for ours, theirs in zip(rows(shared), rows(local), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
 def test_pools_apart_are_one_pool_to_the_bit(run, together):
     apart = run("apart", APART)
     assert written(apart) == written(together)
