@@ -57,7 +57,7 @@ def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[st
     with place.ray("--head", f"--port={port}", *arguments) as own:
         end: dict[str, Any] = {"status": 1, "reason": "the launcher on the head failed"}
         try:
-            nodes = _gather(place, own, head)
+            nodes = gather(place, own, head)
             status = train(trainer, {**place.environment, "RAY_ADDRESS": place.head}, _Watch(head, nodes))
             own.keep_logs = status != 0
             end = {"status": status, "reason": f"the trainer ended with status {status}"}
@@ -69,9 +69,9 @@ def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[st
     return status
 
 
-def _gather(place: Place, own: RayNode, head: Head) -> list[Node]:
+def gather(place: Place, own: RayNode, head: Head) -> list[Node]:
     """The nodes of the run, once all are there with all their devices."""
-    nodes = _started(own, head)
+    nodes = started(own, head)
     deadline = time.monotonic() + place.wait_seconds
     said = 0
     while True:
@@ -91,7 +91,7 @@ def _gather(place: Place, own: RayNode, head: Head) -> list[Node]:
     return nodes
 
 
-def _started(own: RayNode, head: Head) -> list[Node]:
+def started(own: RayNode, head: Head) -> list[Node]:
     """Waits for this node's own Ray; the nodes that are there by then."""
     limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit:

@@ -17,6 +17,9 @@ addresses=(10.77.0.1 10.77.0.2)
 
 main() {
     [ $# -gt 0 ] || set -- together missing cut
+    for name in "$@"; do
+        declare -F "scenario_$name" > /dev/null || { echo "two nodes: no scenario is called $name" >&2; exit 2; }
+    done
     lay_cable
     for name in "$@"; do
         local began=$SECONDS

@@ -172,7 +172,7 @@ def place(folder) -> Iterator[Place]:
     with contextlib.ExitStack() as nodes:
         for extra in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address={place.head}"]):
             node = nodes.enter_context(RayNode(address, [*extra, *arguments], environment, folder))
-            ray_roles._started(node, head)
+            ray_roles.started(node, head)
         yield place
 
 
@@ -202,29 +202,29 @@ def own(head, place):
 def test_nodes_that_are_missing_are_told_with_those_that_came(place, head, own):
     began = time.monotonic()
     with pytest.raises(RunError) as told:
-        ray_roles._gather(replace(place, nodes=5), own, head)
+        ray_roles.gather(replace(place, nodes=5), own, head)
     assert time.monotonic() - began < 10
     assert str(told.value).startswith(f"3 of 5 nodes did not come within 1 s; there: {place.address}, {place.address}. Start")
 
 
 def test_a_node_too_many_is_an_error_and_no_wait(place, head, own):
     with pytest.raises(ConfigError, match=r"NNODES: 1, but 2 nodes came: .*stop the extra ones, or set NNODES=2"):
-        ray_roles._gather(replace(place, nodes=1, wait_seconds=1e6), own, head)
+        ray_roles.gather(replace(place, nodes=1, wait_seconds=1e6), own, head)
 
 
 def test_a_node_with_another_number_of_devices_is_named(place, head, own):
     wants = replace(place, resources={"CPU": 4.0}, wait_seconds=1e6)
     with pytest.raises(ConfigError, match=f"DEVICES_PER_NODE: {place.address} gives 1 CPU and {place.address} 4; set the same"):
-        ray_roles._gather(wants, own, head)
+        ray_roles.gather(wants, own, head)
 
 
 def test_the_nodes_of_a_run_are_told_who_belongs_to_it(place, head, own):
-    nodes = ray_roles._gather(place, own, head)
+    nodes = ray_roles.gather(place, own, head)
     assert head.read(ray_roles.MEMBERS) == [node.name for node in nodes]
 
 
 def test_a_node_that_comes_when_all_are_there_is_sent_away(place, head, own):
-    ray_roles._gather(place, own, head)
+    ray_roles.gather(place, own, head)
     with pytest.raises(ConfigError, match=f"the run at {place.head} has its 2 nodes, and {place.address} is one too many"):
         ray_roles.follow(replace(place, wait_seconds=60))
 
