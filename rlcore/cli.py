@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rlcore import config as configuration
 from rlcore import registry
 from rlcore.config import RunConfig
-from rlcore.errors import ConfigError, RlcoreError
+from rlcore.errors import ConfigError, RlcoreError, WorkerDied
 
 if TYPE_CHECKING:
+    from rlcore.console import Console
     from rlcore.protocols import Backend
 
 INTERRUPTED = 130
@@ -151,8 +152,22 @@ def _train(module: str, options: argparse.Namespace) -> None:
 
     _hush()
     console = Console(config.logging.samples_on_console)
-    train(config, backend, folder, options.resume, console, partial(_begin, folder, config))
+    run = partial(train, config, backend, folder, console=console, begin=partial(_begin, folder, config))
+    _restarting(run, folder, options.resume, config.placement.max_restarts, console)
     _closing(folder)
+
+
+def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: int, console: Console) -> None:
+    """The run, and again from its last checkpoint when a worker died, as often as may be."""
+    for left in range(restarts, -1, -1):
+        try:
+            return run(resume=resume)
+        except WorkerDied as error:
+            latest = folder / "checkpoints" / "latest"
+            if not left or not latest.exists():
+                raise
+            console.warn(f"{error}; restarting from {latest.read_text().strip()}, {left - 1} restarts are left")
+            resume = True
 
 
 def _launch(options: argparse.Namespace) -> int:

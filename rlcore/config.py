@@ -314,6 +314,8 @@ class PlacementConfig(Strict):
     offload: list[Literal["parameters", "optimizer", "reference", "engine"]] = []
     """What leaves the device, to host memory, while others need the room: the actor's weights, its moments, the reference, the
     engine's cache."""
+    max_restarts: NonNegativeInt = 0
+    """Times that a run whose worker died goes on from its last checkpoint by itself."""
     stall_seconds: NonNegativeFloat = 1800.0
     """The run ends, with a report, when nothing has moved for this long: no stage, packed row or engine step; 0 is never."""
     options: dict[str, Any] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -18,7 +20,9 @@ from rlcore.pulse import Pulse
 from rlcore.types import Receipt, Sampling
 from rlcore.worker import ROLES, Worker
 
-STEPS = 3
+STEPS, CALLS = 3, 20  # steps, and rewards of each
+KILLED_AT = 2 * CALLS + 3
+calls = 0
 EVERYTHING_AWAY = "offload: [parameters, optimizer, reference, engine]"
 ONE = "placement={kind: ray}"
 TOGETHER = f"placement={{kind: ray, devices: 2, {EVERYTHING_AWAY}}}"
@@ -116,6 +120,27 @@ def test_a_run_goes_on_in_another_placement(run, together, local):
         if same:
             assert written(folder) == expected
         assert rows(folder)[-1] == pytest.approx(rows(local)[-1], rel=1e-4, abs=1e-5)
+
+
+def killing(response, answer, fields):
+    """Kills a worker of this run while the fourth step is scored, once."""
+    global calls
+    calls += 1
+    if calls == KILLED_AT:
+        victims = [child for child in psutil.Process().children(recursive=True) if "ray::Process" in " ".join(child.cmdline())]
+        victims[0].kill()
+        time.sleep(1)
+    return graded(response, answer, fields)
+
+
+def test_a_run_whose_worker_was_killed_goes_on_from_its_checkpoint(run, together, capsys, monkeypatch):
+    """Killed in step 3, after the checkpoint of step 2: the restarted run is the one that nobody killed."""
+    monkeypatch.setattr(importlib.import_module("test_placement"), "calls", 0, raising=False)
+    placed = f"placement={{kind: ray, devices: 2, max_restarts: 1, {EVERYTHING_AWAY}}}"
+    folder = run("killed", placed, "reward.0.name=test_placement.killing")
+    assert "restarting from step_000002, 0 restarts are left" in capsys.readouterr().out
+    assert written(folder)[1] == written(together)[1]
+    assert [line["step"] for line in rows(folder)] == [1, 2, 3]
 
 
 def test_memory_of_each_phase_is_what_the_phase_needs(together, local):
