@@ -16,6 +16,8 @@ nodes=("rl$$a" "rl$$b") # also the names of the cable's ends, of which 15 letter
 addresses=(10.77.0.1 10.77.0.2)
 
 main() {
+    trap clean EXIT
+    trap 'exit 1' INT TERM
     [ $# -gt 0 ] || set -- together missing cut
     for name in "$@"; do
         declare -F "scenario_$name" > /dev/null || { echo "two nodes: no scenario is called $name" >&2; exit 2; }
@@ -101,8 +103,6 @@ fail() {
 }
 
 lay_cable() {
-    trap clean EXIT
-    trap 'exit 1' INT TERM
     [ "$(id -u)" = 0 ] || skip "root is needed to make network namespaces"
     command -v ip > /dev/null || skip "the ip command (iproute2) is needed to make network namespaces"
     for node in "${nodes[@]}"; do
