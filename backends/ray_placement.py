@@ -81,7 +81,7 @@ class Process:
     def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
         with self.pulse.stage("open"):
             policy = Policy(config, registry.load("backends", config.backend.name)(options))
-            self.worker = Worker(policy, self.pulse, roles)
+            self.worker = Worker(policy, roles, self.pulse)
         from transformers.utils import logging  # after the backend has made it importable
 
         logging.disable_progress_bar()

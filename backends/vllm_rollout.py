@@ -46,6 +46,7 @@ def build(
     seed: int,
     lora: LoraConfig | None = None,
     beat: Callable[[], None] = unwatched,
+    image_embeds: bool = False,
 ) -> VllmRollout:
     """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
     if importlib.util.find_spec("vllm") is None:
@@ -53,7 +54,7 @@ def build(
             f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
             " or set rollout.engine=torch"
         )
-    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_unknown(config.options)
@@ -213,12 +214,14 @@ def _cache_of(runner: Any) -> Iterator[Tensor]:
 
 def _request(prompt: Prompt) -> dict[str, Any]:
     request: dict[str, Any] = {"prompt_token_ids": prompt.engine_token_ids}
-    if prompt.row.images:
+    if prompt.vision and "image_embeds" in prompt.vision:
+        request["multi_modal_data"] = {"image": dict(prompt.vision)}
+    elif prompt.row.images:
         request["multi_modal_data"] = {"image": list(prompt.row.images)}
     return request
 
 
-def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
+def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int, image_embeds: bool) -> dict[str, Any]:
     arguments = {
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
@@ -233,6 +236,7 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
     }
     if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
+        arguments["enable_mm_embeds"] = image_embeds
     return arguments
 
 

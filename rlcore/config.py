@@ -57,6 +57,20 @@ class ModelConfig(Strict):
     freeze: list[str] = []
     """Parts that stay as they are, by the start of their names in the saved model; `vision` is the vision tower."""
 
+    @property
+    def images_are_read_once(self) -> bool:
+        """What a tower gives holds for a whole step where it does not learn."""
+        return "vision" in self.freeze
+
+
+class VisionConfig(Strict):
+    """The vision encoder: where `model.freeze` names vision, a role of its own that reads each image once a step for all."""
+
+    path: str | None = None
+    """A model of the same family, a folder or a source, whose vision tower takes the place of the policy's own."""
+    images_per_batch: PositiveInt = 16
+    """Images that the tower reads at a time."""
+
 
 class BackendConfig(Strict):
     name: str = "auto"
@@ -294,11 +308,16 @@ class ShardingConfig(Strict):
     """Of weights that are gathered at once on their way to an engine."""
 
 
+COMPANIONS = {"reference": "actor", "vision": "rollout"}
+"""Where a role is that no pool lists."""
+
+
 class PoolConfig(Strict):
     """Identical workers, one a device."""
 
-    roles: list[Literal["actor", "reference", "rollout"]]
-    """The critic goes with the actor."""
+    roles: list[Literal["actor", "reference", "rollout", "vision"]]
+    """The critic goes with the actor; where no pool lists them, the reference does too, and the vision encoder goes with the
+    rollout."""
     devices: PositiveInt = 1
 
 
@@ -311,9 +330,9 @@ class PlacementConfig(Strict):
     """Several pools by name, each role in one of them, instead of devices."""
     max_staleness: Literal[0, 1] = 0
     """1 samples the next step while this one updates, with the weights of before."""
-    offload: list[Literal["parameters", "optimizer", "reference", "engine"]] = []
+    offload: list[Literal["parameters", "optimizer", "reference", "engine", "vision"]] = []
     """What leaves the device, to host memory, while others need the room: the actor's weights, its moments, the reference, the
-    engine's cache."""
+    engine's cache, the vision encoder."""
     max_restarts: NonNegativeInt = 0
     """Times that a run whose worker died goes on from its last checkpoint by itself."""
     stall_seconds: NonNegativeFloat = 1800.0
@@ -356,6 +375,7 @@ class RunConfig(Strict):
 
     seed: NonNegativeInt = 0
     model: ModelConfig
+    vision: VisionConfig = VisionConfig()
     backend: BackendConfig = BackendConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -419,16 +439,39 @@ class RunConfig(Strict):
         return self
 
     def pools(self) -> list[tuple[str, int, set[str]]]:
-        """Every pool's setting, devices and roles. A reference that no pool lists goes with the actor."""
+        """Every pool's setting, devices and roles. A role that no pool lists goes with another."""
         placement = self.placement
         if not placement.pools:
-            return [("placement.devices", placement.devices, {"actor", "reference", "rollout"})]
+            return [("placement.devices", placement.devices, {"actor", *COMPANIONS, "rollout"})]
         listed = {role for pool in placement.pools.values() for role in pool.roles}
-        extra = {"reference"} - listed
         return [
-            (f"placement.pools.{name}.devices", pool.devices, {*pool.roles, *(extra if "actor" in pool.roles else ())})
+            (
+                f"placement.pools.{name}.devices", pool.devices,
+                {*pool.roles, *(role for role, other in COMPANIONS.items() if role not in listed and other in pool.roles)},
+            )
             for name, pool in placement.pools.items()
-        ]
+        ]  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_tower_reads_for_all(self) -> RunConfig:
+        once, critic = self.model.images_are_read_once, self.critic
+        if self.vision.path is not None and not once:
+            raise ValueError(
+                "vision.path: a vision tower from elsewhere stands beside the actor and does not learn with it; add vision to"
+                " model.freeze or remove vision.path"
+            )
+        if once and critic is not None and critic.path is not None:
+            raise ValueError(
+                f"critic.path: under model.freeze [vision] the critic is given images as the policy's vision tower reads them,"
+                f" and {critic.path} has a tower of its own; remove critic.path or let vision learn"
+            )
+        for name, pool in self.placement.pools.items():
+            if "vision" in pool.roles and not once:
+                raise ValueError(
+                    f"placement.pools.{name}.roles: a vision tower that learns is a part of the actor; add vision to"
+                    " model.freeze or remove it here"
+                )
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> RunConfig:

@@ -37,7 +37,7 @@ class ValueForward(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """[M]: the value at the place from which each target is predicted."""
         part = Slice(packed.tokens, self.settings.sequence)
-        hidden = part.at(self.adapter.hidden(self.backbone, packed, None, part), packed.sources)
+        hidden = part.at(self.adapter.hidden(self.backbone, packed, part), packed.sources)
         values = self.head(hidden).float().flatten().clone()  # FSDP wants no view to come out
         return part.all_of(values, packed.sources)
 

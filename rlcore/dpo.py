@@ -9,13 +9,12 @@ from pathlib import Path
 from rlcore import checkpoint
 from rlcore.config import RunConfig
 from rlcore.console import Console
-from rlcore.data import PromptSource
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import start
 from rlcore.protocols import Adapter, Backend
 from rlcore.sft import Task, checked, loop, written
-from rlcore.types import Batch, Group, Row
+from rlcore.types import Batch, Group, Prompt, Row
 from rlcore.watch import Watch
 from rlcore.worker import Policy
 
@@ -33,11 +32,12 @@ def train(
             placement.load("dpo")
             begin()
             console.warn(policy.caution)
-            count, reference = config.dpo.pairs_per_step, placement.reference
+            count, reference, encoder = config.dpo.pairs_per_step, placement.reference, placement.encoder
             assert reference is not None
 
             def batch() -> Batch:
-                pairs = Batch.of(preferences(source, count, policy.adapter))
+                prompts = source.draw(count)
+                pairs = Batch.of(preferences(encoder.embed(prompts) if encoder else prompts, policy.adapter))
                 return replace(pairs, ref_logprobs=reference.logprobs(pairs))
 
             task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
@@ -62,10 +62,10 @@ def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
             )
 
 
-def preferences(source: PromptSource, count: int, adapter: Adapter) -> list[Group]:
-    """The next rows, each with its preferred and its rejected response."""
+def preferences(prompts: Sequence[Prompt], adapter: Adapter) -> list[Group]:
+    """Each prompt with its row's preferred and rejected response."""
     return [
         Group(prompt, [written(text, adapter) for text in (prompt.row.target or "", prompt.row.rejected or "")])
-        for prompt in source.draw(count)
+        for prompt in prompts
     ]
 

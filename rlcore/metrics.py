@@ -119,6 +119,12 @@ def lengths(groups: Sequence[Group]) -> Metrics:
     }
 
 
+def images(groups: Sequence[Group]) -> Metrics:
+    """`vision/images_encoded`: the images of all prompts, each of which the vision encoder has read once."""
+    shown = [group.prompt.vision for group in groups if group.prompt.vision is not None]
+    return {"vision/images_encoded": float(sum(len(vision["image_grid_thw"]) for vision in shown))}
+
+
 def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
     """`grpo/score/*` over samples that have a value, `reward/<part>` each reward's mean, `reward/{timeout,error}` counts,
     and the share of groups whose samples all got the same score."""

@@ -22,21 +22,23 @@ if TYPE_CHECKING:
 Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
 
 
-def resolve(config: ModelConfig, cache: Path) -> Path:
+def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
     """The folder of `config.path`, complete. What a source makes is kept in `cache` under a name that holds its options.
 
-    ConfigError when the path is neither a folder nor a source, lacks a part, or an option is wrong.
+    ConfigError, in the name of the run file's `section`, when the path is neither a folder nor a source, lacks a part, or an
+    option is wrong.
     """
     folder = Path(config.path).expanduser()
     sources = registry.names("models")
     if config.path in sources and not (folder / "config.json").is_file():
-        return _made(config, cache)
+        return _made(config, cache, section)
     if not folder.is_dir():
         known = ", ".join(sources) or "none"
-        raise ConfigError(f"model.path: {config.path!r} is neither a folder nor an installed model source; sources: {known}")
+        found = f"{config.path!r} is neither a folder nor an installed model source"
+        raise ConfigError(f"{section}.path: {found}; sources: {known}")
     if config.options:
-        raise ConfigError(f"model.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
-    _check_complete(folder)
+        raise ConfigError(f"{section}.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
+    _check_complete(folder, section)
     return folder
 
 
@@ -54,15 +56,16 @@ def adapter_for(folder: Path, config: ModelConfig) -> Adapter:
     return registry.load("adapters", family)(folder)
 
 
-def model_type(folder: Path) -> str:
+def model_type(folder: Path, section: str = "model") -> str:
     """model_type of the folder's config.json."""
     path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except FileNotFoundError:
-        raise ConfigError(f"model.path: {folder} has no config.json; give the folder that holds it") from None
+        raise ConfigError(f"{section}.path: {folder} has no config.json; give the folder that holds it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path: {path} names no model_type: {error!r}; restore the model's own config.json") from None
+        remedy = "restore the model's own config.json"
+        raise ConfigError(f"{section}.path: {path} names no model_type: {error!r}; {remedy}") from None
 
 
 def context_length(folder: Path) -> int | None:
@@ -80,13 +83,13 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
-def _made(config: ModelConfig, cache: Path) -> Path:
+def _made(config: ModelConfig, cache: Path, section: str) -> Path:
     source: Source = registry.load("models", config.path)
-    options = registry.checked_options(source, config.options, "model.options.", given=1)
+    options = registry.checked_options(source, config.options, f"{section}.options.", given=1)
     folder = cache / f"{config.path}-{_fingerprint(source, options)}"
     if not folder.is_dir():
         _make(source, options, folder)
-    _check_complete(folder)
+    _check_complete(folder, section)
     return folder
 
 
@@ -114,16 +117,18 @@ def _make(source: Source, options: Mapping[str, Any], folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_complete(folder: Path) -> None:
-    model_type(folder)
+def _check_complete(folder: Path, section: str) -> None:
+    model_type(folder, section)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in needed if not (folder / name).is_file()]
         if missing:
             raise ConfigError(
-                f"model.path: {folder} lacks {len(missing)} of {len(needed)} weight files ({missing[0]} first);"
+                f"{section}.path: {folder} lacks {len(missing)} of {len(needed)} weight files ({missing[0]} first);"
                 " finish copying it"
             )
     elif not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.path: {folder} has a config.json but no *.safetensors; copy the weights there in that format")
+        raise ConfigError(
+            f"{section}.path: {folder} has a config.json but no *.safetensors; copy the weights there in that format"
+        )

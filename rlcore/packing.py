@@ -8,14 +8,14 @@ so it is a target but never an input. Prefix sharing in training: PrefixGrouper 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlcore.errors import ConfigError
-from rlcore.types import Batch
+from rlcore.types import Batch, Vision
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Packed:
     sources: Tensor  # [M] int64, the place in T whose hidden state predicts the target
     targets: Tensor  # [M] int64
     index: Tensor  # [M] int64, where the target stands in the batch's [N]
-    vision: Sequence[Mapping[str, Tensor]]  # one a group that has images, in row order
+    vision: Sequence[Vision]  # one a group that has images, in row order
 
     @property
     def tokens(self) -> int:
@@ -97,7 +97,7 @@ def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     targets: list[int] = []
     index: list[Tensor] = []
     segments: list[Segment] = []
-    vision: list[Mapping[str, Tensor]] = []
+    vision: list[Vision] = []
     axes = max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1)
     for piece in pieces:
         prompt = batch.groups[piece.group].prompt

@@ -26,7 +26,7 @@ from rlcore.packing import deal
 from rlcore.recipe import Recipe, recipe
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
 from rlcore.watch import Watch
-from rlcore.worker import Policy, Worker
+from rlcore.worker import ROLES, Policy, Worker
 
 _PINGS = 5
 _AFTERMATH = 5.0  # seconds in which the death of a worker is known here after it has broken others
@@ -98,6 +98,11 @@ class Pool:
         return combined([_joined(one).metrics(step.unit) for step, one in zip(steps, of_steps, strict=True)])
 
 
+def even(count: int, parts: int) -> list[range]:
+    """0 to `count` in that many stretches, which differ in length by one at most."""
+    return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
 def results(futures: Sequence[Future[Any]]) -> list[Any]:
     """Of all, or the first error of any; of a worker's death and what it broke in the others, the death."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -150,6 +155,17 @@ class PooledCritic:
         return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
 
 
+class PooledEncoder:
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Each worker reads the images of as many prompts as the others, give or take one."""
+        parts = [prompts[share.start : share.stop] for share in even(len(prompts), len(self.pool.members))]
+        read = [vision for part in self.pool.parts("embed", parts, neighbours=1) for vision in part]
+        return [replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)]
+
+
 class PooledRollout:
     def __init__(self, pool: Pool, devices: int) -> None:
         """`devices` of one engine."""
@@ -162,10 +178,8 @@ class PooledRollout:
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
         """Groups of every engine as they are finished. Each engine takes as many prompts as the others, give or take one; a
         prompt's seed is that of its place here."""
-        engines = len(self.pool.members) // self.devices
-        ends = [len(prompts) * (engine + 1) // engines for engine in range(engines)]
-        starts = [0, *ends[:-1]]
-        parts = [(prompts[start:end], replace(sampling, first=start)) for start, end in zip(starts, ends, strict=True)]
+        shares = even(len(prompts), len(self.pool.members) // self.devices)
+        parts = [(prompts[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
         calls = [
             member.stream("generate", parts[number // self.devices]) for number, member in enumerate(self.pool.members)
         ]
@@ -227,6 +241,7 @@ class Placement:
         """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
         way, cap = recipe(task, self.config), self.config.train.max_tokens_per_microbatch
         results([member.call("load", task, folder) for member in self._late])
+        self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
         self.actor = PooledActor(self._of["actor"], way, cap)
         self.reference = PooledReference(self._of["reference"], "reference_logprobs", cap) if way.compared else None
         self.critic = PooledCritic(self.actor) if task == "grpo" and self.config.critic else None
@@ -256,7 +271,8 @@ class Placement:
     def memory(self) -> Metrics:
         """Of the worker that holds most."""
         reports = self._all("memory")
-        return {name: max(report.get(name, 0.0) for report in reports) for name in reports[0]}
+        names = dict.fromkeys(name for report in reports for name in report)
+        return {name: max(report.get(name, 0.0) for report in reports) for name in names}
 
     def _synced(self) -> list[Receipt]:
         """Of every engine."""
@@ -272,8 +288,8 @@ class Placement:
 
 def local(policy: Policy, watch: Watch) -> Placement:
     """Every role in this process."""
-    pool = Pool([Here(Worker(policy, watch.pulse))])
-    return Placement(policy.config, {role: pool for role in ("actor", "reference", "rollout")})
+    pool = Pool([Here(Worker(policy, pulse=watch.pulse))])
+    return Placement(policy.config, dict.fromkeys(ROLES, pool))
 
 
 def start(policy: Policy, watch: Watch) -> Placement:

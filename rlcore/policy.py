@@ -22,7 +22,6 @@ from rlcore.pulse import unwatched
 from rlcore.sequence_parallel import Slice
 from rlcore.sharding import Sharding, accumulated, at_rest, gathered, read
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
-from rlcore.vision import ImageCache
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,15 @@ class ForwardSettings:
 class Forward(nn.Module):
     """One pass over a packed row. Everything that reads weights happens inside it, where sharded ones are whole."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, images: ImageCache | None = None) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, settings: ForwardSettings) -> None:
         super().__init__()
-        self.model, self.adapter, self.settings, self.images = model, adapter, settings, images
+        self.model, self.adapter, self.settings = model, adapter, settings
 
     def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [M] entropies of the row's targets."""
         self.settings.beat()
         part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
-        hidden = part.at(self.adapter.hidden(self.model, packed, self.images, part), sources)
+        hidden = part.at(self.adapter.hidden(self.model, packed, part), sources)
         targets = packed.targets[part.held(sources)].to(self.settings.device)
         logprobs, entropy = token_logprobs(
             hidden, self.adapter.head(self.model), targets, self.settings.temperature, self.settings.compute_dtype
@@ -64,16 +63,15 @@ class TorchReference:
     """A model that gives log-probabilities."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, images: ImageCache | None = None,
-        sharding: Sharding | None = None, source: Path | None = None,
+        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, sharding: Sharding | None = None,
+        source: Path | None = None, tower: nn.Module | None = None,
     ) -> None:
-        """`images` keeps the embeddings of a frozen vision tower, shared by the models that have the same. `sharding` deals the
-        weights over the ranks, which then call everything here together; weights that are only shapes yet come from `source`.
-        """
-        self.model, self.adapter, self.settings, self.images = model, adapter, settings, images
-        self.forward = Forward(model, adapter, settings, images)
+        """`sharding` deals the weights over the ranks, which then call everything here together, except those of `tower`, the
+        vision encoder's, which stay whole on each. Weights that are only shapes yet come from `source`."""
+        self.model, self.adapter, self.settings = model, adapter, settings
+        self.forward = Forward(model, adapter, settings)
         if sharding:
-            sharding.apply(self.forward, adapter.blocks(model))
+            sharding.apply(self.forward, adapter.blocks(model), tower)
         if source:
             read(self.forward, model, adapter.published_name, source, settings.device)
 
@@ -117,11 +115,11 @@ class TorchActor(TorchReference):
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
-        passes: Passes, images: ImageCache | None = None, publish_additions: bool = False, sharding: Sharding | None = None,
-        source: Path | None = None,
+        passes: Passes, publish_additions: bool = False, sharding: Sharding | None = None, source: Path | None = None,
+        tower: nn.Module | None = None,
     ) -> None:
         """`publish_additions`: `weights` gives the low-rank additions alone."""
-        super().__init__(model, adapter, settings, images, sharding, source)
+        super().__init__(model, adapter, settings, sharding, source, tower)
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self._sharding = sharding
         self.learner = Learner(model, optimizer, passes.total_steps)

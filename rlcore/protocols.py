@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from rlcore.pulse import unwatched
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rlcore.packing import Packed
     from rlcore.sequence_parallel import Slice
     from rlcore.sharding import Exchange
-    from rlcore.vision import ImageCache
 
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 
@@ -55,6 +54,12 @@ class Critic(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+
+class Encoder(Protocol):
+    def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts in order, their images read: image_embeds in place of pixel_values."""
+        ...
 
 
 class Rollout(Protocol):
@@ -108,11 +113,12 @@ class Adapter(Protocol):
         """Response tokens as text, special tokens left out."""
         ...
 
-    def hidden(
-        self, model: nn.Module, packed: Packed, images: ImageCache | None = None, part: Slice | None = None
-    ) -> Tensor:
-        """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, called by its whole group.
-        `images` keeps what a frozen tower gives."""
+    def hidden(self, model: nn.Module, packed: Packed, part: Slice | None = None) -> Tensor:
+        """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, called by its group."""
+        ...
+
+    def embedded(self, model: nn.Module, prompt: Prompt) -> Tensor:
+        """[P, D]: what the first layer reads of a prompt, images in their places."""
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
@@ -131,6 +137,14 @@ class Adapter(Protocol):
 
     def save_processor(self, folder: Path) -> None:
         """The tokenizer and processor files beside saved weights."""
+        ...
+
+
+class VisionAdapter(Adapter, Protocol):
+    """A model family with a vision tower."""
+
+    def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
+        """[tokens, D] of each image, from its pixels; `vision` is that of one prompt or of several together."""
         ...
 
 
@@ -193,9 +207,11 @@ class Engine(Protocol):
     def __call__(
         self, *, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
         max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = unwatched,
+        image_embeds: bool = False,
     ) -> Rollout:
         """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`. The engine calls `beat` at
-        each of its steps, so that a long answer is not taken for one that never comes."""
+        each of its steps, so that a long answer is not taken for one that never comes. With `image_embeds`, prompts come with
+        their images read."""
         ...
 
 

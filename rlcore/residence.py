@@ -19,16 +19,20 @@ from rlcore.metrics import Clock
 from rlcore.types import Metrics
 
 PHASES: dict[str, frozenset[str]] = {
+    "encode": frozenset({"vision"}),
     "infer": frozenset({"engine"}),
-    "reshard": frozenset({"parameters", "engine"}),
-    "send": frozenset({"parameters"}),
+    "reshard": frozenset({"parameters", "vision", "engine"}),
+    "send": frozenset({"parameters", "vision"}),
     "reference": frozenset({"reference"}),
     "score": frozenset({"parameters"}),
     "train": frozenset({"parameters", "optimizer"}),
+    "save": frozenset({"parameters", "optimizer", "vision"}),
 }
 """What each phase needs. Gradients live and die inside `train`."""
-MOVES = {phase: "resharding_to_infer" for phase in ("infer", "reshard", "send")} | {
-    phase: "resharding_to_train" for phase in ("reference", "score", "train")
+BESIDE = frozenset({"encode"})
+"""Phases that send nobody away: a vision tower is small, and others come and go around it."""
+MOVES = {phase: "resharding_to_infer" for phase in ("encode", "infer", "reshard", "send")} | {
+    phase: "resharding_to_train" for phase in ("reference", "score", "train", "save")
 }
 """What moving parts for a phase counts as; moving the reference has stages of its own."""
 
@@ -110,7 +114,8 @@ class Residence:
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
         """On the device is what the phase needs; `stage` times what is done meanwhile, without the moves."""
         needs, move = PHASES[name], MOVES[name]
-        for one in sorted(self._parts.keys() & self._parked - needs - self._away):
+        leaving = set() if name in BESIDE else self._parts.keys() & self._parked - needs - self._away
+        for one in sorted(leaving):
             with self._clock.span("ref_offload" if one == "reference" else move):
                 self._parts[one].pause()
             self._away.add(one)

@@ -36,6 +36,7 @@ def build(
     seed: int,
     lora: LoraConfig | None = None,
     beat: Callable[[], None] = unwatched,
+    image_embeds: bool = False,
 ) -> TorchRollout:
     """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
@@ -170,16 +171,13 @@ class TorchRollout:
 
     def _read(self, prompt: Prompt) -> tuple[Tensor, Any]:
         """Logits [1, V] after the prompt, and the key-value cache of one sequence."""
-        device = self._model.device
-        inputs = {name: values.to(device) for name, values in (prompt.vision or {}).items()}
-        positions = prompt.position_ids
+        device, positions = self._model.device, prompt.position_ids
         positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
         output = self._model(
-            input_ids=torch.tensor([prompt.token_ids], device=device),
+            inputs_embeds=self._adapter.embedded(self._model, prompt)[None],
             position_ids=positions.to(device) if positions.dim() > 1 else positions[None].to(device),
             use_cache=True,
             logits_to_keep=1,
-            **inputs,
         )
         return output.logits[:, -1], output.past_key_values
 

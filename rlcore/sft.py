@@ -78,8 +78,11 @@ def fit(
     config = policy.config.sft
     assert config is not None
 
+    encoder = placement.encoder
+
     def batch() -> Batch:
-        return Batch.of(targets(source, config.rows_per_step, policy.adapter))
+        prompts = source.draw(config.rows_per_step)
+        return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, policy.adapter))
 
     task = Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
     loop(task, placement.actor, source, policy.config, folder, saved, console)
@@ -112,7 +115,8 @@ def loop(
     try:
         for number in range(done + 1, task.steps + 1):
             began = time.perf_counter()
-            row = actor.update(task.batch())
+            batch = task.batch()
+            row = actor.update(batch) | (metrics.images(batch.groups) if config.model.images_are_read_once else {})
             row["timing/all"] = time.perf_counter() - began
             sinks.write(number, row)
             if number % task.log_every == 0 or number == task.steps:
@@ -125,9 +129,9 @@ def loop(
         sinks.close()
 
 
-def targets(source: PromptSource, count: int, adapter: Adapter) -> list[Group]:
-    """The next rows, each with its target as the only sample."""
-    return [Group(prompt, [_target(prompt, adapter)]) for prompt in source.draw(count)]
+def targets(prompts: Sequence[Prompt], adapter: Adapter) -> list[Group]:
+    """Each prompt with its row's target as the only sample."""
+    return [Group(prompt, [_target(prompt, adapter)]) for prompt in prompts]
 
 
 def _target(prompt: Prompt, adapter: Adapter) -> Sample:

@@ -41,15 +41,18 @@ class Sharding:
     bucket_bytes: int = BUCKET_BYTES
     sum_each: bool = False  # gradients are summed after each micro-batch: more traffic, and none is ever whole
 
-    def apply(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does."""
+    def apply(self, root: nn.Module, blocks: Iterable[nn.Module], whole: nn.Module | None = None) -> None:
+        """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does. Every rank keeps
+        all of `whole`, a part of `root`."""
         low = None if self.compute_dtype == torch.float32 else self.compute_dtype
         precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         pinned = self.mesh.device_type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
+        kept = set(whole.parameters()) if whole is not None else set()
         for module in (*blocks, root):
             sharded = fully_shard(
-                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root
+                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root,
+                ignored_params=kept,
             )
             sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is one over all ranks, not a mean of theirs
             sharded.set_force_sum_reduction_for_comms(True)

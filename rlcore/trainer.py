@@ -129,6 +129,7 @@ def collect(
     for refill in range(config.algorithm.max_refills + 1):
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
+        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
         seed = config.seed + number + (refill << 32)
         drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
         scored = scored_in_order(drawn, reward, clock)
@@ -188,6 +189,7 @@ def evaluate(
     assert config.evaluation is not None
     with clock.span("evaluate"):
         placement.sync_weights()
+        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
         groups = placement.rollout.generate(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
         return Evaluation(groups, reward.score(groups))
 
@@ -343,6 +345,7 @@ class Run:
             "data/dropped_long": float(self.source.dropped_long),
             **({"data/replaced_groups": float(len(iteration.replaced.groups))} if self.config.algorithm.max_refills else {}),
             **({"grpo/kl_coef": batch.kl_coef} if self.config.algorithm.kl_target else {}),
+            **(metrics.images(sampled) if self.placement.encoder else {}),
             **metrics.sync(iteration.receipt),
             **self._staleness(batch),
             **self.placement.memory(),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Metrics = dict[str, float]
+Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once they have been read, image_embeds [tokens, D]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Prompt:
     row: Row
     token_ids: list[int]  # P, every image placeholder expanded to one token a merged patch
     engine_token_ids: list[int]  # the same with one placeholder an image: engines expand it themselves
-    vision: Mapping[str, Tensor] | None = None  # what the processor made of the images: pixel_values, image_grid_thw
+    vision: Vision | None = None  # the images
     position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
 
     @property

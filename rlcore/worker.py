@@ -28,11 +28,11 @@ from rlcore.recipe import Recipe, recipe
 from rlcore.residence import Parked, Residence
 from rlcore.sequence_parallel import check_heads
 from rlcore.sharding import Sharding
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
-from rlcore.vision import ImageCache
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling, Vision
+from rlcore.vision import VisionEncoder, check_tower, lone_tower, replace_tower
 
 T = TypeVar("T")
-ROLES = ("actor", "reference", "rollout")
+ROLES = ("actor", "reference", "rollout", "vision")
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
 EMULATED = (
     "model.precision bf16: this {} has no bf16 instructions, and emulating them takes a hundred times as long as fp32;"
@@ -47,6 +47,7 @@ class Policy:
         self.config, self.backend = config, backend
         backend.prepare()
         self.folder = resolve(config.model, MODEL_CACHE)
+        self.tower_folder = self._tower_folder()
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
         self.adapter = adapter_for(self.folder, config.model)
@@ -68,7 +69,7 @@ class Policy:
         """Of the model that the critic starts from."""
         settings = self.config.critic
         assert settings is not None
-        return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE)
+        return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE, "critic")
 
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
         """`model` with what the run file says of training it: frozen parts, low-rank additions, checkpointed layers."""
@@ -82,17 +83,23 @@ class Policy:
             _checkpoint_layers(model)
         return model
 
-    def image_cache(self, model: torch.nn.Module) -> ImageCache | None:
-        """Where nothing of the vision tower learns, each image need be encoded only once."""
-        tower = self.adapter.vision_tower(model)
-        frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
-        return ImageCache() if frozen else None
+    def encoder_tower(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """The vision tower of `model`, where it does not learn and one reads the images for all."""
+        return self.adapter.vision_tower(model) if self.config.model.images_are_read_once else None
 
     @property
     def additions(self) -> LoraConfig | None:
         """Set where the engine is sent low-rank additions alone."""
         settings = self.config.model.lora
         return settings if settings and settings.sync == "adapter" else None
+
+    def _tower_folder(self) -> Path | None:
+        """Of the model whose vision tower takes the place of the policy's own."""
+        if self.config.vision.path is None:
+            return None
+        folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision")
+        check_tower(self.folder, folder)
+        return folder
 
     def _freeze(self, model: torch.nn.Module, part: str, tower: torch.nn.Module | None) -> None:
         """ConfigError when nothing of the model is called so."""
@@ -134,12 +141,13 @@ def _checkpoint_layers(model: Any) -> None:
 class Worker:
     """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
 
-    def __init__(self, policy: Policy, pulse: Pulse, roles: Collection[str] = ROLES) -> None:
+    def __init__(self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None) -> None:
         """`pulse`: beats at whatever a role finishes."""
-        self.policy, self.config, self.pulse, self.roles = policy, policy.config, pulse, frozenset(roles)
+        self.policy, self.config, self.roles, self.pulse = policy, policy.config, frozenset(roles), pulse or Pulse()
         self.clock = Clock()
         self.residence = Residence(self.clock, self.config.placement.offload)
         self.ranks = distributed.ALONE
+        self.encoder: VisionEncoder | None = None
         self.actor: TorchActor | None = None
         self.reference: TorchReference | AdapterOffReference | None = None
         self.critic: TorchCritic | None = None
@@ -161,14 +169,18 @@ class Worker:
 
     def load(self, task: str, folder: Path | None = None) -> None:
         """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
-        self.actor = self.reference = self.critic = None
+        self.encoder = self.actor = self.reference = self.critic = None
         way, trained = recipe(task, self.config), "actor" in self.roles
         compared = way.compared and "reference" in self.roles
         if trained or compared:
             checkpoint.seed_random_states(self.config.seed)  # on every rank the same
             self._build(way, folder or self.policy.folder, trained, compared)
+        if "vision" in self.roles and self.config.model.images_are_read_once:
+            self.encoder = self._encoder()
         if trained and task == "grpo" and self.config.critic:
             model, source = self._model(self.policy.critic_folder())
+            if (tower := self.policy.encoder_tower(model)) is not None:
+                tower.requires_grad_(False)
             self.critic = TorchCritic(
                 model, self.policy.adapter, self._settings(), self.config.algorithm, self.config.critic.optimizer, way.passes,
                 self._sharding(), source,
@@ -186,29 +198,46 @@ class Worker:
         model, source = self._model(folder)
         settings = replace(self._settings(), temperature=way.temperature)
         additions = self.config.model.lora is not None and trained  # without them the model is the reference
-        fixed = copy.deepcopy(model) if trained and compared and not additions else model
+        tower = policy.encoder_tower(model)
+        fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
         if trained:
-            model = policy.trainable(model)
             self.actor = TorchActor(
-                model, policy.adapter, settings, way.objective, way.optimizer, way.passes, policy.image_cache(model),
-                publish_additions=policy.additions is not None, sharding=sharding, source=source,
+                policy.trainable(model), policy.adapter, settings, way.objective, way.optimizer, way.passes,
+                publish_additions=policy.additions is not None, sharding=sharding, source=source, tower=tower,
             )  # fmt: skip
         if compared:
-            images = self.actor.images if self.actor else None
             self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
-                fixed.requires_grad_(False), policy.adapter, settings, images, sharding, source
+                fixed.requires_grad_(False), policy.adapter, settings, sharding, source, tower
             )  # fmt: skip
+        if self.actor and policy.tower_folder:
+            replace_tower(self.actor.model, policy.adapter, policy.tower_folder)
+
+    def _encoder(self) -> VisionEncoder:
+        """With the actor's tower, where that is in this process."""
+        policy = self.policy
+        if self.actor:
+            tower = policy.adapter.vision_tower(self.actor.model)
+        else:
+            tower = lone_tower(policy.adapter, policy.folder, policy.tower_folder, policy.settings.device)
+        return VisionEncoder(_there(tower), policy.adapter, policy.settings, self.config.vision.images_per_batch)
 
     def _settle(self) -> None:
         """Who holds memory now."""
         learners = [(role.forward, role.learner) for role in (self.actor, self.critic) if role]
         weights = [forward for forward, _ in learners]
         fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
-        self.residence.settle("parameters", Parked(lambda: _tensors(weights)) if weights else None)
+        tower = self.policy.encoder_tower(self.actor.model) if self.actor else self.encoder.tower if self.encoder else None
+        self.residence.settle("vision", Parked(tower.parameters) if tower is not None else None)
+        self.residence.settle("parameters", Parked(lambda: _tensors(weights, tower)) if weights else None)
         self.residence.settle("optimizer", Parked(lambda: _moments(learners)) if learners else None)
-        self.residence.settle("reference", Parked(lambda: _tensors([fixed])) if fixed else None)
+        self.residence.settle("reference", Parked(lambda: _tensors([fixed], tower)) if fixed else None)
         for _, learner in learners:
             learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Vision | None]:
+        """What the encoder makes of each prompt's images; the rest of a prompt need not travel back."""
+        with self.residence.phase("encode", "image_embeds"):
+            return [prompt.vision for prompt in _there(self.encoder).embed(prompts)]
 
     def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> Iterator[tuple[int, Group]]:
         """Groups as they are finished, each with the place of its prompt in the whole call."""
@@ -266,7 +295,7 @@ class Worker:
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        with self.residence.phase("train"):
+        with self.residence.phase("save"):
             _there(self.actor).save(folder)
             if self.critic:
                 self.critic.save(folder / "critic")
@@ -274,7 +303,7 @@ class Worker:
     def restore(self, folder: Path) -> int:
         """The number of optimizer steps that the checkpoint has behind it."""
         actor = _there(self.actor)
-        with self.residence.phase("train"):
+        with self.residence.phase("save"):
             actor.load(folder)
             if self.critic:
                 self.critic.load(folder / "critic")
@@ -310,8 +339,9 @@ class Worker:
         return self.config.sharding.bucket_mib * 2**20 // 2
 
 
-def _tensors(modules: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    return (tensor for module in modules for tensor in module.parameters())
+def _tensors(modules: Sequence[torch.nn.Module], without: torch.nn.Module | None) -> Iterator[Tensor]:
+    left_out = {id(tensor) for tensor in without.parameters()} if without is not None else set()
+    return (tensor for module in modules for tensor in module.parameters() if id(tensor) not in left_out)
 
 
 def _moments(learners: Sequence[tuple[Any, Learner]]) -> Iterator[Tensor]:
@@ -346,4 +376,5 @@ def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
     return build(
         adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
         dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions, beat=beat,
+        image_embeds=config.model.images_are_read_once,
     )

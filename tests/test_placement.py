@@ -16,7 +16,6 @@ import yaml
 from rlcore import cli, metrics
 from rlcore.config import RunConfig
 from rlcore.placement import Placement, Pool, merged
-from rlcore.pulse import Pulse
 from rlcore.types import Receipt, Sampling
 from rlcore.worker import ROLES, Worker
 
@@ -241,7 +240,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     names = ("rollout", "gather", "load", "pause", "resume")
     members = []
     for seconds in ((0.3, 0.2, 0.1, 0.05, 0.06), (0.5, 0.1, 0.1, 0.02, 0.08)):
-        worker = Worker(Policy(config, backend), Pulse())
+        worker = Worker(Policy(config, backend))
         worker.rollout = worker.actor = Slow(dict(zip(names, seconds, strict=True)))
         worker.residence.settle("engine", worker.rollout)
         worker.residence.settle("parameters", Slow({"pause": 0.04, "resume": 0.07}))

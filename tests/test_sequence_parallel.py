@@ -24,7 +24,7 @@ from rlcore.packing import deal
 from rlcore.policy import ForwardSettings, Passes, TorchActor
 from rlcore.sharding import Sharding, fill
 from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
-from rlcore.vision import ImageCache
+from rlcore.vision import VisionEncoder
 from rlcore.worker import Policy
 
 MODELS = {  # fewer key and value heads than ranks, and a number of them that the ranks do not divide
@@ -42,7 +42,6 @@ def loss(view):
 
 
 def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, sharding=None):
-    """What a frozen tower makes of an image is kept."""
     adapter = adapter_of(folder)
     model = adapter.load(folder, torch.float32)
     if frozen:
@@ -52,7 +51,7 @@ def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, s
         model.train()
     return TorchActor(
         model, adapter, settings_of(cap, sequence), Objective(loss, aggregation.token_mean, tokens), UNCLIPPED, Passes(1),
-        ImageCache() if frozen else None, sharding=sharding,
+        sharding=sharding, tower=adapter.vision_tower(model) if frozen else None,
     )  # fmt: skip
 
 
@@ -108,6 +107,14 @@ def pictures(folder):
     return batch_of(groups)
 
 
+def pictures_read(folder):
+    """The same, as a frozen tower has read them before."""
+    batch, adapter = pictures(folder), adapter_of(folder)
+    tower = adapter.vision_tower(adapter.load(folder, torch.float32))
+    prompts = VisionEncoder(tower, adapter, settings_of(CAP, None), 2).embed([group.prompt for group in batch.groups])
+    return replace(batch, groups=[replace(group, prompt=prompt) for group, prompt in zip(batch.groups, prompts, strict=True)])
+
+
 def shortest(_):
     """A row of two tokens: fewer than there are ranks. Where two pairs share rows, one pair has none."""
     return batch_of([Group(Prompt(Row("short", []), [9], [9]), samples(2))])
@@ -118,7 +125,7 @@ CASES = {
     "checkpointed layers": ("tiny_qwen3", actor_of, {"cap": 4096, "checkpointed": True}, questions),
     "two tokens": ("tiny_qwen3", actor_of, {}, shortest),
     "a tower that learns": ("tiny_qwen2_5_vl", actor_of, {}, pictures),
-    "a frozen tower": ("tiny_qwen2_5_vl", actor_of, {"cap": 4096, "frozen": True}, pictures),
+    "a frozen tower": ("tiny_qwen2_5_vl", actor_of, {"cap": 4096, "frozen": True}, pictures_read),
     "a critic": ("tiny_llama", critic_of, {}, questions),
 }
 

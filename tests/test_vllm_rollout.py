@@ -8,7 +8,9 @@ from transformers import AutoModelForImageTextToText
 from rlcore import registry
 from rlcore.config import RolloutConfig
 from rlcore.errors import ConfigError, PluginError, RunError
-from rlcore.types import Row, Sampling
+from rlcore.policy import ForwardSettings
+from rlcore.types import Group, Row, Sampling
+from rlcore.vision import VisionEncoder
 
 vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 QUESTIONS = ["How many circles?", "What is 4 + 5? Answer with a single number inside the tags."]
@@ -28,7 +30,7 @@ def picture(color, size=112):
 def start(backend, folder, engine="vllm", **options):
     adapter = registry.load("adapters", "qwen2_5_vl")(folder)
     config = RolloutConfig(engine=engine, options=options)
-    return registry.load("engines", engine)(None, adapter, folder, backend, config, torch.float32, 256, 0)
+    return registry.load("engines", engine)(adapter, folder, backend, config, torch.float32, 256, 0, image_embeds=True)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,34 @@ def test_greedy_tokens_are_the_plain_samplers(engine, model, prompts, folder, ba
     sampling = Sampling(1, 12, temperature=0)
     plain = start(backend, folder, "torch")
     assert tokens(engine.generate(prompts, sampling)) == tokens(plain.generate(prompts, sampling))
+
+
+def read_by(model, folder, prompts):
+    """The prompts with their images read by the tower of `model`, two at a time."""
+    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
+    return VisionEncoder(adapter.vision_tower(model), adapter, settings, 2).embed(prompts)
+
+
+@vllm
+def test_images_that_have_been_read_are_not_read_again_and_give_the_same(engine, model, prompts, folder):
+    read = []
+    with engine._runner.get_model().visual.register_forward_hook(lambda *_: read.append(1)):
+        embedded = engine.generate(read_by(model, folder, prompts), Sampling(1, 12, temperature=0))
+        assert not read
+        pixels = engine.generate(prompts, Sampling(1, 12, temperature=0))
+        assert read
+    assert tokens(embedded) == tokens(pixels)
+    for one, other in zip(embedded, pixels, strict=True):
+        assert one.samples[0].logprobs == pytest.approx(other.samples[0].logprobs, abs=1e-5)
+
+
+@vllm
+def test_images_are_taken_as_another_tower_read_them(engine, model, prompts, folder):
+    shake(model.model.visual)
+    drawn = engine.generate(read_by(model, folder, prompts), Sampling(2, 8))
+    assert gap(model, [Group(prompt, group.samples) for prompt, group in zip(prompts, drawn, strict=True)]) < 1e-4
+    assert gap(model, engine.generate(prompts, Sampling(2, 8))) > 1e-3, "the engine's own tower is as it was"
 
 
 @vllm

@@ -18,7 +18,6 @@ from rlcore.errors import ConfigError
 from rlcore.packing import Packed
 from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row
-from rlcore.vision import ImageCache
 
 
 class CausalLM:
@@ -72,7 +71,7 @@ class CausalLM:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None, part: Slice | None = None) -> Tensor:
+    def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
         """[t, D]: the last hidden states after the final norm, on the model's device."""
         part = part or Slice(packed.tokens)
         output = model.model(
@@ -83,6 +82,10 @@ class CausalLM:
             use_cache=False,
         )
         return output.last_hidden_state[0]
+
+    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
+        """[P, D], on the model's device."""
+        return model.get_input_embeddings()(torch.tensor(prompt.token_ids, device=model.device))
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The decoder layers, in order."""

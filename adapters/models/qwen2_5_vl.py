@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +13,7 @@ from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
 from rlcore.packing import Packed
 from rlcore.sequence_parallel import Slice
-from rlcore.types import Prompt, Row
-from rlcore.vision import ImageCache
+from rlcore.types import Prompt, Row, Vision
 
 from .causal_lm import CausalLM, image_parts
 
@@ -56,12 +54,17 @@ class Qwen2_5_VL(CausalLM):
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
         )
 
-    def hidden(self, model: Any, packed: Packed, images: ImageCache | None = None, part: Slice | None = None) -> Tensor:
-        """[t, D]. The vision tower runs once over the row's images, or over those that `images` does not keep; the ranks that
-        share the row share them out."""
+    def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
+        """[t, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
+
+        transformers' own forward pass counts those too, and refuses the sample.
+        """
         part = part or Slice(packed.tokens)
+        in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
+        for segment in packed.segments:
+            in_prompt[segment.start : segment.start + segment.prompt] = True
         output = model.model.language_model(
-            inputs_embeds=self._embedded(model.model, packed, images, part)[None],
+            inputs_embeds=self._embedded(model, packed.input_ids, in_prompt, packed.vision, part)[None],
             position_ids=part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device),
             segments=packed.segments,
             part=part,
@@ -69,11 +72,22 @@ class Qwen2_5_VL(CausalLM):
         )
         return output.last_hidden_state[0]
 
+    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
+        """[P, D], images in their places."""
+        token_ids, vision = torch.tensor(prompt.token_ids), [prompt.vision] if prompt.vision else []
+        return self._embedded(model, token_ids, torch.ones(len(token_ids), dtype=torch.bool), vision, Slice(len(token_ids)))
+
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return model.model.language_model.layers
 
     def vision_tower(self, model: Any) -> nn.Module | None:
         return model.model.visual
+
+    def embed_images(self, tower: Any, vision: Vision) -> Sequence[Tensor]:
+        """[tokens, D] of each image, one token a merged patch."""
+        pixels, grids = vision["pixel_values"].to(tower.device, tower.dtype), vision["image_grid_thw"]
+        embedded = tower(pixels, grid_thw=grids.to(tower.device), return_dict=True).pooler_output
+        return embedded.split((grids.prod(-1) // tower.spatial_merge_size**2).tolist())
 
     def published_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
@@ -86,26 +100,30 @@ class Qwen2_5_VL(CausalLM):
             )
         return list(row.messages)
 
-    def _embedded(self, model: Any, packed: Packed, cache: ImageCache | None, part: Slice) -> Tensor:
-        """[t, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
-
-        transformers' own forward pass counts those too, and refuses the sample.
-        """
-        embedded = model.get_input_embeddings()(part.cut(packed.input_ids).to(model.device))
-        if not packed.vision:
+    def _embedded(self, model: Any, token_ids: Tensor, in_prompt: Tensor, vision: Sequence[Vision], part: Slice) -> Tensor:
+        """[t, D] of tokens [T]; the images of `vision` fill the placeholders that are `in_prompt` [T], in order."""
+        embedded = model.get_input_embeddings()(part.cut(token_ids).to(model.device))
+        if not vision:
             return embedded
-        encode = partial(_encoded, model, part)
-        if cache is None:
-            images = [image for prompt in encode(packed.vision) for image in prompt]
-        else:
-            images = cache.embed(packed.vision, encode)
-        in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
-        for segment in packed.segments:
-            in_prompt[segment.start : segment.start + segment.prompt] = True
-        places = (in_prompt & (packed.input_ids == self.processor.image_token_id)).nonzero()[:, 0]
+        images = self._images(model, vision, part)
+        places = (in_prompt & (token_ids == self.processor.image_token_id)).nonzero()[:, 0]
         held = part.held(places)
-        here = torch.cat(images)[held.to(model.device)].to(embedded.dtype)
+        here = images[held.to(model.device)].to(embedded.dtype)
         return embedded.index_copy(0, (places[held] - part.start).to(model.device), here)
+
+    def _images(self, model: Any, vision: Sequence[Vision], part: Slice) -> Tensor:
+        """[tokens, D] of all images: as they have been read, or as the tower reads them now. The ranks that share the row share
+        them out."""
+        if "image_embeds" in vision[0]:
+            return torch.cat([prompt["image_embeds"] for prompt in vision]).to(model.device)
+        tower, grids = self.vision_tower(model), torch.cat([prompt["image_grid_thw"] for prompt in vision])
+        pixels = torch.cat([prompt["pixel_values"] for prompt in vision]).split(grids.prod(-1).tolist())
+
+        def read(images: Sequence[int]) -> Sequence[Tensor]:
+            chosen = torch.cat([pixels[image] for image in images])
+            return self.embed_images(tower, {"pixel_values": chosen, "image_grid_thw": grids[images]})
+
+        return torch.cat(part.dealt((grids.prod(-1) // tower.spatial_merge_size**2).tolist(), read))
 
     def _template_ids(self, row: Row) -> list[int]:
         token_ids = super()._template_ids(row)
@@ -148,20 +166,6 @@ def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: S
         done += text + axes[-1].shape[1]
     axes.append(torch.arange(position, position + len(token_ids) - done).expand(3, -1))
     return torch.cat(axes, dim=1)
-
-
-def _encoded(model: Any, part: Slice, prompts: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
-    """By prompt, the embeddings [tokens, D] of each of its images."""
-    grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts])
-    pixels = torch.cat([prompt["pixel_values"] for prompt in prompts]).split(grids.prod(-1).tolist())
-
-    def read(images: Sequence[int]) -> Sequence[Tensor]:
-        chosen = torch.cat([pixels[image] for image in images]).to(model.device)
-        return model.get_image_features(chosen, grids[images].to(model.device), return_dict=True).pooler_output
-
-    tokens = grids.prod(-1) // model.visual.spatial_merge_size**2
-    embeddings = iter(part.dealt(tokens.tolist(), read))
-    return [[next(embeddings) for _ in prompt["image_grid_thw"]] for prompt in prompts]
 
 
 def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:

@@ -43,13 +43,12 @@ def main(file: str, steps: int) -> None:
     from rlcore.interruption import Interruption
     from rlcore.metrics import Clock
     from rlcore.placement import Here, Placement, Pool
-    from rlcore.pulse import Pulse
     from rlcore.rewards.runner import RewardFunctions
     from rlcore.worker import ROLES, Policy, Worker
 
     with Interruption() as interruption:
         policy = Policy(config, backend)
-        worker = Worker(policy, Pulse())
+        worker = Worker(policy)
         placement = Placement(config, dict.fromkeys(ROLES, Pool([Here(worker)])))
         placement.load("grpo")
         placement.start_engines()
