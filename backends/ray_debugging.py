@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 
+from rlcore.errors import PluginError
+
 CHOICES = ("RAY_DEBUG", "RAY_DEBUG_POST_MORTEM")
 CONTROLLER = {"RAY_DEDUP_LOGS_ALLOW_REGEX": "debugger is listening on"}
 """For the controller, before it imports ray: without it only the first of several waiting workers says its address."""
-MISSING = "{}=1 asks for the debugger and debugpy is not installed, so no worker waits; install requirements/ray.txt everywhere"
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
@@ -25,7 +26,9 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return quiet | {name: given[name] for name in CHOICES if name in given}
 
 
-def caution(given: Mapping[str, str]) -> str | None:
-    """What to warn of where the debugger is asked for and cannot come."""
+def check(given: Mapping[str, str]) -> None:
+    """PluginError where the debugger is asked for and cannot come: nobody would wait, and the run would go on."""
     asked = [name for name in CHOICES if given.get(name) == "1"]
-    return MISSING.format(asked[0]) if asked and importlib.util.find_spec("debugpy") is None else None
+    if asked and importlib.util.find_spec("debugpy") is None:
+        command = "pip install -r requirements/ray.txt"
+        raise PluginError(f"{asked[0]}=1: debugpy is not installed; on every node {command}")

@@ -75,4 +75,5 @@ def died(who: str, where: str, method: str, error: RayActorError) -> WorkerDied:
         cause = "killed (for want of memory, if dmesg on that node says so) or crashed (then its log has the stacks)"
     else:
         cause = said
-    return WorkerDied(f"{who} ({where}) died in `{method}`: {cause}; --resume goes on from the last checkpoint")
+    again = "--resume, or placement.max_restarts, goes on from the last checkpoint"
+    return WorkerDied(f"{who} ({where}) died in `{method}`: {cause}; {again}")

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from bdb import BdbQuit
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 LAUNCHER = "ray"
 RECORD = "config.yaml"  # a folder that holds one holds a run
+ALONE = (
+    "placement.kind=local", "placement.devices=1", "placement.pools={}", "placement.max_staleness=0", "placement.options={}",
+    "placement.stall_seconds=0", "sharding.replicas=1", "sharding.sequence_parallel=1", "rollout.tensor_parallel=1",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RlcoreError as error:
         print(f"rlcore: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BdbQuit):
         print("rlcore: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -71,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         ("sft", "rlcore.sft", "supervised training alone: the sft section"),
         ("dpo", "rlcore.dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
     ):
-        _add_run_folder(_command(commands, name, partial(_train, module), what))
+        command = _command(commands, name, partial(_train, module), what)
+        _add_run_folder(command)
+        command.add_argument("--debug", action="store_true", help="the same job in this process alone; breakpoint() is pdb")
     launch = _command(commands, "launch", _launch, "train over the devices of several nodes: the same line on each of them")
     _add_run_folder(launch)
     launch.add_argument("--train", choices=("grpo", "sft", "dpo"), default="grpo", help="what the head runs; default: grpo")
@@ -87,7 +94,7 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the run file's")
     installed = ", ".join(registry.names("backends"))
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, debug=False)
     return command
 
 
@@ -109,7 +116,7 @@ def _add_launcher_options(command: argparse.ArgumentParser) -> None:
 
 def _load(options: argparse.Namespace) -> RunConfig:
     chosen = [f"backend.name={options.backend}"] if options.backend else []
-    config = configuration.load(options.file, [*options.overrides, *chosen])
+    config = configuration.load(options.file, [*options.overrides, *chosen, *(ALONE if options.debug else ())])
     _check_installed(config)
     return config
 

@@ -27,7 +27,10 @@ _DEBUGGER = (("/pdb.py", "interaction"), ("/pydevd.py", "_do_wait_suspend"), ("/
 
 
 class Stalled(BaseException):
-    """Raised in the main thread. No Exception: what forgives a reward its errors must not forgive this."""
+    """Raised in the main thread. No Exception: what forgives a reward its errors must not forgive this.
+
+    It ends every wait that Python knows of (locks, futures, sleep); a wait in foreign code may ignore it, and is killed.
+    """
 
 
 class Watch:

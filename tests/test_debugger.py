@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import os
-import re
-import secrets
-import shutil
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 import urllib.error
 import urllib.request
 from itertools import count
+from pdb import Pdb
 
-import psutil
 import pytest
+import yaml
+from ray_jobs import PATIENCE, Job
 from rlcore_backends import ray_debugging
+
+from rlcore import cli
+from rlcore.errors import PluginError
+from rlcore.pulse import Place, observe
+from rlcore.watch import Report
 
 pytest.importorskip("ray", reason="needs requirements/ray.txt")
 pytest.importorskip("debugpy", reason="needs requirements/ray.txt")
 
-PATIENCE = 45  # seconds for anything one waits for
 JOB = '''
 import os, sys
 from rlcore_backends import ray_debugging
 os.environ.update(ray_debugging.CONTROLLER)
 import ray
+from rlcore.pulse import publish
 
 class Worker:
+    def show(self):
+        self.pulse, place = publish("worker", "here")
+        return place.pid, place.pulse, place.stacks
+
     def multiply(self, factor):
         product = 7 * factor
         breakpoint()
@@ -51,6 +56,7 @@ settings = ray.init(
 )
 print(f"dashboard {settings.dashboard_url}", flush=True)
 pool = [ray.remote(num_cpus=1)(Worker).remote() for _ in range(workers)]
+print("shown", *ray.get(pool[0].show.remote()), flush=True)
 try:
     print("answers", ray.get([getattr(worker, method).remote(6 + rank) for rank, worker in enumerate(pool)]), flush=True)
 except ValueError as error:
@@ -58,69 +64,13 @@ except ValueError as error:
 '''
 
 
-class Job:
-    """The program above in a process of its own, and what it has said."""
-
-    def __init__(self, folder, method, workers, variables):
-        (folder / "job.py").write_text(JOB, encoding="utf-8")
-        self.cluster = tempfile.mkdtemp(prefix="rlcore-")  # short: sockets lie in it
-        self.token = secrets.token_hex(16)
-        self.process = subprocess.Popen(
-            [sys.executable, str(folder / "job.py"), method, str(workers), self.cluster], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env=os.environ | {"RAY_AUTH_TOKEN": self.token} | variables,
-        )  # fmt: skip
-        self.said = []
-        self.limit = threading.Timer(2 * PATIENCE, self.kill)  # a job that waits for ever ends the lines it is asked for
-        self.limit.start()
-
-    def line(self, pattern):
-        """The match in the first line that has one from here on."""
-        for line in self.process.stdout:
-            self.said.append(line)
-            if match := re.search(pattern, line):
-                return match
-        raise AssertionError(f"the job ended without {pattern!r}:\n{''.join(self.said)}")
-
-    def end(self):
-        """Its exit status, when every process of its cluster is gone."""
-        status = self.process.wait(PATIENCE)
-        limit = time.monotonic() + PATIENCE
-        while left := processes_with(self.token):
-            assert time.monotonic() < limit, left
-            time.sleep(0.1)
-        return status
-
-    def stop(self):
-        self.limit.cancel()
-        self.kill()
-        shutil.rmtree(self.cluster, ignore_errors=True)
-
-    def kill(self):
-        for process in processes_with(self.token):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def processes_with(token):
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RAY_AUTH_TOKEN") == token:
-                found.append(process)
-    return found
-
-
 @pytest.fixture
 def job(tmp_path):
-    jobs = []
-
-    def start(method, workers, **variables):
-        jobs.append(Job(tmp_path, method, workers, variables))
-        return jobs[-1]
-
-    yield start
-    for one in jobs:
-        one.stop()
+    (tmp_path / "job.py").write_text(JOB, encoding="utf-8")
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="rlcore-") as folder:  # short: sockets lie in it
+        yield lambda method, workers, **variables: stack.enter_context(
+            Job(tmp_path / "job.py", method, workers, folder, **variables)
+        )
 
 
 class Client:
@@ -188,9 +138,14 @@ def waiting_workers(dashboard, token):
         return {worker["debugger_port"]: worker for worker in json.load(answer)["data"]["result"]["result"]}
 
 
+def held(place):
+    return Report(1.0, [observe(place, with_stacks=True)]).held
+
+
 def test_every_worker_at_a_breakpoint_says_where_shows_its_variables_and_goes_on(job):
     running = job("multiply", workers=2)
     dashboard = running.line(r"^dashboard (\S+)")[1]
+    shown = Place("worker", "here", *map(int, running.line(r"^shown (\d+) (\d+) (\d+)").groups()))
     places = sorted({running.line(LISTENING).groups() for _ in range(2)})
     assert len(places) == 2, "each of the two says its own"
 
@@ -199,10 +154,12 @@ def test_every_worker_at_a_breakpoint_says_where_shows_its_variables_and_goes_on
     listed = waiting_workers(dashboard, running.token)
     assert sorted((worker["ip"], str(port)) for port, worker in listed.items()) == places
 
+    assert held(shown), "a worker that waits is not taken for one that hangs"
     seen = set()
     for host, port in places:
         client = Client(host, int(port))
         assert client.stopped["reason"] == "breakpoint"
+        assert held(shown) or seen, "nor one that is looked at"
         variables = client.variables("multiply")
         seen.add((variables["factor"], variables["product"]))
         client.go_on()
@@ -222,6 +179,44 @@ def test_a_worker_that_fails_waits_with_its_variables_and_then_the_error_arrives
     assert running.end() == 0
 
 
+def looked_at(response, answer, fields):
+    breakpoint()
+    return 1.0
+
+
+@pytest.fixture
+def debug(tmp_path, tiny_llama, monkeypatch, capsys):
+    """Runs a job of many workers with --debug and types this at the prompt of pdb; its status, stdout and stderr."""
+    settings = {
+        "model": {"path": str(tiny_llama)}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+        "rollout": {"engine": "torch", "max_new_tokens": 2, "tensor_parallel": 2}, "sharding": {"replicas": 2},
+        "placement": {"kind": "ray", "devices": 2}, "reward": [{"name": f"{__name__}.looked_at"}],
+        "algorithm": {"group_size": 2}, "logging": {"tensorboard": False}, "backend": {"options": {"threads": 1}},
+        "train": {"steps": 1, "prompts_per_step": 1, "max_tokens_per_microbatch": 256},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(sys, "breakpointhook", lambda: Pdb().set_trace(sys._getframe(1)))  # pdb.set_trace is pytest's here
+
+    def run(typed):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()
+        status = cli.main(["grpo", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"), "--debug"])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_debug_runs_a_job_of_many_workers_in_one_process_where_a_breakpoint_is_pdb(debug):
+    status, out, said = debug("p 'the answer is', answer\ncontinue\n" * 2)
+    assert status == 0, said
+    assert out.count("(Pdb) ('the answer is', ") == 2 and "step 1/1" in out
+
+
+def test_leaving_pdb_leaves_the_run_even_from_a_reward(debug):
+    status, _, said = debug("quit\n")
+    assert status == 130 and said.endswith("rlcore: interrupted\n")
+
+
 def test_what_was_chosen_for_the_controller_travels_to_the_workers():
     given = {"RAY_DEBUG": "legacy", "RAY_DEBUG_POST_MORTEM": "1", "HOME": "/home/somebody"}
     sent = ray_debugging.environment(given)
@@ -229,9 +224,9 @@ def test_what_was_chosen_for_the_controller_travels_to_the_workers():
     assert not {"RAY_DEBUG", "RAY_DEBUG_POST_MORTEM"} & set(ray_debugging.environment({})), "ray's own defaults stand"
 
 
-def test_a_debugger_that_is_asked_for_and_missing_is_said(monkeypatch):
-    assert ray_debugging.caution({"RAY_DEBUG_POST_MORTEM": "1"}) is None
+def test_a_debugger_that_is_asked_for_and_missing_is_an_error(monkeypatch):
+    ray_debugging.check({"RAY_DEBUG_POST_MORTEM": "1"})
     monkeypatch.setitem(sys.modules, "debugpy", None)  # as where it is not installed
-    assert ray_debugging.caution({}) is None and ray_debugging.caution({"RAY_DEBUG": "0"}) is None
-    said = ray_debugging.caution({"RAY_DEBUG_POST_MORTEM": "1"})
-    assert said.startswith("RAY_DEBUG_POST_MORTEM=1 asks for the debugger") and said.endswith("requirements/ray.txt everywhere")
+    ray_debugging.check({"RAY_DEBUG": "0"})
+    with pytest.raises(PluginError, match=r"^RAY_DEBUG_POST_MORTEM=1: debugpy is not installed; on every node pip install"):
+        ray_debugging.check({"RAY_DEBUG_POST_MORTEM": "1"})

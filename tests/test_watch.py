@@ -8,10 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 
 import pytest
+import yaml
+from ray_jobs import Job
 
+from rlcore import cli
+from rlcore.errors import WorkerDied
+from rlcore.placement import results
 from rlcore.pulse import Condition, Place, Progress, Pulse, observe
 from rlcore.watch import Report, Stillness
 
@@ -140,6 +147,24 @@ def test_no_limit_is_no_watch(tmp_path):
     assert run(0, "slow_but_moving", tmp_path)[0] == 0
 
 
+def test_a_reward_that_hangs_ends_the_run_it_is_in(tmp_path, tiny_llama, capsys):
+    settings = {
+        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64}, "rollout": {"engine": "torch", "max_new_tokens": 2},
+        "reward": [{"name": f"{__name__}.hangs"}], "placement": {"stall_seconds": 2.0},
+        "train": {"prompts_per_step": 1, "max_tokens_per_microbatch": 256}, "logging": {"tensorboard": False},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert cli.main(["grpo", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]) == 1
+    *_, headline = capsys.readouterr().err.splitlines()
+    assert headline.startswith("rlcore: nothing has moved for 2 s (placement.stall_seconds); the controller is in reward for ")
+    assert re.search(r"at hangs \(test_watch.py:\d+\); every stack: .*/run/stall-.*\.txt$", headline)
+
+
+def hangs(response, answer, fields):
+    time.sleep(60)
+
+
 # what is seen of a worker
 
 
@@ -252,3 +277,94 @@ def test_stillness_is_the_time_since_any_process_moved():
     assert still.seconds([seen("a", 5), seen("b", 6)], 105.0) == 0
     assert still.seconds([seen("a", 5), seen("b", 0)], 107.0) == 2, "nothing known of it is no movement"
     assert still.seconds([seen("a", 5), seen("b", 6)], 108.0) == 3, "and neither is what was known before"
+
+
+def test_of_a_death_and_what_it_broke_in_the_others_the_death_is_told():
+    broken, dead, waiting = Future(), Future(), Future()
+    broken.set_exception(RuntimeError("connection closed by peer"))
+    threading.Timer(0.3, dead.set_exception, [WorkerDied("worker 1 died")]).start()
+    threading.Timer(0.6, waiting.set_exception, [RuntimeError("connection closed by peer")]).start()
+    with pytest.raises(WorkerDied, match="worker 1 died"):
+        results([broken, dead, waiting])
+
+
+# on Ray
+
+PAIR = '''
+import re, sys
+from pathlib import Path
+import ray, torch
+from rlcore.errors import RunError
+from rlcore.placement import results
+from rlcore.pulse import publish
+from rlcore.watch import Watch
+from rlcore_backends.ray_watch import Observers
+
+@ray.remote
+class Worker:
+    def show(self, rank, file):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+        self.pulse, place = publish(f"worker {rank}", ray.util.get_node_ip_address())
+        return ray.get_runtime_context().get_node_id(), place
+
+    def update(self, rank):
+        with self.pulse.stage("update"):
+            if rank == 1:
+                never_lets_go()
+            torch.distributed.all_reduce(torch.ones(1))
+
+def never_lets_go():
+    re.match("(a+)+$", 40 * "a" + "b")
+
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20)
+workers, folder, observers = [Worker.remote() for _ in range(2)], Path(sys.argv[1]), Observers()
+for node, place in ray.get([worker.show.remote(rank, folder / "meeting") for rank, worker in enumerate(workers)]):
+    observers.add(node, place)
+try:
+    with Watch(4.0, folder) as watch:
+        watch.workers = observers.look
+        try:
+            results([worker.update.remote(rank).future() for rank, worker in enumerate(workers)])
+        finally:
+            observers.close()
+            ray.shutdown()
+except RunError as error:
+    print(error, flush=True)
+    sys.exit(error.status)
+'''
+
+
+@pytest.fixture
+def ray():
+    pytest.importorskip("ray", reason="needs requirements/ray.txt")
+
+
+def test_a_collective_that_one_worker_never_joins_ends_in_a_report_that_names_it(tmp_path, ray):
+    (tmp_path / "pair.py").write_text(PAIR, encoding="utf-8")
+    with Job(tmp_path / "pair.py", tmp_path) as job:
+        job.line("^  controller, ")
+        began = time.monotonic()
+        said = job.line("^nothing has moved.*").group()
+        assert job.end() == 1 and time.monotonic() - began < 20
+    report = next(tmp_path.glob("stall-*.txt")).read_text(encoding="utf-8")
+    assert "; worker 0 waits in a collective for worker 1 (in update for " in said and "at never_lets_go (pair.py:" in said
+    parts = {part.split(",")[0]: part for part in report.split("\n== ")[1:]}
+    assert list(parts) == ["controller", "worker 0", "worker 1"]
+    assert "in all_reduce" in parts["worker 0"] and "in never_lets_go" in parts["worker 1"]
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_name(tmp_path, tiny_llama, ray):
+    settings = {
+        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64}, "rollout": {"engine": "torch", "max_new_tokens": 8},
+        "reward": [{"name": "math"}], "placement": {"kind": "ray", "devices": 2}, "logging": {"tensorboard": False},
+        "train": {"steps": 1000, "prompts_per_step": 2, "max_tokens_per_microbatch": 512},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with Job("-m", "rlcore.cli", "grpo", tmp_path / "run.yaml", "--run-dir", tmp_path / "run") as job:
+        job.line("^step 2/")
+        victim, _ = job.processes("ray::Process")
+        victim.kill()
+        began = time.monotonic()
+        job.line(rf"^rlcore: worker \d of 2 \(pid {victim.pid} on [\d.]+\) died in `\w+`: killed .* --resume")
+        assert job.end() == 1 and time.monotonic() - began < 20

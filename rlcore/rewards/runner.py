@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from bdb import BdbQuit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,8 @@ class RewardFunctions:
         for term in self.terms:
             try:
                 parts[term.name] = _number(term.function(sample.text, row.answer, row.fields))
+            except BdbQuit:  # who looks into a reward has had enough
+                raise
             except Exception as error:
                 status = "timeout" if isinstance(error, TimeoutError) else "error"
                 detail = f"reward {term.name!r}, row {row.id}: {type(error).__name__}: {error}"
