@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -22,6 +23,7 @@ from rlcore.errors import ConfigError, RlcoreError
 from rlcore.placement import Placement, Pool, results
 from rlcore.protocols import Backend
 from rlcore.pulse import Place, publish
+from rlcore.rewards.worker import RewardWorker
 from rlcore.watch import Watch
 from rlcore.worker import Policy, Worker
 
@@ -45,7 +47,7 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
     total = sum(devices for _, devices, _ in config.pools())
     started = _connect(options, policy.backend, total)
     backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
-    opened: list[_Devices] = []
+    opened: list[_Devices | _Scorers] = []
     observers = Observers()
     watch.workers = observers.look
 
@@ -64,6 +66,9 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
             pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1)
             pools |= dict.fromkeys(roles, pool)
         _link(pools["actor"], pools["rollout"])
+        if config.placement.reward_workers:
+            opened.append(_Scorers(config, observers))
+            pools["reward"] = Pool(opened[-1].members)
         return Placement(config, pools, close)
     except BaseException:
         close()
@@ -85,6 +90,11 @@ class Process:
         from transformers.utils import logging  # after the backend has made it importable
 
         logging.disable_progress_bar()
+
+    def open_rewards(self, config: RunConfig, path: Sequence[str]) -> None:
+        """`path`: where the controller finds modules, which a reward may be in."""
+        sys.path += [folder for folder in path if folder not in sys.path]
+        self.worker = RewardWorker(config.reward)
 
     def meeting_place(self) -> str:
         """A free port of this node."""
@@ -148,6 +158,14 @@ class Remote:
         return died(self.name, self.where, method, error) if isinstance(error, RayActorError) else error
 
 
+def _show(members: Sequence[Remote], observers: Observers) -> None:
+    """From now on they are watched, and messages say where they are."""
+    shown = results([member.ask("show", member.name) for member in members])
+    for member, (node, place) in zip(members, shown, strict=True):
+        member.where = str(place)
+        observers.add(node, place)
+
+
 def _link(actor: Pool, rollout: Pool) -> None:
     """What weights travel through, where engines are in another pool."""
     if actor is not rollout:
@@ -196,15 +214,35 @@ class _Devices:
         config = config.model_copy(update={"backend": chosen})
         size, kind = len(self._processes), " ".join(["worker", *setting.split(".")[2:-1]])
         members = [Remote(process, f"{kind} {rank} of {size}") for rank, process in enumerate(self._processes)]
-        shown = results([member.ask("show", member.name) for member in members])
-        for member, (node, place) in zip(members, shown, strict=True):
-            member.where = str(place)
-            observers.add(node, place)
+        _show(members, observers)
         results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
         if size > 1:
             address = members[0].ask("meeting_place").result()
             results([member.ask("join", rank, size, address) for rank, member in enumerate(members)])
         return members
+
+
+class _Scorers:
+    """Workers that score: on any node, in what its devices leave of its processors."""
+
+    def __init__(self, config: RunConfig, observers: Observers) -> None:
+        count = config.placement.reward_workers
+        environment = {"env_vars": ray_debugging.environment(os.environ)}
+        self._processes = [
+            ray.remote(Process).options(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=environment).remote()
+            for _ in range(count)
+        ]
+        self.members = [Remote(process, f"reward worker {n} of {count}") for n, process in enumerate(self._processes)]
+        try:
+            _show(self.members, observers)
+            results([member.ask("open_rewards", config, sys.path) for member in self.members])
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        for process in self._processes:
+            ray.kill(process)
 
 
 def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:

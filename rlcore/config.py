@@ -328,6 +328,8 @@ class PlacementConfig(Strict):
     """Of one pool that hosts every role."""
     pools: dict[str, PoolConfig] = {}
     """Several pools by name, each role in one of them, instead of devices."""
+    reward_workers: NonNegativeInt = 0
+    """Processes without a device that score samples while engines go on; 0 scores in the controller."""
     max_staleness: Literal[0, 1] = 0
     """1 samples the next step while this one updates, with the weights of before."""
     offload: list[Literal["parameters", "optimizer", "reference", "engine", "vision"]] = []
@@ -354,6 +356,8 @@ class PlacementConfig(Strict):
             raise ValueError("devices: each pool says its own; remove one of placement.devices and placement.pools")
         if self.kind == "local" and (self.pools or self.devices > 1):
             raise ValueError("kind: local is one process on one device; set placement.kind=ray for more, or for several pools")
+        if self.kind == "local" and self.reward_workers:
+            raise ValueError(f"reward_workers: {self.reward_workers} need placement.kind=ray; set it, or remove them")
         if self.max_staleness and not self.apart:
             raise ValueError("max_staleness: 1 needs actor and rollout in different pools, so that both can work at a time")
         return self

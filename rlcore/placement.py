@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,10 +22,11 @@ from rlcore import critic, registry
 from rlcore.config import RunConfig
 from rlcore.errors import RlcoreError, WorkerDied
 from rlcore.learner import Tally, combined
-from rlcore.metrics import Span
+from rlcore.metrics import Clock, Span
 from rlcore.packing import deal
+from rlcore.protocols import Reward
 from rlcore.recipe import Recipe, recipe
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling, Score
 from rlcore.watch import Watch
 from rlcore.worker import ROLES, Policy, Worker
 
@@ -155,6 +157,38 @@ class PooledCritic:
         return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
 
 
+class Scorer(Protocol):
+    def begin(self, group: Group) -> Future[list[Score]]:
+        """Of the group's samples, in order."""
+        ...
+
+
+class InlineReward:
+    """Scores in this process, at once."""
+
+    def __init__(self, reward: Reward, clock: Clock) -> None:
+        self.reward, self.clock = reward, clock
+
+    def begin(self, group: Group) -> Future[list[Score]]:
+        future: Future[list[Score]] = Future()
+        with self.clock.span("reward"):
+            future.set_result(self.reward.score([group])[0])
+        return future
+
+
+class PooledReward:
+    """Workers take turns."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._turns = cycle(pool.members)
+
+    def begin(self, group: Group) -> Future[list[Score]]:
+        """Without what only models read."""
+        row = replace(group.prompt.row, images=())
+        bare = replace(group.prompt, row=row, vision=None, position_ids=None)
+        return next(self._turns).call("score", replace(group, prompt=bare))
+
+
 class PooledEncoder:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -216,17 +250,23 @@ class Placement:
     """The roles of a run, and the weights that pass between them."""
 
     def __init__(self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None) -> None:
-        """`pools`: of each role; `close` ends their workers."""
+        """`pools`: of each role, and of rewards if they have one; `close` ends their workers."""
         self.config, self._of, self._close = config, pools, close
-        self.pools = list(dict.fromkeys(pools.values()))
+        self.pools = list(dict.fromkeys(pool for role, pool in pools.items() if role != "reward"))
+        self.reward = PooledReward(pools["reward"]) if "reward" in pools else None
         self.rollout = PooledRollout(pools["rollout"], config.rollout.tensor_parallel)
         self.version = 0
         self.receipt: Receipt | None = None  # of the weights the engines serve
-        self._late = {member: _clock_difference(member) for pool in self.pools for member in pool.members}
+        self._late = {member: _clock_difference(member) for pool in set(pools.values()) for member in pool.members}
+
+    @property
+    def compares_elsewhere(self) -> bool:
+        """Whether reference and actor can work at a time."""
+        return self._of["reference"] is not self._of["actor"]
 
     @property
     def devices(self) -> int:
-        return len(self._late)
+        return sum(len(pool.members) for pool in self.pools)
 
     def __enter__(self) -> Placement:
         return self
@@ -240,7 +280,7 @@ class Placement:
     def load(self, task: str, folder: Path | None = None) -> None:
         """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
         way, cap = recipe(task, self.config), self.config.train.max_tokens_per_microbatch
-        results([member.call("load", task, folder) for member in self._late])
+        results([member.call("load", task, folder) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
         self.actor = PooledActor(self._of["actor"], way, cap)
         self.reference = PooledReference(self._of["reference"], "reference_logprobs", cap) if way.compared else None

@@ -10,9 +10,10 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from rlcore import checkpoint, metrics, sft
 from rlcore.algorithms import dapo
@@ -23,13 +24,14 @@ from rlcore.console import Console, grpo_line
 from rlcore.data import PromptSource, encode_all, load_rows
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
-from rlcore.placement import Placement, start
-from rlcore.protocols import Backend, Reward
+from rlcore.placement import InlineReward, Placement, Scorer, results, start
+from rlcore.protocols import Backend
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Group, Metrics, Outcome, Prompt, Receipt, Sampling, Score
 from rlcore.watch import Watch
 from rlcore.worker import Policy
 
+T = TypeVar("T")
 EVALUATION_SEED = 1 << 40  # far from every step's
 
 
@@ -71,7 +73,7 @@ class Sampler:
     """Draws a step's prompts, samples and scores them."""
 
     placement: Placement
-    reward: Reward
+    reward: Scorer
     source: PromptSource
     config: RunConfig
     clock: metrics.Clock
@@ -100,12 +102,13 @@ def learn(
     """Compare and update."""
     kept = sampled.kept
     batch = replace(Batch.of(kept.groups), kl_coef=kl_coef)
-    if placement.reference is not None:
-        batch = replace(batch, ref_logprobs=placement.reference.logprobs(batch))
+    compared = compared_with(placement, batch)
     if needs_old_logprobs(config):
         batch = replace(batch, old_logprobs=placement.actor.logprobs(batch))
     if placement.critic is not None:
         batch = replace(batch, values=placement.critic.values(batch))
+    if compared is not None:
+        batch = replace(batch, ref_logprobs=compared.result())
     with clock.span("adv"):
         outcome = outcome_of(batch, kept.scores, config)
         batch = with_advantages(batch, outcome, config.algorithm)
@@ -116,8 +119,33 @@ def learn(
     return Iteration(batch, kept.scores, outcome, sampled.replaced, sampled.receipt, update)
 
 
+def compared_with(placement: Placement, batch: Batch) -> Future[Tensor] | None:
+    """The reference's log-probabilities, if there is one; on devices of its own it works while the actor does."""
+    reference = placement.reference
+    if reference is None:
+        return None
+    return begun(lambda: reference.logprobs(batch), "reference", placement.compares_elsewhere)
+
+
+def begun(work: Callable[[], T], name: str, apart: bool = True) -> Future[T]:
+    """`apart`: in a thread of its own; otherwise it is done when this returns."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if apart:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    else:
+        future.set_result(work())
+    return future
+
+
 def collect(
-    placement: Placement, reward: Reward, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
+    placement: Placement, reward: Scorer, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
     clock: metrics.Clock,
 ) -> tuple[Scored, Scored]:
     """A step's groups, and those that were replaced because they taught nothing (DAPO's dynamic sampling).
@@ -132,7 +160,7 @@ def collect(
         prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
         seed = config.seed + number + (refill << 32)
         drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
-        scored = scored_in_order(drawn, reward, clock)
+        scored = scored_in_order(drawn, reward)
         if not config.algorithm.max_refills:
             return scored, replaced
         signal = [dapo.has_signal(scores) for scores in scored.scores]
@@ -146,14 +174,11 @@ def collect(
     return kept, replaced
 
 
-def scored_in_order(drawn: Iterable[tuple[int, Group]], reward: Reward, clock: metrics.Clock) -> Scored:
+def scored_in_order(drawn: Iterable[tuple[int, Group]], reward: Scorer) -> Scored:
     """Each group as it comes, while engines in other processes go on with the rest."""
-    found: dict[int, tuple[Group, list[Score]]] = {}
-    for place, group in drawn:
-        with clock.span("reward"):
-            found[place] = (group, reward.score([group])[0])
-    groups, scores = zip(*(found[place] for place in sorted(found)), strict=True)
-    return Scored(list(groups), list(scores))
+    begun = {place: (group, reward.begin(group)) for place, group in drawn}
+    in_order = [begun[place] for place in sorted(begun)]
+    return Scored([group for group, _ in in_order], results([scores for _, scores in in_order]))
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
@@ -183,15 +208,16 @@ class Evaluation:
 
 
 def evaluate(
-    placement: Placement, reward: Reward, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock
+    placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock
 ) -> Evaluation:
     """Every held-out row once, under the evaluation's own sampling."""
     assert config.evaluation is not None
     with clock.span("evaluate"):
         placement.sync_weights()
         prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
-        groups = placement.rollout.generate(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
-        return Evaluation(groups, reward.score(groups))
+        drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
+        scored = scored_in_order(drawn, reward)
+        return Evaluation(scored.groups, scored.scores)
 
 
 def train(
@@ -211,7 +237,7 @@ def train(
         held_out = _held_out(policy)
         if config.sft:
             sft.check_targets(source.rows, policy)
-        reward = RewardFunctions(config.reward)
+        rewards = RewardFunctions(config.reward)
         warm = folder / "sft" if config.sft else None
         with start(policy, watch) as placement:
             first = sft.missing(warm)
@@ -224,6 +250,7 @@ def train(
                 placement.load("grpo", sft.result(warm))
             done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
             clock = metrics.Clock(watch.pulse)
+            reward = placement.reward or InlineReward(rewards, clock)
             Run(config, placement, reward, source, held_out, folder, console, interruption, clock, done, kl_coef).go()
 
 
@@ -231,7 +258,7 @@ class Run:
     """A run and what is known of it between two steps."""
 
     def __init__(
-        self, config: RunConfig, placement: Placement, reward: Reward, source: PromptSource, held_out: Sequence[Prompt],
+        self, config: RunConfig, placement: Placement, reward: Scorer, source: PromptSource, held_out: Sequence[Prompt],
         folder: Path, console: Console, interruption: Interruption, clock: metrics.Clock, done: int, kl_coef: float,
     ) -> None:
         """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
@@ -300,16 +327,7 @@ class Run:
     def _begun(self, number: int) -> Future[Sampled]:
         """Weights first, while nobody samples; then the sampling by itself."""
         receipt = synced(self.placement, self.clock)
-        future: Future[Sampled] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(self.sample(number, receipt))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, name=f"sampling of step {number}", daemon=True).start()
-        return future
+        return begun(lambda: self.sample(number, receipt), f"sampling of step {number}")
 
     def _evaluation(self) -> Evaluation:
         """When the sampling that is under way has ended."""

@@ -44,6 +44,7 @@ class VisionEncoder:
             with self.settings.autocast():
                 vision = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
                 embedded = self.adapter.embed_images(self.tower, vision)
+            self.settings.beat()
             yield from embedded
 
 

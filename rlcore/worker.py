@@ -219,7 +219,7 @@ class Worker:
             tower = policy.adapter.vision_tower(self.actor.model)
         else:
             tower = lone_tower(policy.adapter, policy.folder, policy.tower_folder, policy.settings.device)
-        return VisionEncoder(_there(tower), policy.adapter, policy.settings, self.config.vision.images_per_batch)
+        return VisionEncoder(_there(tower), policy.adapter, self._settings(), self.config.vision.images_per_batch)
 
     def _settle(self) -> None:
         """Who holds memory now."""

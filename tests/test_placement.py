@@ -26,7 +26,7 @@ EVERYTHING_AWAY = "offload: [parameters, optimizer, reference, engine]"
 ONE = "placement={kind: ray}"
 TOGETHER = f"placement={{kind: ray, devices: 2, {EVERYTHING_AWAY}}}"
 POOLS = "{train: {roles: [actor], devices: 2}, sample: {roles: [rollout], devices: 2}, fixed: {roles: [reference]}}"
-APART = f"placement={{kind: ray, pools: {POOLS}}}"
+APART = f"placement={{kind: ray, reward_workers: 2, pools: {POOLS}}}"
 
 
 def graded(response, answer, fields):
@@ -153,6 +153,19 @@ def test_memory_of_each_phase_is_what_the_phase_needs(together, local):
     assert whole["memory/train"] == pytest.approx((4 + 1 + 1) * weights, rel=0.01), "nothing parked: sampler and reference too"
 
 
+def slow(response, answer, fields):
+    time.sleep(0.05)
+    return graded(response, answer, fields)
+
+
+def test_rewards_and_reference_take_their_time_beside_others(run):
+    """Scored in three other processes; a reference on a device of its own works while the actor does."""
+    folder = run("beside", APART, "reward.0.name=test_placement.slow", "train.epochs_per_step=2", "placement.reward_workers=3")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["timing/reward"] == pytest.approx(CALLS * 0.05 / 5 * 2, rel=0.2), "the slowest of three has two groups of five"
+    assert last["timing/reference_model"] > last["timing/non_overlap_reference_model"]
+
+
 def test_sampling_ahead_is_one_version_behind_and_no_more(run):
     pools = "{train: {roles: [actor, reference]}, sample: {roles: [rollout]}}"
     folder = run("stale", f"placement={{kind: ray, max_staleness: 1, pools: {pools}}}", "algorithm.correction=token_tis")
@@ -171,6 +184,7 @@ def test_sampling_ahead_is_one_version_behind_and_no_more(run):
         ("placement={kind: ray, devices: 3}", "3 devices cannot be split into equal parts of 2 (rollout.tensor_parallel)"),
         ("placement={kind: ray, max_staleness: 1}", "max_staleness: 1 needs actor and rollout in different pools"),
         ("placement={kind: ray, pools: {a: {roles: [actor]}}}", "no pool has the role rollout"),
+        ("placement.reward_workers=2", "placement.reward_workers: 2 need placement.kind=ray"),
         ("placement={kind: rey}", "placement.kind: none of the installed placements is called 'rey'; did you mean 'ray'?"),
     ],
 )

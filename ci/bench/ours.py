@@ -42,7 +42,7 @@ def main(file: str, steps: int) -> None:
     from rlcore import trainer
     from rlcore.interruption import Interruption
     from rlcore.metrics import Clock
-    from rlcore.placement import Here, Placement, Pool
+    from rlcore.placement import Here, InlineReward, Placement, Pool
     from rlcore.rewards.runner import RewardFunctions
     from rlcore.worker import ROLES, Policy, Worker
 
@@ -53,7 +53,8 @@ def main(file: str, steps: int) -> None:
         placement.load("grpo")
         placement.start_engines()
         clock = Clock()
-        sample = trainer.Sampler(placement, RewardFunctions(config.reward), policy.prompts(config.seed), config, clock)
+        reward = InlineReward(RewardFunctions(config.reward), clock)
+        sample = trainer.Sampler(placement, reward, policy.prompts(config.seed), config, clock)
         model = worker.actor.model
         speed = bounds.rate(model, policy.settings.compute_dtype)
         for number in range(1, steps + 1):

@@ -1,0 +1,74 @@
+"""Memory of two ranks that load SmolLM2-135M in fp32 to train it: each reads its own rows of the files, or the whole model.
+Anonymous memory, without the pages of mapped files, which processes share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import stack
+
+from rlcore import registry
+from rlcore.config import RunConfig
+
+RANKS = 2
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    stack.start()
+
+    from rlcore_backends import ray_placement
+
+    from rlcore.placement import results
+    from rlcore.watch import Watch
+    from rlcore.worker import Policy
+
+    ray_placement.Process = measured(ray_placement.Process)
+    kind = registry.load("backends", "cpu")
+    for own_rows in (True, False):
+        settings = {
+            "model": {"path": "smollm2"}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+            "rollout": {"engine": "torch"}, "backend": {"name": "cpu"}, "placement": {"kind": "ray", "devices": RANKS},
+            "sharding": {"meta_init": own_rows},
+        }  # fmt: skip
+        policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
+        with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
+            grown = results([member.ask("grown") for member in placement.pools[0].members])
+        size = grown[0][1]
+        held, most = sum(one[0] for one in grown), sum(one[2] for one in grown)
+        what = "each its own rows" if own_rows else "each the model   "
+        print(f"{what}  at most {most / size:.2f} models in all, {held / size:.2f} afterwards ({size / 1e6:.0f} MB each)")
+
+
+def measured(process: type) -> type:
+    """The same worker process, which watches its own memory."""
+
+    class Measured(process):
+        def grown(self) -> tuple[int, int, int]:
+            """Bytes: growth by loading, the model's size, and growth at the worst moment."""
+            import threading
+
+            before, most, done = anonymous(), [0], threading.Event()
+
+            def look() -> None:
+                while not done.wait(0.002):
+                    most[0] = max(most[0], anonymous())
+
+            watcher = threading.Thread(target=look)
+            watcher.start()
+            self.worker.load("grpo")
+            done.set()
+            watcher.join()
+            size = sum(weight.numel() * weight.element_size() for weight in self.worker.actor.model.parameters())
+            return anonymous() - before, size, most[0] - before
+
+    def anonymous() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    return Measured
+
+
+if __name__ == "__main__":
+    main()
