@@ -5,6 +5,8 @@ from __future__ import annotations
 from rlcore.config import RunConfig
 from rlcore.packing import plan as microbatches
 
+CAP = "train.max_tokens_per_microbatch"
+
 
 def describe(config: RunConfig, rows: int) -> str:
     """Prompts, samples, optimizer steps and micro-batches, each with the arithmetic behind it."""
@@ -12,7 +14,8 @@ def describe(config: RunConfig, rows: int) -> str:
     prompts = train.prompts_per_step
     longest_prompt, longest_response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     share = prompts // train.minibatches_per_step
-    full = [(longest_prompt, [longest_response] * group)] * share
+    ranks = _data_ranks(config)
+    full = [(longest_prompt, [longest_response] * group)] * -(-share // ranks)
     cap = train.max_tokens_per_microbatch
     most = len(microbatches(full, cap))
     longest = longest_prompt + longest_response
@@ -21,13 +24,15 @@ def describe(config: RunConfig, rows: int) -> str:
         ("prompts a step", f"{prompts} (train.prompts_per_step)"),
         ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
         ("optimizer steps a step", _optimizer_steps(config) + f", {share * group} samples each"),
-        ("micro-batches an optimizer step", f"at most {most}, none above {cap} tokens (train.max_tokens_per_microbatch)"),
+        ("micro-batches an optimizer step", f"at most {most}{_each(ranks)}, none above {cap} tokens ({CAP})"),
         ("longest sample", f"{longest} tokens = {longest_prompt} prompt + {longest_response} response"),
         ("steps", f"{train.steps} (train.steps)"),
         ("prompts in all", f"{train.steps * prompts} = {train.steps * prompts / rows:.2f} passes over the training rows"),
         ("samples in all", f"{train.steps * prompts * group}"),
         ("optimizer steps in all", f"{train.steps * train.epochs_per_step * train.minibatches_per_step}"),
     ]  # fmt: skip
+    if config.placement.kind != "local":
+        lines.append(("devices", _devices(config)))
     if config.sft:
         examples = config.sft.steps * config.sft.rows_per_step
         lines.insert(0, ("warm start", f"{config.sft.steps} supervised steps x {config.sft.rows_per_step} rows = {examples}"))
@@ -42,6 +47,24 @@ def _optimizer_steps(config: RunConfig) -> str:
     if epochs == 1:
         return f"{minibatches} (train.minibatches_per_step)"
     return f"{epochs * minibatches} = {epochs} passes (train.epochs_per_step) x {minibatches} (train.minibatches_per_step)"
+
+
+def _data_ranks(config: RunConfig) -> int:
+    """Parts that a batch is dealt into: the actor's devices, less those that share a row."""
+    devices = next(devices for _, devices, roles in config.pools() if "actor" in roles)
+    return devices // config.sharding.sequence_parallel
+
+
+def _each(ranks: int) -> str:
+    return f" on each of {ranks} ranks" if ranks > 1 else ""
+
+
+def _devices(config: RunConfig) -> str:
+    pools = config.pools()
+    idle = {"reference"} if not config.algorithm.kl_coef and not config.dpo else set()
+    idle |= set() if config.model.images_are_read_once else {"vision"}
+    parts = [f"{devices} for {', '.join(sorted(roles - idle))}" for _, devices, roles in pools]
+    return f"{sum(devices for _, devices, _ in pools)} = {' + '.join(parts)} ({config.placement.kind})"
 
 
 def _evaluations(config: RunConfig) -> str:

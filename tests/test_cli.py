@@ -327,6 +327,16 @@ def test_show_prints_every_setting_with_overrides_before_and_after_options(tmp_p
     assert shown["optimizer"]["betas"] == [0.9, 0.999]
 
 
+def test_plan_says_what_each_device_is_for(start):
+    pools = "{train: {roles: [actor], devices: 4}, sample: {roles: [rollout], devices: 2}}"
+    status, out, _, _ = start(
+        "train.prompts_per_step=8", f"placement={{kind: ray, pools: {pools}}}", "algorithm.kl_coef=0", command="plan"
+    )
+    assert status == 0
+    assert "6 = 4 for actor + 2 for rollout (ray)" in out
+    assert "on each of 4 ranks" in out
+
+
 def test_plan_does_the_arithmetic(start):
     status, out, _, _ = start(
         "train.prompts_per_step=4", "train.minibatches_per_step=2", "sft={steps: 3, rows_per_step: 5}", command="plan"
