@@ -23,7 +23,7 @@ from rlcore.pulse import Condition, Pulse, own_stacks
 GRACE = 30.0  # seconds for a run that is told to end
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 _COLLECTIVE = re.compile(r"/torch/distributed/(?!elastic/)")
-_DEBUGGER = (("/pdb.py", "interaction"), ("/pydevd.py", "_do_wait_suspend"), ("/debugpy/server/api.py", "wait_for_client"))
+_DEBUGGER = (("/pdb.py", "interaction"), ("/pydevd.py", "_do_wait_suspend"), ("/pydevd.py", "_wait_for_attach"))
 
 
 class Stalled(BaseException):

@@ -156,6 +156,7 @@ def test_every_worker_at_a_breakpoint_says_where_shows_its_variables_and_goes_on
 
     assert held(shown), "a worker that waits is not taken for one that hangs"
     seen = set()
+    places.sort(key=lambda place: listed[int(place[1])]["pid"] != shown.pid)  # the one that is shown is looked at first
     for host, port in places:
         client = Client(host, int(port))
         assert client.stopped["reason"] == "breakpoint"
