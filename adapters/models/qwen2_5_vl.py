@@ -104,7 +104,7 @@ class Qwen2_5_VL(CausalLM):
         """[t, D] of tokens [T]; the images of `vision` fill the placeholders that are `in_prompt` [T], in order."""
         embedded = model.get_input_embeddings()(part.cut(token_ids).to(model.device))
         if not vision:
-            return embedded
+            return embedded + _nothing_of(self.vision_tower(model))
         images = self._images(model, vision, part)
         places = (in_prompt & (token_ids == self.processor.image_token_id)).nonzero()[:, 0]
         held = part.held(places)
@@ -147,6 +147,13 @@ class Qwen2_5_VL(CausalLM):
                 raise ConfigError(f"{row.id}: image {index} ({size}) does not fit the processor: {error}") from None
             counts.append(patches // processor.merge_size**2)
         return counts
+
+
+def _nothing_of(tower: nn.Module) -> Tensor | float:
+    """0, with a gradient of zeros for weights that learn: every rank of a sharded model must have one of every weight, with an
+    image in its row or without."""
+    weights = [weight for weight in tower.parameters() if weight.requires_grad]
+    return sum((weight.sum() for weight in weights), start=torch.zeros((), device=weights[0].device)) * 0 if weights else 0.0
 
 
 def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: Sequence[Sequence[int]]) -> Tensor:
