@@ -9,7 +9,8 @@ from types import FrameType
 
 class Interruption:
     """While entered, both signals raise KeyboardInterrupt, except between `hold` and `release`: there the first one waits
-    for `release`, and a second one abandons the step."""
+    for `release`, and a second one abandons the step. One that is raised where nobody can catch it (in a destructor or a
+    callback, Python prints it and goes on) is raised again by `release`."""
 
     def __init__(self) -> None:
         self.abandoned = False
@@ -33,8 +34,8 @@ class Interruption:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._held and not self._pending:
-            self._pending = True
+        first, self._pending = not self._pending, True
+        if self._held and first:
             print("\nstopping after this step is saved; once more to stop at once", file=sys.stderr)
             return
         self.abandoned = self._held

@@ -285,3 +285,17 @@ def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():
         with pytest.raises(KeyboardInterrupt):
             send()
         assert interruption.abandoned
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_nobody_could_catch_stops_before_the_next_step():
+    class Ends:
+        def __del__(self):
+            send()  # what is raised here, Python prints and forgets
+
+    with Interruption() as interruption:
+        Ends()
+        interruption.hold()
+        with pytest.raises(KeyboardInterrupt):
+            interruption.release()
+        assert not interruption.abandoned

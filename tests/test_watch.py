@@ -23,7 +23,7 @@ from rlcore.pulse import Condition, Place, Progress, Pulse, observe
 from rlcore.watch import Report, Stillness
 
 HANG = '''
-import re, sys, time
+import pdb, re, sys, time
 from pathlib import Path
 from rlcore.errors import RunError
 from rlcore.pulse import publish
@@ -139,7 +139,8 @@ def test_a_run_that_moves_is_left_alone_however_long_a_stage_takes(tmp_path):
 
 
 def test_a_run_in_a_debugger_is_left_alone(tmp_path):
-    assert run(1, "looked_at", tmp_path, typed="continue\n")[0] == 0
+    status, out, *_ = run(2, "looked_at", tmp_path, typed="continue\n")
+    assert status == 0, out
     assert not list(tmp_path.iterdir())
 
 
