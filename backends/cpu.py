@@ -80,7 +80,7 @@ class CpuBackend:
         from torch import distributed
 
         host, port = address.rsplit(":", 1)
-        store = distributed.TCPStore(host, int(port), size, is_master=rank == 0)
+        store = distributed.TCPStore(host.strip("[]"), int(port), size, is_master=rank == 0)
         return distributed.ProcessGroupGloo(store, rank, size, _PATIENCE)
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:

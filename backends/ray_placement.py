@@ -97,10 +97,10 @@ class Process:
         self.worker = RewardWorker(config.reward)
 
     def meeting_place(self) -> str:
-        """A free port of this node."""
-        with socket.socket() as free:
-            free.bind((ray.util.get_node_ip_address(), 0))
-            return f"{free.getsockname()[0]}:{free.getsockname()[1]}"
+        """A free port of this node; an IPv6 address in brackets."""
+        own = ray.util.get_node_ip_address()
+        with socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET) as free:
+            return f"{f'[{own}]' if ':' in own else own}:{free.getsockname()[1]}"
 
     def join(self, rank: int, size: int, address: str) -> None:
         for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():

@@ -290,6 +290,12 @@ class EvaluationConfig(SamplingConfig):
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
 
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvaluationConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples: {self.samples} greedy responses to a row are one and the same; set temperature above 0")
+        return self
+
 
 class ShardingConfig(Strict):
     """How the devices of a pool share a model that is trained or compared with."""

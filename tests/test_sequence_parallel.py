@@ -95,16 +95,21 @@ def questions(folder):
     return batch_of([Group(adapter_of(folder).encode(row), samples(9, 4, 1, 6)) for row in rows])
 
 
-def pictures(folder):
+def pictures(folder, heights_of_each=((56, 112), (84,), ())):
     """Prompts with two images, one and none."""
     random = np.random.default_rng(0)
     groups = []
-    for number, heights in enumerate(((56, 112), (84,), ())):
+    for number, heights in enumerate(heights_of_each):
         images = [Image.fromarray(random.integers(0, 255, (height, 112, 3), dtype=np.uint8)) for height in heights]
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "Which?"}]
         row = Row(str(number), [{"role": "user", "content": parts}], images=images)
         groups.append(Group(adapter_of(folder).encode(row), samples(5, 2)))
     return batch_of(groups)
+
+
+def a_picture_for_one(folder):
+    """Two rows, one of them without an image. Where two pairs share rows, one pair's tower has nothing to read."""
+    return pictures(folder, ((84,), ()))
 
 
 def pictures_read(folder):
@@ -125,6 +130,7 @@ CASES = {
     "checkpointed layers": ("tiny_qwen3", actor_of, {"cap": 4096, "checkpointed": True}, questions),
     "two tokens": ("tiny_qwen3", actor_of, {}, shortest),
     "a tower that learns": ("tiny_qwen2_5_vl", actor_of, {}, pictures),
+    "a tower that learns from some": ("tiny_qwen2_5_vl", actor_of, {"cap": 40}, a_picture_for_one),
     "a frozen tower": ("tiny_qwen2_5_vl", actor_of, {"cap": 4096, "frozen": True}, pictures_read),
     "a critic": ("tiny_llama", critic_of, {}, questions),
 }
