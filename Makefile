@@ -1,5 +1,5 @@
 # make quickstart   set up .venv and watch a small vision-language model learn
-# make test         set up .venv and run every test
+# make test         set up .venv and run every test, two files at a time
 
 PYTHON ?= python3
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ quickstart: setup
 	.venv/bin/rlcore grpo examples/quickstart.yaml
 
 test: setup
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 setup: .venv/installed
 

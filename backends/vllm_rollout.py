@@ -184,7 +184,7 @@ class VllmWeightsRollout(VllmRollout):
                 raise
             last = shipment.last or "the first tensor"
             raise RunError(f"weight sync: the engine refused version {version} at {last}: {error!r}") from error
-        self._ledger.repack_tied_heads()
+        self._ledger.serve_tied_heads()
         self._forget()
         shipment.verify()
         self._version = version
@@ -411,12 +411,13 @@ class _Ledger:
         layers = (self.model.get_submodule(name) for name in self.packed)
         return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
 
-    def repack_tied_heads(self) -> None:
-        """vLLM's reload repacks a layer that it was sent weights for, and a tied head is sent none: on the CPU it would go on
-        multiplying by the embedding of before."""
-        for head in self.tied:
-            layer = self.model.get_submodule(head)
-            layer.quant_method.process_weights_after_loading(layer)
+    def serve_tied_heads(self) -> None:
+        """vLLM's reload packs the layers that it was sent weights for, and a tied head is sent none: on the CPU it would go on
+        multiplying by the embedding of before. It is given what the embedding has been packed to."""
+        for head, embedding in self.tied.items():
+            owner = self.model.get_submodule(embedding)
+            if hasattr(owner, "cpu_linear"):
+                self.model.get_submodule(head).cpu_linear = owner.cpu_linear
 
     def parameter(self, layer: str, name: str) -> Tensor | None:
         return getattr(self.model.get_submodule(layer), name, None) if self._has(layer) else None

@@ -9,7 +9,7 @@ import pytest
 from rlcore import registry
 
 CPU = registry.load("backends", "cpu")
-BACKEND = CPU(CPU.Options())
+BACKEND = CPU(CPU.Options()).sharing(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 os.environ.update(BACKEND.environment())
 CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # nothing that an earlier vLLM left behind
 os.environ["VLLM_CACHE_ROOT"] = CACHE.name

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -189,21 +190,21 @@ def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
 # two ranks
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path, replicas):
-    """Each with half of every weight, or with all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
+    """Each with half of every weight, and with all of them."""
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), address, str(replicas)]
+    arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), *addresses]
     ranks = [subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(2)]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     for name, settings in SETTINGS.items():
         config = AlgorithmConfig(**settings)
         metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch_of(adapter))
-        for rank in range(2):
-            theirs = torch.load(tmp_path / f"{rank} {name}.pt", weights_only=True)
+        for rank, replicas in product(range(2), (1, 2)):
+            theirs = torch.load(tmp_path / f"{rank} {replicas} {name}.pt", weights_only=True)
             assert apart(theirs["gradient"], gradient) < 1e-6, name
             assert theirs["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
@@ -236,9 +237,10 @@ def rank(folder, results, address, replicas, mine):
         total = Tally()
         for tally in tallies:
             total += tally
-        torch.save({"gradient": torch.cat(seen), "metrics": total.metrics(step.unit)}, results / f"{mine} {name}.pt")
+        torch.save({"gradient": torch.cat(seen), "metrics": total.metrics(step.unit)}, results / f"{mine} {replicas} {name}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    for replicas, address in enumerate(sys.argv[3:5], start=1):
+        rank(Path(sys.argv[1]), Path(sys.argv[2]), address, replicas, int(sys.argv[5]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ KILLED_AT = 2 * CALLS + 3
 calls = 0
 EVERYTHING_AWAY = "offload: [parameters, optimizer, reference, engine]"
 ONE = "placement={kind: ray}"
+TWO = "placement={kind: ray, devices: 2}"
 TOGETHER = f"placement={{kind: ray, devices: 2, {EVERYTHING_AWAY}}}"
 POOLS = "{train: {roles: [actor], devices: 2}, sample: {roles: [rollout], devices: 2}, fixed: {roles: [reference]}}"
 APART = f"placement={{kind: ray, reward_workers: 2, pools: {POOLS}}}"
@@ -108,10 +110,8 @@ def test_pools_apart_are_one_pool_to_the_bit(run, together):
 
 def test_a_run_goes_on_in_another_placement(run, together, local):
     """What two ranks saved after step 2 goes on in two others as if it had not stopped, and in this process to rounding."""
-    import shutil
-
     expected = written(together)
-    for name, overrides, same in (("again", APART, True), ("alone", "placement.kind=local", False)):
+    for name, overrides, same in (("again", TWO, True), ("alone", "placement.kind=local", False)):
         folder = together.parent / name
         shutil.copytree(together, folder)
         (folder / "checkpoints" / "latest").write_text("step_000002")
@@ -142,6 +142,15 @@ def test_a_run_whose_worker_was_killed_goes_on_from_its_checkpoint(run, together
     assert [line["step"] for line in rows(folder)] == [1, 2, 3]
 
 
+def test_without_restarts_the_run_ends_with_the_name_of_the_worker_that_was_killed(run, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("test_placement"), "calls", 0, raising=False)
+    folder = run("ended", TWO, "reward.0.name=test_placement.killing", status=1)
+    died = r"rlcore: worker \d of 2 \(pid \d+ on [\d.]+\) died in `\w+`: killed .* --resume"
+    assert re.match(died, capsys.readouterr().err.splitlines()[-1])
+    assert not [child for child in psutil.Process().children(recursive=True) if "ray::Process" in " ".join(child.cmdline())]
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_000002"
+
+
 def test_memory_of_each_phase_is_what_the_phase_needs(together, local):
     """In units of the weights: float32 weights, two moments and the gradient make four."""
     last = json.loads((together / "metrics.jsonl").read_text().splitlines()[-1])
@@ -160,7 +169,9 @@ def slow(response, answer, fields):
 
 def test_rewards_and_reference_take_their_time_beside_others(run):
     """Scored in three other processes; a reference on a device of its own works while the actor does."""
-    folder = run("beside", APART, "reward.0.name=test_placement.slow", "train.epochs_per_step=2", "placement.reward_workers=3")
+    pools = "{train: {roles: [actor, rollout]}, fixed: {roles: [reference]}}"
+    placed = f"placement={{kind: ray, reward_workers: 3, pools: {pools}}}"
+    folder = run("beside", placed, "reward.0.name=test_placement.slow", "train.epochs_per_step=2")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["timing/reward"] == pytest.approx(CALLS * 0.05 / 5 * 2, rel=0.2), "the slowest of three has two groups of five"
     assert last["timing/reference_model"] > last["timing/non_overlap_reference_model"]

@@ -287,7 +287,7 @@ def test_encoder_actor_and_reference_have_one_tower(folder, backend):
 
 
 AWAY = "offload: [parameters, optimizer, reference, engine, vision]"
-POOLS = "{train: {roles: [actor, reference]}, sample: {roles: [rollout]}, see: {roles: [vision], devices: 2}}"
+POOLS = "{train: {roles: [actor, reference, rollout]}, see: {roles: [vision], devices: 2}}"
 
 
 @pytest.mark.parametrize("placement", [f"placement={{{AWAY}}}", f"placement={{kind: ray, pools: {POOLS}}}"])

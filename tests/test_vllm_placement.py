@@ -16,7 +16,7 @@ from rlcore.errors import RunError
 from rlcore.watch import Watch
 from rlcore.worker import Policy
 
-APART = "{kind: ray, pools: {train: {roles: [actor], devices: 2}, sample: {roles: [rollout]}}}"
+APART = "{kind: ray, pools: {train: {roles: [actor]}, sample: {roles: [rollout]}}}"
 PLACES = {
     "local": ["placement.kind=local"],
     "side by side": ["placement={kind: ray, devices: 2, offload: [engine, parameters]}"],

@@ -230,7 +230,7 @@ def test_tensors_that_landed_wrongly_are_named(engine, model, monkeypatch, leaf,
 def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
     shake(model)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._ledger, "repack_tied_heads", lambda: None)
+        patch.setattr(engine._ledger, "serve_tied_heads", lambda: None)
         with pytest.raises(RunError, match=r"different: language_model\.lm_head \(as served\)"):
             engine.load_weights(model.named_parameters(), 1)
     engine.load_weights(model.state_dict().items(), 2)

@@ -1,5 +1,5 @@
-"""Weights of SmolLM2-135M in fp32 from two FSDP ranks into the vLLM engine of each: against copying the same bytes once, and
-how much memory it takes beside both."""
+"""Weights of SmolLM2-135M in fp32 from two FSDP ranks into the vLLM engine of each: against copying the same bytes once,
+into new memory and over what is there, and how much memory it takes beside both."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def main() -> None:
         placement.start_engines()
         members = placement.pools[0].members
         times = {}
-        for what in ("copied once", "gathered", "resharded"):
+        for what in ("copied", "copied over", "gathered", "resharded"):
             rounds = [results([member.ask("take", what) for member in members]) for _ in range(options.repeats)]
             times[what] = statistics.median(max(one[0] for one in ranks) for ranks in rounds)
             size, grown = rounds[0][0][1], max(one[2] for ranks in rounds for one in ranks)
             rate = size / times[what] / 1e9
             print(f"{what:12} {times[what]:6.3f} s, {rate:5.1f} GB/s, a process grew by {grown / 1e6:4.0f} MB")
         print(f"{size / 1e6:.0f} MB; checks took {rounds[-1][0][3]:.3f} s of the last")
-        print(f"{times['resharded'] / times['copied once']:.1f} times a copy (target {TARGET})")
+        for copy in ("copied", "copied over"):
+            print(f"{times['resharded'] / times[copy]:.1f} times the time in which they are {copy} (target {TARGET})")
 
 
 def measured(process: type) -> type:
@@ -62,11 +63,15 @@ def measured(process: type) -> type:
             from rlcore import sharding
 
             before, checks = peak(), 0.0
-            whole = dict(sharding.gathered(self.worker.actor.model.named_parameters())) if what == "copied once" else {}
+            named = self.worker.actor.model.named_parameters() if what.startswith("copied") else ()
+            whole = [weight.clone() for _, weight in sharding.gathered(named)]
+            there = [weight.clone() for weight in whole] if what == "copied over" else []
             start = time.perf_counter()
-            if what == "copied once":
-                for tensor in whole.values():
-                    tensor.clone()
+            if what == "copied":
+                there += [weight.clone() for weight in whole]
+            elif what == "copied over":
+                for new, old in zip(whole, there, strict=True):
+                    old.copy_(new)
             elif what == "gathered":
                 for _ in self.worker.actor.weights():
                     pass
