@@ -10,7 +10,7 @@ quickstart: setup
 	.venv/bin/rlcore grpo examples/quickstart.yaml
 
 test: setup
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 setup: .venv/installed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -253,6 +254,7 @@ def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
     leave = signal.getsignal(signal.SIGTERM)
     try:
         if started:
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that it asks for its token is no news
             cpus = backend.sharing(devices).bundle().get("CPU", 1) * devices
             ray.init("local", num_cpus=max(os.cpu_count() or 1, int(cpus)), **quiet)
         elif not ray.is_initialized():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -121,13 +122,21 @@ def test_a_run_goes_on_in_another_placement(run, together, local):
         assert rows(folder)[-1] == pytest.approx(rows(local)[-1], rel=1e-4, abs=1e-5)
 
 
+def workers():
+    """Processes of this run's pools."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "ray::Process" in " ".join(child.cmdline()) else []
+    return found
+
+
 def killing(response, answer, fields):
     """Kills a worker of this run while the fourth step is scored, once."""
     global calls
     calls += 1
     if calls == KILLED_AT:
-        victims = [child for child in psutil.Process().children(recursive=True) if "ray::Process" in " ".join(child.cmdline())]
-        victims[0].kill()
+        workers()[0].kill()
         time.sleep(1)
     return graded(response, answer, fields)
 
@@ -147,7 +156,10 @@ def test_without_restarts_the_run_ends_with_the_name_of_the_worker_that_was_kill
     folder = run("ended", TWO, "reward.0.name=test_placement.killing", status=1)
     died = r"rlcore: worker \d of 2 \(pid \d+ on [\d.]+\) died in `\w+`: killed .* --resume"
     assert re.match(died, capsys.readouterr().err.splitlines()[-1])
-    assert not [child for child in psutil.Process().children(recursive=True) if "ray::Process" in " ".join(child.cmdline())]
+    limit = time.monotonic() + 20
+    while workers():
+        assert time.monotonic() < limit, workers()
+        time.sleep(0.1)
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
