@@ -1,16 +1,17 @@
-"""Prefix-shared attention over a packed row, in plain torch: the yardstick for device kernels.
+"""Prefix-shared attention over a packed row: in plain torch, the yardstick, or by a device's kernel for ragged sequences.
 
 Registered with transformers under `NAME`; a model called with `segments=` reaches it through its attention interface.
-Queries that share a shape are gathered into rectangles (prompts with prompts, responses with responses), so that a row of
-many short segments costs a few large calls; padding inside a rectangle is masked and bounded by `MAX_PADDING`.
+In plain torch, queries that share a shape are gathered into rectangles (prompts with prompts, responses with responses), so
+that a row of many short segments costs a few large calls; padding inside a rectangle is masked and bounded by `MAX_PADDING`.
+A kernel is given every prompt and response as a sequence, with the keys of its prompt before those of a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -33,6 +34,27 @@ class Span:
     length: int
     prefix_start: int
     prefix: int
+
+    @property
+    def own(self) -> range:
+        """Places of its queries in the row."""
+        return range(self.start, self.start + self.length)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """B spans as one call of a kernel. Their queries, one span after the other, are the row itself."""
+
+    keys: Tensor  # [S] int64: places in the row of what each span sees, its prefix first
+    query_starts: Tensor  # [B + 1] int32: where each span's queries start, and where the last end
+    key_starts: Tensor  # [B + 1] int32
+    most_queries: int
+    most_keys: int
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, float], Tensor]
+"""Queries [T, H, D], keys and values [S, K, D], spans and scale -> [T, H, D]. The last query of a span sees all its keys, the
+one before it all but the last, and so on; H is a multiple of K."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +91,45 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, place)[None], None
 
 
+def use(kernel: Kernel, dtypes: Collection[torch.dtype]) -> None:
+    """From now on this process's rows in these dtypes go to the kernel."""
+
+    def attention(module: nn.Module, query: Tensor, *states: Any, **options: Any) -> tuple[Tensor, None]:
+        chosen = partial(ragged_attention, kernel) if _dtype(query) in dtypes else packed_attention
+        return chosen(module, query, *states, **options)
+
+    AttentionInterface.register(NAME, over_slices(attention))
+
+
+def ragged_attention(
+    kernel: Kernel, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
+    segments: Sequence[Segment], scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` by a kernel."""
+    spans, dtype = ragged(tuple(segments), query.device), _dtype(query)
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))  # [T, heads, D]
+    key, value = (tensor.index_select(0, spans.keys) for tensor in (key, value))
+    return kernel(query, key, value, spans, scaling or query.shape[-1] ** -0.5)[None], None
+
+
+@lru_cache(maxsize=4)  # for the layers of a pass
+def ragged(segments: tuple[Segment, ...], device: torch.device) -> Ragged:
+    """The spans of a packed row, in its order."""
+    spans = sorted((span for kind in _spans(segments) for span in kind), key=lambda span: span.start)
+    keys = [place for span in spans for place in (*range(span.prefix_start, span.prefix_start + span.prefix), *span.own)]
+    queries, seen = [span.length for span in spans], [span.prefix + span.length for span in spans]
+    starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, seen)]
+    return Ragged(torch.tensor(keys, device=device), *starts, max(queries), max(seen))
+
+
 @lru_cache(maxsize=4)  # for the layers of a pass: masks grow with the square of a row, and are made in milliseconds
 def layout(segments: tuple[Segment, ...], device: torch.device, dtype: torch.dtype) -> list[Rectangle]:
     """The rectangles of a packed row: every one of its tokens is a query exactly once."""
+    return [_rectangle(spans, device, dtype) for kind in _spans(segments) for spans in _alike(kind)]
+
+
+def _spans(segments: Sequence[Segment]) -> tuple[list[Span], list[Span]]:
+    """Prompts, and responses."""
     prompts = [Span(segment.start, segment.prompt, segment.start, 0) for segment in segments]
     responses = [
         Span(start, end - start, segment.start, segment.prompt)
@@ -79,7 +137,7 @@ def layout(segments: tuple[Segment, ...], device: torch.device, dtype: torch.dty
         for start, end in pairwise(_starts(segment))
         if end > start
     ]
-    return [_rectangle(spans, device, dtype) for kind in (prompts, responses) for spans in _alike(kind)]
+    return prompts, responses
 
 
 def _dtype(query: Tensor) -> torch.dtype:

@@ -1,14 +1,17 @@
-"""What packed attention keeps for the backward pass. That its numbers are right is test_layouts.py's."""
+"""What packed attention keeps for the backward pass, and what a device's kernel is asked. That the numbers of plain torch are
+right is test_layouts.py's."""
 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 
-from rlcore.attention import layout, packed_attention
-from rlcore.packing import Segment
+from rlcore import attention, registry
+from rlcore.attention import layout, packed_attention, ragged, ragged_attention
+from rlcore.packing import Packed, Segment
 
 SEGMENTS = (Segment(0, 30, (8, 9)), Segment(47, 20, ()))
 TOKENS = 67
@@ -32,3 +35,64 @@ def test_layers_share_one_mask_and_prompts_need_none(rounded):
     assert [dtype for _, dtype in kept] == [torch.bfloat16 if rounded else torch.float32]
     rectangles = layout(SEGMENTS, torch.device("cpu"), outputs[0].dtype)
     assert [rectangle.mask is None for rectangle in rectangles] == [True, False]
+
+
+def one_by_one(query, key, value, spans, scale):
+    """A kernel: each span by itself, in float64."""
+    outputs = []
+    for number in range(len(spans.query_starts) - 1):
+        own, seen = (slice(*starts[number : number + 2].tolist()) for starts in (spans.query_starts, spans.key_starts))
+        share = query.shape[1] // key.shape[1]
+        q = query[own].double()
+        k, v = (states[seen].double().repeat_interleave(share, dim=1) for states in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+        assert len(q) <= spans.most_queries and len(k) <= spans.most_keys
+    return torch.cat(outputs).to(query.dtype)
+
+
+def test_a_kernel_that_knows_nothing_of_prefixes_computes_the_yardstick():
+    """And its gradients, those of shared keys included."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for way in (packed_attention, partial(ragged_attention, one_by_one)):
+        states = [torch.randn(1, heads, TOKENS, 8, generator=random.manual_seed(heads)) for heads in (4, 2, 2)]
+        states[2] = states[2].roll(1)
+        for tensor in states:
+            tensor.requires_grad_()
+        output, _ = way(torch.nn.Module(), *states, None, segments=SEGMENTS, scaling=0.3)
+        (output * torch.arange(output.numel()).view_as(output).cos()).sum().backward()
+        found.append([output, *(tensor.grad for tensor in states)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_queries_of_ragged_spans_are_the_row_itself():
+    spans = ragged(SEGMENTS, torch.device("cpu"))
+    assert spans.query_starts.tolist() == [0, 30, 38, 47, TOKENS]
+    assert spans.key_starts.tolist() == [0, 30, 68, 107, 127]
+    assert spans.keys[30:68].tolist() == [*range(30), *range(30, 38)]
+    assert spans.keys[68:107].tolist() == [*range(30), *range(38, 47)]
+    assert (spans.most_queries, spans.most_keys) == (30, 39)
+
+
+@pytest.mark.parametrize(("dtypes", "calls"), [((torch.float32,), 2), ((torch.bfloat16,), 0)])
+def test_a_kernel_is_given_rows_in_its_dtypes_only(dtypes, calls, tiny_llama, monkeypatch):
+    from transformers import AttentionInterface
+
+    asked = []
+
+    def counted(*arguments):
+        asked.append(arguments[0].dtype)
+        return one_by_one(*arguments)
+
+    adapter = registry.load("adapters", "llama")(tiny_llama)
+    packed = Packed(torch.arange(TOKENS), torch.arange(TOKENS), SEGMENTS, *[torch.arange(3)] * 3, [])
+    with torch.no_grad():
+        model = adapter.load(tiny_llama, torch.float32)
+        expected = adapter.hidden(model, packed)
+        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, None)  # as it was, afterwards
+        attention.use(counted, dtypes)
+        assert torch.allclose(adapter.hidden(model, packed), expected, atol=1e-5)
+    assert asked == [torch.float32] * calls
