@@ -90,6 +90,7 @@ class VllmRollout:
         self._version = 0
         self._request: LoRARequest | None = None  # the additions that samples are drawn with
         self._asleep = False
+        self._sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
         self._cache = Parked(lambda: _cache_of(self._runner), keep=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -116,15 +117,24 @@ class VllmRollout:
                         yield place, Group(prompts[place], [self._sample(completion) for completion in output.outputs])
 
     def pause(self) -> None:
-        """The key-value cache leaves the device; the weights stay, as the next update overwrites them in place."""
+        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, into host memory, and both come back
+        to the same addresses; without it the weights stay, as the next update overwrites them in place."""
         self._asleep = True
-        self._cache.pause()
+        if self._sleeps:
+            self._llm.sleep(level=1)
+        else:
+            self._cache.pause()
 
     def resume(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+        else:
+            self._cache.resume()
         self._asleep = False
-        self._cache.resume()
 
     def device_bytes(self) -> int:
+        if self._sleeps and self._asleep:
+            return 0
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in self._runner.get_model().state_dict().values()}
         return self._cache.device_bytes() + sum(weights.values()) + self._packed_bytes()
 
