@@ -365,6 +365,7 @@ class _Ledger:
     def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
         self.model = model
         self.dtype = dtype
+        self.device = next(model.parameters()).device
         self._fused = _fused(model)
         self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
         self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
@@ -408,7 +409,7 @@ class _Ledger:
     def product(self, layer: str, version: int) -> _Product:
         """[all rows of the layer]."""
         module = self.model.get_submodule(layer)
-        probe = _probe(_width(module), version, self.dtype)
+        probe = _probe(_width(module), version, self.dtype).to(self.device)
         dense, column = module.quant_method.apply(module, probe, None)
         return _Product(dense, column)
 
@@ -542,7 +543,7 @@ def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
 def _product(tensor: Tensor, version: int) -> _Product:
     """What a packed layer with the weight [N, K] is expected to do."""
     column = version % tensor.shape[1]
-    return _Product(tensor.mv(_noise(tensor.shape[1]).to(tensor.dtype)), tensor[:, column].clone())
+    return _Product(tensor.mv(_noise(tensor.shape[1]).to(tensor)), tensor[:, column].clone())
 
 
 def _probe(width: int, version: int, dtype: torch.dtype) -> Tensor:

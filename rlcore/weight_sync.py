@@ -75,7 +75,12 @@ def _hash_rows(rows: Tensor) -> Tensor:
     A flipped highest bit moves such a sum by 2**63 whatever the multiplier, so two would cancel: upper halves are summed again.
     """
     weights, upper_weights = _multipliers(rows.device)[:, : rows.shape[1]]
-    return torch.cat([block.mv(weights) + (block >> 32).mv(upper_weights) for block in rows.split(_ROWS)])
+    return torch.cat([_times(block, weights) + _times(block >> 32, upper_weights) for block in rows.split(_ROWS)])
+
+
+def _times(rows: Tensor, weights: Tensor) -> Tensor:
+    """[R, C] x [C] int64 -> [R]. Accelerators have no matrix products of integers."""
+    return rows.mv(weights) if rows.is_cpu else (rows * weights).sum(1)
 
 
 @lru_cache

@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 
+from rlcore import weight_sync
 from rlcore.errors import RunError
 from rlcore.weight_sync import compare, fingerprint
 
@@ -101,3 +102,10 @@ def test_a_tied_head_may_be_left_out_on_either_side():
     compare({"embedding": 1, "head": 1}, {"embedding": 1}, tied)
     with pytest.raises(RunError, match="different: head"):
         compare({"embedding": 1}, {"embedding": 1, "head": 2}, tied)
+
+
+def test_a_device_without_integer_products_has_the_same_fingerprints(monkeypatch):
+    tensor = numbers(33, 4099)
+    expected = fingerprint(tensor)
+    monkeypatch.setattr(weight_sync, "_times", lambda rows, weights: (rows * weights).sum(1))
+    assert fingerprint(tensor) == expected
