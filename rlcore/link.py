@@ -40,11 +40,11 @@ class Link:
             content[used : used + tensor.nbytes] = tensor.detach().contiguous().view(-1).view(torch.uint8)
             used += _aligned(tensor.nbytes)
         self._pass_on(entries, content[:used])
-        self._share(torch.zeros(2, dtype=torch.int64))
+        self._share(torch.zeros(2, dtype=torch.int64, device=self._device))
 
     def receive(self) -> NamedTensors:
         """What is being sent. RunError names a tensor that is not what the sender read."""
-        while (sizes := self._share(torch.empty(2, dtype=torch.int64)).tolist())[0]:
+        while (sizes := self._share(torch.empty(2, dtype=torch.int64, device=self._device)).tolist())[0]:
             header, content = (self._share(torch.empty(size, dtype=torch.uint8, device=self._device)) for size in sizes)
             start = 0
             for name, dtype, shape, sent in json.loads(bytes(header.tolist())):
@@ -59,7 +59,7 @@ class Link:
     def _pass_on(self, entries: Sequence[Entry], content: Tensor) -> None:
         if entries:
             header = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device=self._device)
-            for message in (torch.tensor([len(header), len(content)]), header, content):
+            for message in (torch.tensor([len(header), len(content)], device=self._device), header, content):
                 self._share(message)
 
     def _share(self, message: Tensor) -> Tensor:
