@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .dispatch import on_device, on_host
+from .dispatch import on_host
 
-_OPERATORS = (
-    "allreduce_", "allreduce_coalesced_", "reduce_", "broadcast_", "allgather_", "_allgather_base_",
-    "allgather_into_tensor_coalesced_", "reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_",
-    "scatter_", "alltoall_", "alltoall_base_", "barrier",
+_OPERATORS = (  # those that rlcore and torch's sharding call; any other finds gloo, which refuses tensors of npu
+    "allreduce_", "broadcast_", "_allgather_base_", "_reduce_scatter_base_", "scatter_", "alltoall_base_", "barrier",
 )  # fmt: skip
-_REDUCED = {"allreduce_": 0, "reduce_": 0, "reduce_scatter_": 0, "_reduce_scatter_base_": 0}  # the argument with the result
-_REFUSED = (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
+_MEAN, _BITWISE = 1, (5, 6, 7)  # reductions, by torch's numbers
 _libraries: list[torch.library.Library] = []
 
 
@@ -42,40 +39,37 @@ def _lent(tensor: Tensor) -> Tensor:
     return on_host(tensor)
 
 
-def _over(argument: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _over(argument: Any) -> Any:
     if isinstance(argument, Tensor):
-        return change(argument)
-    return type(argument)(_over(each, change) for each in argument) if isinstance(argument, list | tuple) else argument
+        return _lent(argument)
+    return type(argument)(map(_over, argument)) if isinstance(argument, list | tuple) else argument
 
 
 def _collective(name: str) -> Callable[..., Any]:
+    """Its first argument, written to, and the work; or the work alone."""
     operator = getattr(torch.ops.c10d, name).default
     names = [argument.name for argument in operator._schema.arguments]
 
     def run(*arguments: Any) -> Any:
-        lent = [_over(argument, _lent) for argument in arguments]
-        average = "reduce_op" in names and _reduction(lent, names.index("reduce_op"))
-        result, *work = made if isinstance(made := operator(*lent), tuple) else (made,)
-        if average:
-            work[0].wait()
-            ranks = dist.ProcessGroup.unbox(arguments[names.index("process_group")]).size()
-            _over(lent[_REDUCED[name]], lambda tensor: tensor.div_(ranks))
-        if not work:
-            return result
-        return _over(result, on_device), *work
+        lent = [_over(argument) for argument in arguments]
+        reduction = arguments[names.index("reduce_op")].op() if "reduce_op" in names else None
+        if reduction in _BITWISE:
+            raise RuntimeError("hccl has no bitwise reductions")
+        if reduction == _MEAN:
+            return arguments[0], _mean(name, dist.ProcessGroup.unbox(arguments[names.index("process_group")]), *lent[:2])
+        result = operator(*lent)
+        return (arguments[0], result[1]) if isinstance(result, tuple) else result
 
     return run
 
 
-def _reduction(arguments: list[Any], place: int) -> bool:
-    """Whether it is a mean, which becomes the sum that is then divided."""
-    kind = dist.ReduceOp.unbox(arguments[place])
-    if kind in _REFUSED:
-        raise RuntimeError("Cannot use bitwise reductions with HCCL")
-    if kind != dist.ReduceOp.AVG:
-        return False
-    arguments[place] = dist.ReduceOp(dist.ReduceOp.SUM).boxed()
-    return True
+def _mean(name: str, group: dist.ProcessGroup, result: Any, source: Any) -> Any:
+    """The sum of shares: gloo has no mean."""
+    if name == "allreduce_":
+        for tensor in result:
+            tensor.div_(group.size())
+        return group.allreduce(result, dist.AllreduceOptions()).boxed()
+    return group._reduce_scatter_base(result, source / group.size(), dist.ReduceScatterOptions()).boxed()
 
 
 def install() -> None:
