@@ -3,6 +3,7 @@
     checkpoints/step_000010/model/               a Hugging Face folder
     checkpoints/step_000010/optimizer.safetensors   first and second moments by parameter, optimizer.json the step count
     checkpoints/step_000010/state.json           step, prompts drawn, random states
+    checkpoints/step_000010/generator.json       the random state of a device that draws by itself
     checkpoints/latest                           "step_000010"
 """
 
@@ -75,7 +76,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
             moments = {moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in moments.values()):
                 optimizer.state[parameter] = {
-                    moment: value if moment == "step" else as_dealt(value, parameter) for moment, value in moments.items()
+                    moment: value.to(parameter.device) if moment == "step" else as_dealt(value, parameter)
+                    for moment, value in moments.items()
                 }
     return json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["steps"]
 
@@ -86,7 +88,7 @@ def random_states() -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "torch": _hex(torch.get_rng_state()),
     }
 
 
@@ -101,7 +103,30 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     numpy.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
+    torch.set_rng_state(_bytes(states["torch"]))
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def save_generator(device: torch.device, folder: Path) -> None:
+    """The device's random state, where it has one. Written by the first rank: all ranks start from one seed and draw alike."""
+    states = torch.get_device_module(device)
+    if distributed.first() and hasattr(states, "get_rng_state"):
+        state = {"device": device.type, "state": _hex(states.get_rng_state(device))}
+        (folder / "generator.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_generator(device: torch.device, folder: Path) -> None:
+    """What `save_generator` wrote on a device of this kind; the state of another kind means nothing here."""
+    path = folder / "generator.json"
+    if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8")))["device"] == device.type:
+        torch.get_device_module(device).set_rng_state(_bytes(saved["state"]), device)
 
 
 def replace_text(path: Path, text: str) -> None:

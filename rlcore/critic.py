@@ -54,7 +54,7 @@ class TorchCritic:
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model))
         if source:
-            read(self.forward, model, adapter.published_name, source, settings.device)
+            read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
         self.learner = Learner(self.forward, optimizer, passes.total_steps)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 

@@ -11,11 +11,13 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlcore.pulse import Pulse
 from rlcore.types import Group, Metrics, Receipt, Score
@@ -37,10 +39,10 @@ class Span:
 class Clock:
     """Collects spans of this process."""
 
-    def __init__(self, pulse: Pulse | None = None) -> None:
-        """`pulse`: is told of the stages."""
+    def __init__(self, pulse: Pulse | None = None, finish: Callable[[], object] = lambda: None) -> None:
+        """`pulse`: is told of the stages; `finish` waits for what a device still does, which belongs to the span."""
         self.spans: list[Span] = []
-        self.pulse = pulse or Pulse()
+        self.pulse, self._finish = pulse or Pulse(), finish
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
@@ -48,6 +50,7 @@ class Clock:
         try:
             with self.pulse.stage(stage):
                 yield
+                self._finish()
         finally:
             self.spans.append(Span(stage, start, time.perf_counter()))
 
@@ -148,10 +151,14 @@ def sync(receipt: Receipt) -> Metrics:
     }  # fmt: skip
 
 
-def memory() -> Metrics:
-    """`memory/peak_rss_gib`: the most memory this process has held so far."""
+def memory(device: torch.device | None = None) -> Metrics:
+    """`memory/peak_rss_gib`: the most memory this process has held so far. `memory/peak_device_gib`: the most that torch has
+    held on a device with memory of its own."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-    return {"memory/peak_rss_gib": peak / 2**20}
+    metrics = {"memory/peak_rss_gib": peak / 2**20}
+    if device is not None and device.type != "cpu":
+        metrics["memory/peak_device_gib"] = torch.get_device_module(device).max_memory_allocated(device) / 2**30
+    return metrics
 
 
 class Sinks:

@@ -73,7 +73,7 @@ class TorchReference:
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model), tower)
         if source:
-            read(self.forward, model, adapter.published_name, source, settings.device)
+            read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -164,7 +164,8 @@ class TorchActor(TorchReference):
             for packed in accumulated(self.forward, rows, self._sharding):
                 logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]
-                index, logprobs, entropy = packed.index[mask], logprobs[mask], entropy[mask]
+                here = mask.to(logprobs.device)
+                index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
                 yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
 
 

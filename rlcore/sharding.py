@@ -41,6 +41,11 @@ class Sharding:
     bucket_bytes: int = BUCKET_BYTES
     sum_each: bool = False  # gradients are summed after each micro-batch: more traffic, and none is ever whole
 
+    @property
+    def home(self) -> torch.device:
+        """Where weights are between uses."""
+        return torch.device("cpu" if self.offload else self.mesh.device_type)
+
     def apply(self, root: nn.Module, blocks: Iterable[nn.Module], whole: nn.Module | None = None) -> None:
         """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does. Every rank keeps
         all of `whole`, a part of `root`."""

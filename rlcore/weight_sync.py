@@ -15,7 +15,8 @@ from rlcore.errors import RunError
 Fingerprint = tuple[str, tuple[int, ...], int]  # dtype, shape, hash of every byte
 
 _COLUMNS = 4096  # 64-bit words a hashed row
-_ROWS = 32  # rows a block: 1 MiB, so that the shifted copy stays in the processor's cache
+_ROWS = 32  # rows a block: 1 MiB, so that the shifted copy stays in a processor's cache
+_DEVICE_ROWS = 1024  # where no such cache is, but every call costs a launch
 _ROW_MULTIPLIER = 0x1E3779B97F4A7C15  # odd, as all multipliers here: no change of one word can vanish modulo 2**64
 _NAMED = 3  # tensors an error message names
 
@@ -75,12 +76,13 @@ def _hash_rows(rows: Tensor) -> Tensor:
     A flipped highest bit moves such a sum by 2**63 whatever the multiplier, so two would cancel: upper halves are summed again.
     """
     weights, upper_weights = _multipliers(rows.device)[:, : rows.shape[1]]
-    return torch.cat([_times(block, weights) + _times(block >> 32, upper_weights) for block in rows.split(_ROWS)])
+    blocks = rows.split(_ROWS if rows.device.type == "cpu" else _DEVICE_ROWS)
+    return torch.cat([_weighted(block, weights) + _weighted(block >> 32, upper_weights) for block in blocks])
 
 
-def _times(rows: Tensor, weights: Tensor) -> Tensor:
-    """[R, C] x [C] int64 -> [R]. Accelerators have no matrix products of integers."""
-    return rows.mv(weights) if rows.is_cpu else (rows * weights).sum(1)
+def _weighted(block: Tensor, weights: Tensor) -> Tensor:
+    """[R, C], [C] -> [R]. Only processors have a matrix product of integers."""
+    return block.mv(weights) if block.device.type == "cpu" else (block * weights).sum(1)
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,7 +145,13 @@ class Worker:
     def __init__(self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None) -> None:
         """`pulse`: beats at whatever a role finishes."""
         self.policy, self.config, self.roles, self.pulse = policy, policy.config, frozenset(roles), pulse or Pulse()
-        self.clock = Clock()
+        device = policy.settings.device
+        if not torch.get_device_module(device).is_available():
+            raise ConfigError(
+                f"backend.name {policy.backend.name}: this process sees no {device.type} device; look at what is plugged in,"
+                " at its driver, and at the variables that hide devices, or choose another backend"
+            )
+        self.clock = Clock(finish=partial(torch.get_device_module(device).synchronize, device))
         self.residence = Residence(self.clock, self.config.placement.offload)
         self.ranks = distributed.ALONE
         self.encoder: VisionEncoder | None = None
@@ -297,6 +304,7 @@ class Worker:
     def save(self, folder: Path) -> None:
         with self.residence.phase("save"):
             _there(self.actor).save(folder)
+            checkpoint.save_generator(self.policy.settings.device, folder)
             if self.critic:
                 self.critic.save(folder / "critic")
 
@@ -305,6 +313,7 @@ class Worker:
         actor = _there(self.actor)
         with self.residence.phase("save"):
             actor.load(folder)
+            checkpoint.load_generator(self.policy.settings.device, folder)
             if self.critic:
                 self.critic.load(folder / "critic")
         return actor.learner.steps
@@ -317,7 +326,7 @@ class Worker:
         return self.clock.take()
 
     def memory(self) -> Metrics:
-        return {**memory(), **self.residence.memory()}
+        return {**memory(self.policy.settings.device), **self.residence.memory()}
 
     def _settings(self) -> ForwardSettings:
         """The policy's, as they are in this process."""

@@ -107,5 +107,5 @@ def test_a_tied_head_may_be_left_out_on_either_side():
 def test_a_device_without_integer_products_has_the_same_fingerprints(monkeypatch):
     tensor = numbers(33, 4099)
     expected = fingerprint(tensor)
-    monkeypatch.setattr(weight_sync, "_times", lambda rows, weights: (rows * weights).sum(1))
+    monkeypatch.setattr(weight_sync, "_weighted", lambda block, weights: (block * weights).sum(1))
     assert fingerprint(tensor) == expected

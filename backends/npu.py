@@ -1,0 +1,187 @@
+"""Ascend NPUs: what torch_npu, HCCL, vllm-ascend and Ray want to be told of them.
+
+Names and defaults follow torch_npu, vllm-ascend 0.23 and the runtime environment of MindSpeed-RL.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from rlcore.config import Strict
+from rlcore.errors import ConfigError, PluginError
+
+from .cpu import cure_torchvision
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from rlcore.sharding import Exchange
+
+_CORES = 8  # for the process of one device, where the machine has as many
+_PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
+_ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
+
+DEFAULTS: Mapping[str, str] = {
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `prepare` imports torch_npu and says what is missing; `import torch` would just die
+    "HCCL_CONNECT_TIMEOUT": "1800",  # seconds that processes wait for each other to connect; others may still load a model
+    "HCCL_EXEC_TIMEOUT": "3600",  # seconds of one collective
+    "HCCL_BUFFSIZE": "256",  # MiB of HCCL's buffers, each group's own
+    # several processes on one device, as training beside another's engine is, need ports of their own
+    "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+    "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
+    "TASK_QUEUE_ENABLE": "2",  # operators are launched by a thread of their own: more overlap, a higher peak of memory
+    "CPU_AFFINITY_CONF": "1",  # threads stay on the cores next to their device
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What the user has set wins over these."""
+
+NEEDED: Mapping[str, tuple[str, str]] = {
+    "VLLM_ASCEND_ENABLE_NZ": ("0", "weights that are kept in the NZ layout cannot be updated in place"),
+    "VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "the engine is in the worker's process, where weights reach it"),
+    "VLLM_WORKER_MULTIPROC_METHOD": ("spawn", "a forked process cannot use the device"),
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": ("0", "each worker must see its own device only"),
+    "TORCH_TRANSFER_TO_NPU": ("0", "it turns torch.cuda into torch.npu and so hides code that is for another device"),
+}
+"""What the run cannot work without, and why."""
+
+DETERMINISTIC: Mapping[str, tuple[str, str]] = dict.fromkeys(
+    ("LCCL_DETERMINISTIC", "CLOSE_MATMUL_K_SHIFT"), ("1", "backend.options.deterministic")
+) | dict.fromkeys(("ATB_MATMUL_SHUFFLE_K_ENABLE", "ATB_LLM_LCOC_ENABLE"), ("0", "backend.options.deterministic")) | {
+    "HCCL_DETERMINISTIC": ("true", "backend.options.deterministic"),
+    "PYTHONHASHSEED": ("0", "backend.options.deterministic"),
+}  # fmt: skip
+"""What sums in the same order every time; torch's own part is in `prepare`."""
+
+
+class NpuOptions(Strict):
+    cores: PositiveInt | None = None
+    """Processor cores of one device's process; unset is 8, or an equal share of a machine that has fewer."""
+    deterministic: bool = False
+    """The same run gives the same numbers, at some cost in speed."""
+    engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the device's memory that the engine may fill with its weights and its key-value cache."""
+    sleep_mode: bool = False
+    """The engine takes its memory from vLLM's sleeping allocator, which cannot work on expandable segments."""
+
+
+class NpuBackend:
+    """Facts of Ascend devices."""
+
+    name: ClassVar[str] = "npu"
+    Options: ClassVar[type[NpuOptions]] = NpuOptions
+    default_engine: ClassVar[str] = "vllm"
+    environment_requirements: ClassVar[str] = "requirements/npu.txt"
+
+    def __init__(self, options: NpuOptions | None = None) -> None:
+        self.options = options or NpuOptions()
+
+    def environment(self) -> Mapping[str, str]:
+        """ConfigError lists everything that the user has set to what cannot work, at once."""
+        needed = {**NEEDED, **(DETERMINISTIC if self.options.deterministic else {})}
+        self._refuse_conflicts(needed)
+        chosen = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
+        return chosen | {name: os.environ.get(name, value) for name, (value, _) in needed.items()}
+
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        """Arguments of an engine that are this device's affair."""
+        if engine != "vllm":
+            return {}
+        return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_mode}
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("npu", local_rank)
+
+    def collectives(self) -> str:
+        """What the ranks agree on besides tensors is small, and in host memory."""
+        return "cpu:gloo,npu:hccl"
+
+    def group(self, address: str, rank: int, size: int) -> Any:
+        import torch_npu
+        from torch import distributed
+
+        host, port = address.rsplit(":", 1)
+        store = distributed.TCPStore(host.strip("[]"), int(port), size, is_master=rank == 0)
+        kind = torch_npu._C._distributed_c10d.ProcessGroupHCCL
+        options = kind.Options()
+        options._timeout = _PATIENCE
+        return kind(store, rank, size, options)
+
+    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
+        return None
+
+    def bundle(self) -> Mapping[str, float]:
+        """In Ray's names. Ray shows each process its own device by ASCEND_RT_VISIBLE_DEVICES, as number 0."""
+        return {"NPU": 1.0, "CPU": float(self.options.cores or min(_CORES, len(os.sched_getaffinity(0))))}
+
+    def sharing(self, devices: int) -> NpuBackend:
+        """As many cores each as there are, up to 8, unless the run file says how many."""
+        fair = max(1, min(_CORES, len(os.sched_getaffinity(0)) // devices))
+        return NpuBackend(self.options.model_copy(update={"cores": self.options.cores or fair}))
+
+    def network(self, address: str) -> Mapping[str, str]:
+        import psutil
+
+        named = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+        return dict.fromkeys(("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), named[address]) if address in named else {}
+
+    def default_precision(self) -> str:
+        return "bf16"
+
+    def prepare(self) -> None:
+        """Gives torch the device. PluginError when torch_npu or what it stands on is missing."""
+        try:
+            import torch
+            import torch_npu  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            raise PluginError(f"backend.name npu: {_remedy(error)}") from error
+        if torch.cuda.is_available() or "torch_npu.contrib.transfer_to_npu" in sys.modules:
+            raise ConfigError(
+                "backend.name npu: transfer_to_npu is active: torch.cuda is torch.npu now, so that code for another device"
+                " runs unnoticed, and torch.jit.script does nothing; remove its import (torch_npu.contrib.transfer_to_npu)"
+            )
+        cure_torchvision()
+        if self.options.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+    def _refuse_conflicts(self, needed: Mapping[str, tuple[str, str]]) -> None:
+        wrong = [
+            f"{name}={os.environ[name]}, needed is {value} ({why})"
+            for name, (value, why) in needed.items()
+            if name in os.environ and os.environ[name].lower() not in _SPELLINGS.get(value, (value,))
+        ]
+        if self.options.sleep_mode and "expandable_segments:true" in os.environ.get(_ALLOCATOR, "").lower().replace(" ", ""):
+            wrong.append(f"{_ALLOCATOR}={os.environ[_ALLOCATOR]}, needed is one without expandable_segments:True"
+                         " (backend.options.sleep_mode: an engine cannot sleep on expandable segments)")  # fmt: skip
+        if wrong:
+            raise ConfigError(
+                "backend.name npu: these environment variables are set to what the run cannot work with; unset them, or change"
+                " the option that is named:\n  " + "\n  ".join(wrong)
+            )
+
+
+_SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
+
+
+def _remedy(error: BaseException) -> str:
+    """What is missing, and what to do about it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+        return f"torch_npu is not installed; pip install -r {NpuBackend.environment_requirements}"
+    if "cannot open shared object file" in text:
+        return (
+            f"torch_npu finds no CANN ({text}); run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`, or install the"
+            " toolkit and the driver that this torch_npu was built for"
+        )
+    return f"torch_npu does not import: {text}; its version must be that of torch, on a torch built for processors only"
