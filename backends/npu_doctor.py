@@ -19,6 +19,7 @@ if not torch.npu.is_available():
     raise SystemExit("torch.npu sees no NPU that it can use")
 print(f"torch_npu {torch_npu.__version__}; {torch.npu.device_count()} x {torch.npu.get_device_name(0)}")
 """
+_USELESS = "where the lines above are ok, npu-smi info says more; ASCEND_RT_VISIBLE_DEVICES must name NPUs that are there"
 _NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")  # beside davinciN; a container needs each
 
 
@@ -34,7 +35,7 @@ class NpuDoctor:
         "Python": ">=3.11,<3.13", "CANN": "==9.1.0", "NNAL": "==9.1.0", "glibc": ">=2.34",  # glibc: of vllm-ascend's wheels
     }  # fmt: skip
     trials: ClassVar[tuple[Trial, ...]] = (
-        Trial("torch.npu", _NPUS, "if the lines above are ok: npu-smi info says more; ASCEND_RT_VISIBLE_DEVICES must name NPUs that are there"),
+        Trial("torch.npu", _NPUS, _USELESS),
     )
 
     def __init__(self, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> None:

@@ -54,7 +54,7 @@ def _head(environment: Mapping[str, str]) -> Finding:
     if not said:
         if nodes in ("", "1"):
             return Finding("MASTER_ADDR", "absent", "only several nodes need it")
-        return Finding("MASTER_ADDR", "failure", f"not set, and NNODES is {nodes}", "set the head's address, the same on every node")
+        return Finding("MASTER_ADDR", "failure", f"not set, and NNODES is {nodes}", "set the head's address on every node")
     try:
         master = node_address.resolve(said, "MASTER_ADDR")
         if nodes not in ("", "1"):

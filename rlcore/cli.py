@@ -105,10 +105,10 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     what = "look at this machine: devices, drivers, versions, ports, limits; what is wrong, with its remedy"
     command = commands.add_parser(
         "doctor", help=what, description=what[0].upper() + what[1:] + ".",
-        epilog="Exit status: 0 nothing fails, 1 something does, 2 a wrong argument. torch is imported last, by a process of its own.",
+        epilog="Exit status: 0 nothing fails, 1 something does, 2 a wrong argument.",
     )  # fmt: skip
     installed = ", ".join(registry.names("doctors"))
-    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto, by the devices seen")
+    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto")
     command.add_argument("--json", action="store_true", help="one object instead of lines")
     command.add_argument("--versions", action="store_true", help="only the versions that belong together, as a Markdown table")
     command.set_defaults(run=_doctor)

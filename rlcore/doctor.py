@@ -69,7 +69,7 @@ def _explained(failed: Finding) -> Finding:
     if "TORCH_DEVICE_BACKEND_AUTOLOAD" not in failed.seen:
         return failed
     remedy = (
-        "an extension of torch that is installed does not load: make what it misses known (source its toolkit's set_env.sh), or "
+        "an installed extension of torch does not load: make known what it misses (source its toolkit's set_env.sh) or "
         "uninstall it; export TORCH_DEVICE_BACKEND_AUTOLOAD=0 lets torch be imported without it"
     )
     return Finding(failed.what, "failure", failed.seen, remedy)
@@ -96,7 +96,7 @@ def line(finding: Finding) -> str:
 
 def closing(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.verdict for finding in findings)
-    return f"{len(findings)} looked at: " + ", ".join(f"{counts[v]} {v}" for v in ("failure", "warning", "absent", "ok") if counts[v])
+    return f"{len(findings)} looked at: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
 
 
 def table() -> str:
@@ -104,7 +104,8 @@ def table() -> str:
     names = sorted(registry.names("doctors"), key=lambda name: _doctor(name).precedence)
     columns = {name: _column(_doctor(name)) for name in names}
     rows = sorted({row for column in columns.values() for row in column}, key=str.lower)
-    lines = [["", *names], ["---"] * (len(names) + 1), *([row, *(columns[name].get(row, "") for name in names)] for row in rows)]
+    body = [[row, *(columns[name].get(row, "") for name in names)] for row in rows]
+    lines = [["", *names], ["---"] * (len(names) + 1), *body]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -65,7 +65,9 @@ def compared(what: str, version: str | None, wanted: str, missing: str, remedy: 
     """A version against a specifier; `missing` says where one was looked for."""
     if version is None:
         return Finding(what, "failure", missing, remedy)
-    return Finding(what, "ok", version) if satisfies(version, wanted) else Finding(what, "failure", f"{version}, not {wanted}", remedy)
+    if not satisfies(version, wanted):
+        return Finding(what, "failure", f"{version}, not {wanted}", remedy)
+    return Finding(what, "ok", version)
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -90,7 +92,7 @@ def attempt(trial: Trial) -> Finding:
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Finding(trial.what, "failure", f"no answer within {trial.seconds:.0f} s", trial.remedy)
+        return Finding(trial.what, "failure", f"no answer within {trial.seconds:g} s", trial.remedy)
     if done.returncode == 0:
         return Finding(trial.what, "ok", _last_line(done.stdout))
     ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"

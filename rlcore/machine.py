@@ -42,8 +42,8 @@ def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[Finding]:
     pins = read_pins(file)
     found = {name: _installed(name) for name in pins}
     for name in decisive:
-        where = f"not installed, {pins[name].specifier} is pinned"
-        yield compared(name, found[name], str(pins[name].specifier), where, f"pip install --no-deps '{pins[name]}' (docs/backends.md)")
+        where, remedy = f"not installed; {pins[name]} is pinned", f"pip install --no-deps '{pins[name]}' (docs/backends.md)"
+        yield compared(name, found[name], str(pins[name].specifier), where, remedy)
     others = [name for name in pins if name not in decisive]
     missing = [name for name in others if found[name] is None]
     differing = [f"{name} {found[name]}" for name in others if found[name] and not _meets(pins[name], found[name])]
@@ -58,11 +58,11 @@ def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[Finding]:
 
 def own_requirements() -> Finding:
     """What rlcore itself asks for, on every device."""
-    asked = [r for r in map(Requirement, metadata.requires("rlcore") or ()) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    seen = {str(r): _installed(r.name) for r in asked}
-    wrong = [f"{r} ({seen[str(r)] or 'missing'})" for r in asked if not _meets(r, seen[str(r)])]
-    if wrong:
-        return Finding("rlcore", "failure", f"asks for {', '.join(wrong)}", "install them as the stack's requirements file pins them")
+    declared = map(Requirement, metadata.requires("rlcore") or ())
+    asked = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+    found = {one.name: _installed(one.name) for one in asked}
+    if wrong := [f"{one} ({found[one.name] or 'missing'})" for one in asked if not _meets(one, found[one.name])]:
+        return Finding("rlcore", "failure", f"asks for {', '.join(wrong)}", "install what the stack's requirements file pins")
     return Finding("rlcore", "ok", f"{metadata.version('rlcore')}, all {len(asked)} of its own requirements are met")
 
 
@@ -131,7 +131,7 @@ def compiler(environment: Mapping[str, str]) -> Finding:
 def jemalloc(environment: Mapping[str, str]) -> Finding:
     preloaded = [name for name in re.split("[ :]", environment.get("LD_PRELOAD", "")) if "jemalloc" in name]
     if gone := [name for name in preloaded if "/" in name and not Path(name).exists()]:
-        return Finding("jemalloc", "warning", f"LD_PRELOAD names {gone[0]}, which is not there", "correct LD_PRELOAD, or unset it")
+        return Finding("jemalloc", "warning", f"LD_PRELOAD names {gone[0]}, which is not there", "correct or unset LD_PRELOAD")
     if preloaded:
         return Finding("jemalloc", "ok", f"preloaded: {preloaded[0]}")
     if library := ctypes.util.find_library("jemalloc"):
