@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
 from rlcore.finding import Devices, Finding, Trial, compared, loads
+from rlcore.machine import installed
 
 _GPUS = """
 import torch
@@ -74,9 +74,6 @@ class CudaDoctor:
 
     def _build(self) -> Iterator[Finding]:
         """A pin of 2.13.0 allows 2.13.0+cpu, which sees no GPU."""
-        try:
-            version = metadata.version("torch")
-        except metadata.PackageNotFoundError:
-            return
-        if "+cpu" in version:
+        version = installed("torch")
+        if version and "+cpu" in version:
             yield Finding("torch's build", "failure", f"{version} is built without CUDA", _REINSTALL)

@@ -6,12 +6,12 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
 from rlcore.finding import Devices, Finding, Trial, compared, loads
+from rlcore.machine import installed
 
 _NPUS = """
 import torch, torch_npu
@@ -34,9 +34,7 @@ class NpuDoctor:
     versions: ClassVar[Mapping[str, str]] = {
         "Python": ">=3.11,<3.13", "CANN": "==9.1.0", "NNAL": "==9.1.0", "glibc": ">=2.34",  # glibc: of vllm-ascend's wheels
     }  # fmt: skip
-    trials: ClassVar[tuple[Trial, ...]] = (
-        Trial("torch.npu", _NPUS, _USELESS),
-    )
+    trials: ClassVar[tuple[Trial, ...]] = (Trial("torch.npu", _NPUS, _USELESS),)
 
     def __init__(self, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> None:
         self._root, self._environment = root, environment
@@ -107,14 +105,17 @@ class NpuDoctor:
         return f"source {places[-1] if places else self._ascend / 'cann/set_env.sh'} before Python starts"
 
     def _build(self) -> Iterator[Finding]:
-        """On x86-64 PyPI's torch is built for CUDA; on aarch64 it is not."""
-        try:
-            version = metadata.version("torch")
-        except metadata.PackageNotFoundError:
-            return
-        if platform.machine() == "x86_64" and "+cpu" not in version:
+        """What has the right version and is built for CUDA, or replaces what is built for Ascend."""
+        torch, vllm, triton = installed("torch"), installed("vllm"), installed("triton")
+        if torch and "+cpu" not in torch and platform.machine() == "x86_64":  # on aarch64 PyPI's is for the CPU
             remedy = "pip install --no-deps --force-reinstall torch from PyTorch's CPU index (docs/backends.md)"
-            yield Finding("torch's build", "failure", f"{version} may be built for CUDA, which torch-npu refuses", remedy)
+            yield Finding("torch's build", "failure", f"{torch} may be built for CUDA, which torch-npu refuses", remedy)
+        if vllm and "+empty" not in vllm:
+            remedy = "build it from source with VLLM_TARGET_DEVICE=empty (docs/backends.md)"
+            yield Finding("vllm's build", "warning", f"{vllm} may be the wheel with CUDA kernels", remedy)
+        if triton:
+            remedy = "pip uninstall triton triton-ascend, then install triton-ascend (docs/backends.md)"
+            yield Finding("triton", "failure", f"{triton} stands where triton-ascend must: both are imported as triton", remedy)
 
 
 def _cann_version(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rlcore import machine, registry
+from rlcore.errors import PluginError
 from rlcore.finding import Devices, Doctor, Finding, Trial, attempt
 
 TORCH = Trial("import torch", "import torch; print(torch.__version__)", "python -c 'import torch' has the whole message")
@@ -33,7 +34,10 @@ def choose(name: str = "auto") -> Choice:
         return Choice(name, _doctor(name).devices(), "as asked for")
     doctors = {known: _doctor(known) for known in registry.names("doctors")}
     seen = {known: doctor.devices() for known, doctor in doctors.items()}
-    chosen = max((known for known in doctors if seen[known].count), key=lambda known: doctors[known].precedence)
+    there = [known for known in doctors if seen[known].count]
+    if not there:
+        raise PluginError(f"--backend auto: no devices are here of {', '.join(doctors) or 'any backend: none is installed'}")
+    chosen = max(there, key=lambda known: doctors[known].precedence)
     passed = [f"; {known}: {seen[known].seen}" for known in doctors if doctors[known].precedence > doctors[chosen].precedence]
     return Choice(chosen, seen[chosen], f"auto: {seen[chosen].seen}" + "".join(passed))
 

@@ -30,6 +30,14 @@ def read_pins(file: Traversable) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
+def installed(name: str) -> str | None:
+    """The version of a package; None without it. Nothing is imported."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def python(wanted: str) -> Finding:
     own = metadata.metadata("rlcore")["Requires-Python"]
     both = ",".join(filter(None, (own, wanted)))
@@ -40,19 +48,19 @@ def python(wanted: str) -> Finding:
 def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[Finding]:
     """The installed versions against the pins: one finding for each decisive package, one for all the others together."""
     pins = read_pins(file)
-    found = {name: _installed(name) for name in pins}
+    found = {name: installed(name) for name in pins}
     for name in decisive:
         where, remedy = f"not installed; {pins[name]} is pinned", f"pip install --no-deps '{pins[name]}' (docs/backends.md)"
         yield compared(name, found[name], str(pins[name].specifier), where, remedy)
     others = [name for name in pins if name not in decisive]
     missing = [name for name in others if found[name] is None]
     differing = [f"{name} {found[name]}" for name in others if found[name] and not _meets(pins[name], found[name])]
-    remedy = f"pip install --no-deps -r {file}"
-    if missing:
-        yield Finding("other packages", "failure", f"{len(missing)} of {len(others)} are missing: {_few(missing)}", remedy)
-    if differing:
-        yield Finding("other packages", "warning", f"{len(differing)} of {len(others)} differ: {_few(differing)}", remedy)
-    if not missing and not differing:
+    seen = [f"{len(missing)} of {len(others)} are missing: {_few(missing)}"] if missing else []
+    seen += [f"{len(differing)} of {len(others)} differ: {_few(differing)}"] if differing else []
+    if seen:
+        verdict = "failure" if missing else "warning"
+        yield Finding("other packages", verdict, "; ".join(seen), f"pip install --no-deps -r {file}")
+    else:
         yield Finding("other packages", "ok", f"all {len(others)} are as pinned in {file.name}")
 
 
@@ -60,7 +68,7 @@ def own_requirements() -> Finding:
     """What rlcore itself asks for, on every device."""
     declared = map(Requirement, metadata.requires("rlcore") or ())
     asked = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
-    found = {one.name: _installed(one.name) for one in asked}
+    found = {one.name: installed(one.name) for one in asked}
     if wrong := [f"{one} ({found[one.name] or 'missing'})" for one in asked if not _meets(one, found[one.name])]:
         return Finding("rlcore", "failure", f"asks for {', '.join(wrong)}", "install what the stack's requirements file pins")
     return Finding("rlcore", "ok", f"{metadata.version('rlcore')}, all {len(asked)} of its own requirements are met")
@@ -68,7 +76,7 @@ def own_requirements() -> Finding:
 
 def apex() -> Finding:
     """Whose apex this is: the one of PyPI is an unrelated toolkit for Pyramid, and installing it runs its setup."""
-    spec, version = importlib.util.find_spec("apex"), _installed("apex")
+    spec, version = importlib.util.find_spec("apex"), installed("apex")
     if spec is None and version is None:
         return Finding("apex", "absent", "nothing needs it")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -137,13 +145,6 @@ def jemalloc(environment: Mapping[str, str]) -> Finding:
     if library := ctypes.util.find_library("jemalloc"):
         return Finding("jemalloc", "ok", f"{library} is there; LD_PRELOAD does not name it")
     return Finding("jemalloc", "absent", "optional: long runs on the host's memory fragment less with it")
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _meets(requirement: Requirement, version: str | None) -> bool:

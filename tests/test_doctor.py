@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlcore import cli, doctor, machine, registry
+from rlcore.errors import PluginError
 from rlcore.finding import Devices, Finding, Trial, attempt, satisfies
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +177,9 @@ def test_auto_takes_the_highest_of_those_whose_devices_are_seen(monkeypatch):
     monkeypatch.setattr(CUDA, "devices", lambda self: Devices(0, "no GPU"))
     assert doctor.choose().name == "cpu" and "; cuda: no GPU; npu: no NPU" in doctor.choose().why
     assert doctor.choose("cuda").devices == Devices(0, "no GPU")
+    monkeypatch.setattr(registry, "names", lambda group: ["cuda", "npu"])
+    with pytest.raises(PluginError, match="no devices are here of cuda, npu"):
+        doctor.choose()
 
 
 @pytest.mark.parametrize(
@@ -255,12 +259,16 @@ def test_doctor_for_npu_runs_where_torch_does_not(ascend):
     library = written(root / "hccl.c", "int HcclCommDestroy(void *comm) { return 0; }\n")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", root / "libhccl.so", library], check=True)
     written(root / "site/torch/__init__.py", "raise ImportError('libtorch_global_deps.so: cannot open shared object file')\n")
+    distribution(root / "site", "vllm", "0.23.0")
+    distribution(root / "site", "triton", "3.6.0")
     result = run("--backend", "npu", "--json", **environment, LD_LIBRARY_PATH=str(root), PYTHONPATH=str(root / "site"))
     assert result.returncode == 1, result.stderr
     found = findings(result)
     assert found["CANN"]["seen"] == "8.5.0, not ==9.1.0"
     assert found["libhccl.so"]["verdict"] == "ok"
     assert found["torch-npu"]["remedy"].startswith("pip install --no-deps 'torch-npu==")
+    assert found["vllm"]["verdict"] == "ok" and found["vllm's build"]["verdict"] == "warning"
+    assert found["triton"]["seen"] == "3.6.0 stands where triton-ascend must: both are imported as triton"
     assert found["import torch"]["seen"].startswith("ImportError: libtorch_global_deps.so")
 
 
