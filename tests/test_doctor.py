@@ -140,7 +140,7 @@ def test_a_torch_that_does_not_import_is_tried_once_and_alone(spoiled):
     assert names[-1] == "import torch"
 
 
-def test_every_remedy_stands_under_its_line(capsys):
+def test_every_remedy_stands_under_its_line():
     said = doctor.line(Finding("thing", "failure", "gone", "bring it back"))
     assert said.splitlines() == [f"failure  {'thing':16} gone", "         -> bring it back"]
     assert doctor.line(Finding("thing", "absent", "not there", "get one")) == f"absent   {'thing':16} not there"
