@@ -6,18 +6,21 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
 from rlcore.config import Strict, validate
 from rlcore.errors import ConfigError, PluginError
+from rlcore.finding import Finding
 from rlcore.interruption import Interruption
-from rlcore.protocols import Backend
 
-from . import node_address, ray_cluster, ray_roles
+from . import node_address, ray_cluster, ray_doctor, ray_roles
+
+if TYPE_CHECKING:
+    from rlcore.protocols import Backend
 
 DEVICES = ("DEVICES_PER_NODE", "NPUS_PER_NODE", "GPUS_PER_NODE")
 
@@ -71,6 +74,13 @@ class RayLauncher:
         known = [field.alias for field in LaunchOptions.model_fields.values()]
         values = {name: environment[name] for name in known if name and environment.get(name)}
         self._options = None if self._cluster else validate(LaunchOptions, {**values, **_devices(environment), **given})
+
+    @classmethod
+    def findings(cls, environment: Mapping[str, str]) -> Iterator[Finding]:
+        """What of this node `rlcore doctor` looks at, before torch is imported."""
+        fields = cls.Options.model_fields
+        ports = {str(fields[name].alias): fields[name].default for name in ("ray_port", "dashboard_port")}
+        return ray_doctor.findings(environment, ports)
 
     @property
     def devices(self) -> int | None:

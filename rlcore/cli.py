@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if wrong := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest and "overrides" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides that stand behind an option
         options.overrides += rest
     try:
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.set_defaults(complete=_add_launcher_options)
     _command(commands, "plan", _plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", _show, "every setting of the run, as YAML")
+    _add_doctor(commands)
     return parser
 
 
@@ -96,6 +99,19 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
     command.set_defaults(run=run, debug=False)
     return command
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    what = "look at this machine: devices, drivers, versions, ports, limits; what is wrong, with its remedy"
+    command = commands.add_parser(
+        "doctor", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Exit status: 0 nothing fails, 1 something does, 2 a wrong argument.",
+    )  # fmt: skip
+    installed = ", ".join(registry.names("doctors"))
+    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto")
+    command.add_argument("--json", action="store_true", help="one object instead of lines")
+    command.add_argument("--versions", action="store_true", help="only the versions that belong together, as a Markdown table")
+    command.set_defaults(run=_doctor)
 
 
 def _add_run_folder(command: argparse.ArgumentParser) -> None:
@@ -135,6 +151,24 @@ def _check_installed(config: RunConfig) -> None:
     for group, key, name in wanted:
         if name != "auto" and "." not in name:
             registry.check(group, name, key)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rlcore import doctor
+
+    if options.versions:
+        print(doctor.table())
+        return 0
+    choice = doctor.choose(options.backend)
+    if not options.json:
+        print(f"backend: {choice.name} ({choice.why})", flush=True)
+    findings = []
+    for finding in doctor.examine(choice.name):
+        findings.append(finding)
+        if not options.json:
+            print(doctor.line(finding), flush=True)
+    print(doctor.as_json(choice, findings) if options.json else doctor.closing(findings))
+    return 1 if doctor.failed(findings) else 0
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from rlcore.config import LoraConfig, RolloutConfig
+    from rlcore.finding import Finding
     from rlcore.packing import Packed
     from rlcore.sequence_parallel import Slice
     from rlcore.sharding import Exchange
@@ -228,6 +229,11 @@ class Launcher(Protocol):
 
     def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         """Options by alias: what was given, then what the environment says."""
+        ...
+
+    @classmethod
+    def findings(cls, environment: Mapping[str, str]) -> Iterator[Finding]:
+        """What of this node `rlcore doctor` looks at, before torch is imported."""
         ...
 
     @property

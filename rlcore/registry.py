@@ -14,7 +14,7 @@ from pydantic import ConfigDict, create_model
 from rlcore.config import Strict, nearest, validate
 from rlcore.errors import PluginError
 
-GROUPS = ("backends", "adapters", "models", "engines", "placements", "rewards", "datasets", "launchers")
+GROUPS = ("backends", "doctors", "adapters", "models", "engines", "placements", "rewards", "datasets", "launchers")
 
 
 def names(group: str) -> list[str]:

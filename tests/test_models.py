@@ -72,7 +72,7 @@ def test_the_tiny_vision_model_loads_anywhere(models):
     processor = transformers.AutoProcessor.from_pretrained(folder)
     assert 900_000 < model.num_parameters() < 1_200_000
     assert model.config.image_token_id == processor.image_token_id
-    assert processor.image_processor.get_number_of_image_patches(112, 112) == 16 * 4
+    assert processor.image_processor.get_number_of_image_patches(112, 112, {}) == 16 * 4
 
 
 @pytest.mark.parametrize(

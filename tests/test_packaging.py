@@ -1,4 +1,4 @@
-"""What is installed is what stands in the tree, under three names of our own."""
+"""What is installed is what stands in the tree, under four names of our own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 from rlcore import registry
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"rlcore": "rlcore", "backends": "rlcore_backends", "adapters": "rlcore_adapters"}
+PACKAGES = {
+    "rlcore": "rlcore", "backends": "rlcore_backends", "adapters": "rlcore_adapters", "requirements": "rlcore_requirements",
+}  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -44,7 +46,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel):
         str(Path(package) / path.relative_to(ROOT / folder))
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name == "py.typed" or path.match("requirements/*.txt")
     }
     assert {name for name in wheel if ".dist-info/" not in name} == sources
 
@@ -63,21 +65,30 @@ def test_every_entry_point_resolves():
             assert callable(installed[name].load())
 
 
-def test_the_pins_satisfy_what_the_core_asks_for():
-    """Each of base.txt is pinned in cpu.txt, once, to a version that base.txt allows."""
-    pins = [Requirement(line) for line in requirements("cpu.txt")]
+@pytest.mark.parametrize("file", ["cpu.txt", "cuda.txt", "npu.txt"])
+def test_the_pins_satisfy_what_the_core_asks_for(file):
+    """Each of base.txt is pinned in a device's file, once, to a version that base.txt allows."""
+    pins = [Requirement(line) for line in requirements(file)]
     versions = {pin.name: next(iter(pin.specifier)).version for pin in pins}
     assert len(versions) == len(pins)
     for requirement in map(Requirement, requirements("base.txt")):
         version = versions.get(requirement.name)
-        assert version is not None, f"cpu.txt does not pin {requirement.name}"
-        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} but cpu.txt pins {version}"
+        assert version is not None, f"{file} does not pin {requirement.name}"
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} but {file} pins {version}"
 
 
 def test_pinned_files_pin_every_line():
-    for name in ("cpu.txt", "ray.txt", "dev.txt"):
+    for name in ("cpu.txt", "cuda.txt", "npu.txt", "ray.txt", "dev.txt"):
         for requirement in map(Requirement, requirements(name)):
             assert [one.operator for one in requirement.specifier] == ["=="], f"{name}: {requirement}"
+
+
+@pytest.mark.parametrize("file", ["cpu.txt", "cuda.txt", "npu.txt"])
+def test_no_stack_has_the_apex_of_pypi_or_another_version_than_rays(file):
+    """ray.txt is installed beside each of them."""
+    pins, ray = ({r.name: str(r.specifier) for r in map(Requirement, requirements(name))} for name in (file, "ray.txt"))
+    assert "apex" not in pins
+    assert {name: pins[name] for name in pins.keys() & ray.keys()} == {name: ray[name] for name in pins.keys() & ray.keys()}
 
 
 def requirements(name: str) -> list[str]:

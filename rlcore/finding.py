@@ -1,0 +1,110 @@
+"""What `rlcore doctor` says of one thing, and what a device's plugin tells it. Nothing here or in a plugin imports torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from typing import ClassVar, Literal, Protocol
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+Verdict = Literal["ok", "warning", "failure", "absent"]  # absent: not there, and nothing needs it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    verdict: Verdict
+    seen: str  # with its numbers
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.remedy or self.verdict in ("ok", "absent"), f"{self.what}: a {self.verdict} needs a remedy"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices that a process started now would have."""
+
+    count: int
+    seen: str  # where they were looked for, and what hides some
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A program for a process of its own: its last line of output is what was seen, another exit status a failure."""
+
+    what: str
+    program: str
+    remedy: str
+    seconds: float = 120
+
+
+class Doctor(Protocol):
+    """What only a device's plugin knows about a machine: an entry point of rlcore.doctors, called without arguments."""
+
+    precedence: ClassVar[int]  # of those that see devices, --backend auto takes the highest; 0 is for what is always there
+    pins: ClassVar[Traversable]  # the requirements file of the whole stack
+    decisive: ClassVar[Sequence[str]]  # the packages of it that must be exactly as pinned
+    versions: ClassVar[Mapping[str, str]]  # a specifier for each of what is no package: Python, drivers, toolkits
+    trials: ClassVar[Sequence[Trial]]  # run last, and only where torch can be imported
+
+    def devices(self) -> Devices: ...
+
+    def findings(self) -> Iterator[Finding]: ...
+
+
+def compared(what: str, version: str | None, wanted: str, missing: str, remedy: str) -> Finding:
+    """A version against a specifier; `missing` says where one was looked for."""
+    if version is None:
+        return Finding(what, "failure", missing, remedy)
+    if not satisfies(version, wanted):
+        return Finding(what, "failure", f"{version}, not {wanted}", remedy)
+    return Finding(what, "ok", version)
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """False also where it is no version at all."""
+    try:
+        return SpecifierSet(wanted).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def loads(library: str) -> Finding:
+    """Whether the loader finds a shared library and all that it asks for: tried by a process of its own."""
+    program = f"import ctypes; ctypes.CDLL({library!r}); print('the loader finds it, and all that it needs')"
+    return attempt(Trial(library, program, "its folder must be in LD_LIBRARY_PATH before Python starts", 30))
+
+
+def attempt(trial: Trial) -> Finding:
+    """What came of it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", trial.program], capture_output=True, text=True, errors="replace", timeout=trial.seconds,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Finding(trial.what, "failure", f"no answer within {trial.seconds:g} s", trial.remedy)
+    if done.returncode == 0:
+        return Finding(trial.what, "ok", _last_line(done.stdout))
+    ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    return Finding(trial.what, "failure", _errors(done.stderr) or ended, trial.remedy)
+
+
+def _errors(text: str) -> str:
+    """The error of a traceback, with the one that it came from."""
+    errors = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return errors[-1] + (f" (from {errors[0]})" if len(errors) > 1 else "") if errors else _last_line(text)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
