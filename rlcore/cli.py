@@ -243,7 +243,15 @@ def _prepared(config: RunConfig) -> Backend:
 
 
 def _backend(config: RunConfig) -> Backend:
-    kind = registry.load("backends", "cpu" if config.backend.name == "auto" else config.backend.name)
+    """That of the run file; `auto` is the one whose devices are here, and says so."""
+    name = config.backend.name
+    if name == "auto":
+        from rlcore import doctor
+
+        choice = doctor.choose()
+        name = choice.name
+        print(f"backend: {name} ({choice.why})")
+    kind = registry.load("backends", name)
     return kind(configuration.validate(kind.Options, config.backend.options, "backend.options."))
 
 

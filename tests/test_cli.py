@@ -100,7 +100,7 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         ("algorithm.group_size=1", "algorithm.group_size: 1 leaves nothing to compare .*; use 2 or more"),
         ("train.max_tokens_per_microbatch=67", "train.max_tokens_per_microbatch: 67 cannot hold one sample of up to 68 tokens"),
         ("reward=[]", "reward: must list at least one reward"),
-        ("backend.name=tpu", "backend.name: none of the installed backends is called 'tpu'; .*cpu"),
+        ("backend.name=tpu", "backend.name: none of the installed backends is called 'tpu'; .*"),
         ("rollout.engine=torhc", "rollout.engine: none of the installed engines is called 'torhc'; did you mean 'torch'?"),
         ("reward.0.name=maths", "reward.0.name: none of the installed rewards is called 'maths'; did you mean 'math'?"),
         ("data.train.name=arithmetics", "data.train.name: none of the installed datasets is called .* mean 'arithmetic'?"),
@@ -452,6 +452,8 @@ def test_training_moved_the_weights_away_from_the_warm_start(whole):
 def test_the_run_is_introduced_and_closed_with_where_to_look(start):
     status, out, err, folder = start("train.steps=1")
     assert status == 0 and err == ""
+    chosen, out = out.split("\n", 1)
+    assert chosen.startswith("backend: cpu (auto: ")
     assert out.startswith(f"run folder: {folder}\nstep 1/1  score ")
     assert "checkpoints/        step_000001/model loads with from_pretrained" in out
 
