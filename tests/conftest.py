@@ -1,5 +1,6 @@
 """The tests run on the cpu backend: its environment stands before anything imports torch, its cures before transformers."""
 
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.update(BACKEND.environment())
 CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # nothing that an earlier vLLM left behind
 os.environ["VLLM_CACHE_ROOT"] = CACHE.name
 BACKEND.prepare()
+importlib.import_module("tripwire").arm()  # here: it imports torch
 
 
 @pytest.fixture(scope="session")

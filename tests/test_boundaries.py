@@ -1,4 +1,4 @@
-"""The core imports no engine and names no device."""
+"""The core imports no engine; neither it nor the adapters name a device, in their code or while they run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 CORE = Path(__file__).parents[1] / "rlcore"
 FILES = sorted(CORE.rglob("*.py"))
+ADAPTERS = CORE.with_name("adapters")
 FOREIGN = {"vllm", "ray", "torch_npu", "megatron", "sglang", "rlcore_backends", "rlcore_adapters", "backends", "adapters"}
 NAMES = re.compile(r"cuda|npu(?!t)|nccl|hccl|gloo|vllm|sglang|megatron|ascend", re.IGNORECASE)  # npu(?!t): not "input"
+DEVICES = re.compile(r"cuda|npu(?!t)|nccl|hccl|gloo|ascend", re.IGNORECASE)
 ALLOWED = {
     "vllm_tps": "a metric's published name: MindSpeed-RL prints it whatever the engine is",
 }
@@ -60,6 +63,32 @@ def test_the_core_imports_no_engine_and_no_plugin(file):
 def test_the_core_names_no_device_and_no_collective(file):
     found = [(line, word) for line, word in words(tree(file)) if NAMES.search(word) and word not in ALLOWED]
     assert found == []
+
+
+@pytest.mark.parametrize("file", sorted(ADAPTERS.rglob("*.py")), ids=lambda file: str(file.relative_to(ADAPTERS)))
+def test_adapters_name_no_device_and_no_collective(file):
+    assert [(line, word) for line, word in words(tree(file)) if DEVICES.search(word)] == []
+
+
+SILENT = {
+    "a query": "torch.cuda.is_available()",
+    "memory": "torch.cuda.memory.empty_cache()",
+    "a seed": "torch.cuda.manual_seed_all(0)",
+    "a tensor": "torch.ones(1).is_cuda",
+    "a move": "torch.nn.Linear(1, 1).cuda()",
+}
+
+
+@pytest.mark.parametrize("call", SILENT.values(), ids=SILENT)
+@pytest.mark.parametrize("package", ["rlcore", "rlcore_adapters"])
+def test_a_call_of_another_device_fails_in_our_code(call, package):
+    with pytest.raises(AssertionError, match=r"ask torch\.get_device_module"):
+        eval(call, {"torch": torch, "__name__": f"{package}.somewhere"})
+
+
+def test_others_may_call_what_they_like():
+    assert not eval(SILENT["a tensor"], {"torch": torch, "__name__": "vllm.somewhere"})
+    eval(SILENT["a query"], {"torch": torch, "__name__": "rlcore_backends.somewhere"})
 
 
 def test_the_walk_sees_what_it_is_there_for():

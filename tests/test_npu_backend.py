@@ -1,0 +1,111 @@
+"""The npu backend where there is no npu: what it tells Ray, HCCL and vLLM, and what it says of what is missing or wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import psutil
+import pytest
+
+from rlcore import cli, registry
+from rlcore.errors import ConfigError, PluginError
+
+NPU = registry.load("backends", "npu")
+absent = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="torch_npu itself is installed here")
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch):
+    """Nothing that these tests ask of is set."""
+    for name in [*NPU(NPU.Options(deterministic=True)).environment(), "PYTORCH_NPU_ALLOC_CONF"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def made(**options):
+    return NPU(NPU.Options(**options))
+
+
+def test_what_the_user_has_set_wins(monkeypatch):
+    assert made().environment()["HCCL_CONNECT_TIMEOUT"] == "1800"
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7200")
+    assert made().environment()["HCCL_CONNECT_TIMEOUT"] == "7200"
+
+
+def test_every_conflict_is_reported_at_once(monkeypatch):
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "1")
+    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "true")
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
+    monkeypatch.setenv("LCCL_DETERMINISTIC", "1")
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:512, expandable_segments:True")
+    with pytest.raises(ConfigError) as error:
+        made(deterministic=True, sleep_mode=True).environment()
+    found = str(error.value).splitlines()[1:]
+    names = ["VLLM_ASCEND_ENABLE_NZ", "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "HCCL_DETERMINISTIC"]
+    assert [line.strip().partition("=")[0] for line in found] == [*names, "PYTORCH_NPU_ALLOC_CONF"]
+    assert "HCCL_DETERMINISTIC=false, needed is true (backend.options.deterministic)" in found[2]
+
+
+def test_without_their_option_the_same_settings_are_no_conflict(monkeypatch):
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    assert "HCCL_DETERMINISTIC" not in made().environment()
+
+
+def test_a_value_spelled_otherwise_is_no_conflict(monkeypatch):
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "TRUE")
+    assert made(deterministic=True).environment()["HCCL_DETERMINISTIC"] == "TRUE"
+
+
+def test_a_device_is_one_npu_and_its_share_of_the_cores():
+    assert made(cores=3).sharing(4).bundle() == {"NPU": 1.0, "CPU": 3.0}
+    assert made().sharing(10**6).bundle() == {"NPU": 1.0, "CPU": 1.0}
+    assert 1 <= made().bundle()["CPU"] <= 8
+
+
+def test_collectives_go_through_the_interface_of_the_address():
+    loopback = next(
+        name for name, entries in psutil.net_if_addrs().items()
+        if any(entry.family == socket.AF_INET and entry.address == "127.0.0.1" for entry in entries)
+    )  # fmt: skip
+    assert made().network("127.0.0.1") == {"HCCL_SOCKET_IFNAME": loopback, "GLOO_SOCKET_IFNAME": loopback}
+    assert made().network("192.0.2.1") == {}
+
+
+def test_the_engine_is_left_its_share_of_the_memory():
+    assert made(engine_memory=0.25).engine_options("vllm") == {"gpu_memory_utilization": 0.25, "enable_sleep_mode": False}
+    assert made().engine_options("torch") == {}
+
+
+@absent
+def test_a_missing_torch_npu_is_named_with_its_remedy():
+    with pytest.raises(PluginError, match=r"torch_npu is not installed; pip install -r requirements/npu\.txt"):
+        made().prepare()
+
+
+@absent
+@pytest.mark.parametrize(("error", "said"), [
+    ("ImportError('libhccl.so: cannot open shared object file: No such file or directory')", r"finds no CANN .*set_env\.sh"),
+    ("RuntimeError('Two accelerators cannot be used at the same time')", "does not import: Two accelerators"),
+    ("ModuleNotFoundError('no yaml', name='yaml')", "does not import: no yaml"),
+])  # fmt: skip
+def test_a_broken_torch_npu_says_what_it_lacks(tmp_path, monkeypatch, error, said):
+    (tmp_path / "torch_npu.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError, match=said):
+        made().prepare()
+
+
+@absent
+def test_a_run_on_a_machine_without_torch_npu_is_the_users_mistake(tmp_path, tiny_llama, capsys, monkeypatch):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: {tiny_llama}}}\ndata: {{train: {{name: arithmetic}}}}\nreward: [{{name: math}}]\n"
+        "rollout: {engine: torch}\ntrain: {steps: 1}\n"
+    )
+    with monkeypatch.context() as patch:
+        for name in made().environment():
+            patch.setenv(name, made().environment()[name])  # what the command leaves in the environment goes again
+        assert cli.main(["grpo", str(file), "--backend", "npu", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "rlcore: backend.name npu: torch_npu is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
