@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore import config as configuration
-from rlcore import registry
+from rlcore import jemalloc, registry
 from rlcore.config import RunConfig
 from rlcore.errors import ConfigError, RlcoreError, WorkerDied
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 LAUNCHER = "ray"
 RECORD = "config.yaml"  # a folder that holds one holds a run
+PRELOAD = "docs/launching.md says how to preload it, and JEMALLOC=off says nothing"
 ALONE = (
     "placement.kind=local", "placement.devices=1", "placement.pools={}", "placement.max_staleness=0", "placement.options={}",
     "placement.stall_seconds=0", "sharding.replicas=1", "sharding.sequence_parallel=1", "rollout.tensor_parallel=1",
@@ -159,6 +160,8 @@ def _train(module: str, options: argparse.Namespace) -> None:
 
     _hush()
     console = Console(config.logging.samples_on_console)
+    if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
+        console.warn(f"placement.offload: malloc is not jemalloc's, and {jemalloc.CONSEQUENCE}; {PRELOAD}")
     run = partial(train, config, backend, folder, console=console, begin=partial(_begin, folder, config))
     _restarting(run, folder, options.resume, config.placement.max_restarts, console)
     _closing(folder)
@@ -244,6 +247,7 @@ def _environment() -> dict[str, object]:
     installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     return {
         "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "command": sys.argv,
+        "malloc": str(jemalloc.of_malloc() or "not jemalloc"),
         "packages": dict(sorted(installed.items())),
     }
 

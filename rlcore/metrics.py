@@ -13,10 +13,11 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlcore import jemalloc
 from rlcore.pulse import Pulse
 from rlcore.types import Group, Metrics, Receipt, Score
 
@@ -149,9 +150,13 @@ def sync(receipt: Receipt) -> Metrics:
 
 
 def memory() -> Metrics:
-    """`memory/peak_rss_gib`: the most memory this process has held so far."""
+    """`memory/peak_rss_gib`: the most memory this process has held so far. `memory/host_*`: what its malloc holds now, GiB,
+    where that is jemalloc."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-    return {"memory/peak_rss_gib": peak / 2**20}
+    allocator = jemalloc.of_malloc()
+    stats = allocator.stats() if allocator else None
+    held = {f"memory/host_{name}": size / 2**30 for name, size in asdict(stats).items()} if stats else {}
+    return {"memory/peak_rss_gib": peak / 2**20, **held}
 
 
 class Sinks:
