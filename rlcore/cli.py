@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 LAUNCHER = "ray"
 RECORD = "config.yaml"  # a folder that holds one holds a run
-PRELOAD = "docs/launching.md says how to preload it, and JEMALLOC=off says nothing"
 ALONE = (
     "placement.kind=local", "placement.devices=1", "placement.pools={}", "placement.max_staleness=0", "placement.options={}",
     "placement.stall_seconds=0", "sharding.replicas=1", "sharding.sequence_parallel=1", "rollout.tensor_parallel=1",
@@ -161,7 +160,8 @@ def _train(module: str, options: argparse.Namespace) -> None:
     _hush()
     console = Console(config.logging.samples_on_console)
     if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
-        console.warn(f"placement.offload: malloc is not jemalloc's, and {jemalloc.CONSEQUENCE}; {PRELOAD}")
+        remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
+        console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
     run = partial(train, config, backend, folder, console=console, begin=partial(_begin, folder, config))
     _restarting(run, folder, options.resume, config.placement.max_restarts, console)
     _closing(folder)

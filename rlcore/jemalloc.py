@@ -22,7 +22,7 @@ from rlcore.errors import ConfigError
 
 INSTALL = "apt install libjemalloc2 (Debian, Ubuntu) or dnf install jemalloc (openEuler)"
 PREFIXES = ("", "je_", "_rjem_")  # a distribution's build, its own default where malloc is taken, that of Rust programs
-CONSEQUENCE = "what its processes free may stay with them"
+CONSEQUENCE = "memory that processes free may stay with them"
 CONFIGURATION = "background_thread:true"  # pages go back though a process only waits: 10 s after they were freed
 _ALL = 4096  # MALLCTL_ARENAS_ALL
 _PROBE = 2**20  # bytes; more than a call from Python allocates beside

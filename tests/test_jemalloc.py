@@ -44,10 +44,15 @@ def under(program: str, *, background: bool = False, **environment: str) -> str:
 @here
 @pytest.mark.parametrize("background", [False, True])
 def test_what_was_freed_stays_until_it_is_purged(background):
+    """In whichever arena: threads have arenas of their own."""
     said = under(RESIDENT + (
+        "import threading\n"
         "from rlcore import jemalloc\n"
-        "found = jemalloc.of_malloc()\n"
-        "held = [b'x' * 50_000 for _ in range(4000)]\n"
+        "found, held = jemalloc.of_malloc(), []\n"
+        "def fill(): held.extend(b'x' * 50_000 for _ in range(1000))\n"
+        "threads = [threading.Thread(target=fill) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
         "full, before = resident(), found.stats()\n"
         "del held\n"
         "freed, kept = resident(), found.stats()\n"
