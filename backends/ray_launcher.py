@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 
+from rlcore import jemalloc
 from rlcore.config import Strict, validate
 from rlcore.errors import ConfigError, PluginError
 from rlcore.finding import Finding
@@ -56,6 +57,8 @@ class LaunchOptions(Strict):
     """0 is any free one"""
     ray_temp_dir: Path | None = None
     """Ray's sockets and logs; when not set, a new folder in /tmp, removed after success"""
+    jemalloc: str = "auto"
+    """malloc of all processes: auto is jemalloc where it is found, off the system's own; else the path of a libjemalloc.so.2"""
     token_stdin: bool = False
     """read the cluster's token from standard input"""
 
@@ -74,6 +77,7 @@ class RayLauncher:
         known = [field.alias for field in LaunchOptions.model_fields.values()]
         values = {name: environment[name] for name in known if name and environment.get(name)}
         self._options = None if self._cluster else validate(LaunchOptions, {**values, **_devices(environment), **given})
+        self._jemalloc = str({**values, **given}.get("JEMALLOC", LaunchOptions.model_fields["jemalloc"].default))
 
     @classmethod
     def findings(cls, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -94,7 +98,7 @@ class RayLauncher:
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # that the head hangs up at the end is no news
         options = self._options
         master, current = _addresses(options)
-        environment = {**self._environment, **_additions(options, self._environment)}
+        environment = {**self._environment, **_additions(options, self._environment), **self._malloc()}
         device = backend.sharing(options.devices_per_node).bundle()
         resources = {name: amount * options.devices_per_node for name, amount in device.items()}
         place = ray_roles.Place(
@@ -118,7 +122,14 @@ class RayLauncher:
         file = ray_cluster.token_file(self._environment)
         added = {} if "RAY_AUTH_MODE" in self._environment or not ray_cluster.there(file) else {"RAY_AUTH_MODE": "token"}
         with Interruption():
-            return ray_roles.train(trainer, {**self._environment, **added})
+            return ray_roles.train(trainer, {**self._environment, **added, **self._malloc()})
+
+    def _malloc(self) -> dict[str, str]:
+        """Variables for all that is started here; the trainer sees by JEMALLOC that what there is to say has been said."""
+        added, said = jemalloc.preload(self._jemalloc, self._environment)
+        if said:
+            ray_roles.say(said)
+        return {**added, "JEMALLOC": self._jemalloc}
 
 
 def _devices(environment: Mapping[str, str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlcore import registry
+from rlcore import jemalloc, registry
 from rlcore.config import RunConfig, Strict, validate
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore.placement import Placement, Pool, results
@@ -205,7 +205,7 @@ class _Devices:
             resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
             num_gpus=backend.bundle().get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-            runtime_env={"env_vars": {**backend.environment(), **ray_debugging.environment(os.environ)}},
+            runtime_env={"env_vars": {**backend.environment(), **_inherited()}},
         ).remote()
 
     def _started(
@@ -228,7 +228,7 @@ class _Scorers:
 
     def __init__(self, config: RunConfig, observers: Observers) -> None:
         count = config.placement.reward_workers
-        environment = {"env_vars": ray_debugging.environment(os.environ)}
+        environment = {"env_vars": _inherited()}
         self._processes = [
             ray.remote(Process).options(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=environment).remote()
             for _ in range(count)
@@ -244,6 +244,11 @@ class _Scorers:
     def release(self) -> None:
         for process in self._processes:
             ray.kill(process)
+
+
+def _inherited() -> dict[str, str]:
+    """Variables that travel from this process to every worker: a cluster that exists has an environment of its own."""
+    return {**ray_debugging.environment(os.environ), **jemalloc.inherited(os.environ)}
 
 
 def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:

@@ -22,6 +22,8 @@ export WORKER_PORTS="${WORKER_PORTS:-0-0}"              # LOW-HIGH
 export DASHBOARD_HOST="${DASHBOARD_HOST:-127.0.0.1}"    # 0.0.0.0 shows Ray's dashboard to everyone
 export DASHBOARD_PORT="${DASHBOARD_PORT:-8260}"
 
+export JEMALLOC="${JEMALLOC:-auto}"                     # malloc of all processes: jemalloc where it is found; off; a path
+
 # The token without which nobody enters the cluster. The head makes it if there is none; every other node needs the same, in
 # this file or on standard input: launch.sh RUN.yaml --token-stdin < FILE
 export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"

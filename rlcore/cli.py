@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore import config as configuration
-from rlcore import registry
+from rlcore import jemalloc, registry
 from rlcore.config import RunConfig
 from rlcore.errors import ConfigError, RlcoreError, WorkerDied
 
@@ -193,6 +193,9 @@ def _train(module: str, options: argparse.Namespace) -> None:
 
     _hush()
     console = Console(config.logging.samples_on_console)
+    if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
+        remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
+        console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
     run = partial(train, config, backend, folder, console=console, begin=partial(_begin, folder, config))
     _restarting(run, folder, options.resume, config.placement.max_restarts, console)
     _closing(folder)
@@ -286,6 +289,7 @@ def _environment() -> dict[str, object]:
     installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     return {
         "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "command": sys.argv,
+        "malloc": str(jemalloc.of_malloc() or "not jemalloc"),
         "packages": dict(sorted(installed.items())),
     }
 

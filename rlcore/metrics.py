@@ -13,12 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlcore import jemalloc
 from rlcore.pulse import Pulse
 from rlcore.types import Group, Metrics, Receipt, Score
 
@@ -153,12 +154,15 @@ def sync(receipt: Receipt) -> Metrics:
 
 def memory(device: torch.device | None = None) -> Metrics:
     """`memory/peak_rss_gib`: the most memory this process has held so far. `memory/peak_device_gib`: the most that torch has
-    held on a device with memory of its own."""
+    held on a device with memory of its own. `memory/host_*`: what its malloc holds now, where that is jemalloc. All GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     metrics = {"memory/peak_rss_gib": peak / 2**20}
     if device is not None and device.type != "cpu":
         metrics["memory/peak_device_gib"] = torch.get_device_module(device).max_memory_allocated(device) / 2**30
-    return metrics
+    allocator = jemalloc.of_malloc()
+    stats = allocator.stats() if allocator else None
+    held = {f"memory/host_{name}": size / 2**30 for name, size in asdict(stats).items()} if stats else {}
+    return metrics | held
 
 
 class Sinks:

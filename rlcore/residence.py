@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlcore import jemalloc
 from rlcore.distributed import part
 from rlcore.errors import RunError
 from rlcore.metrics import Clock
@@ -96,9 +97,10 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
 class Residence:
     """The parts of one process, and which of them are on its device."""
 
-    def __init__(self, clock: Clock, parked: Collection[str]) -> None:
-        """`parked`: the parts that leave the device while no phase needs them."""
-        self._clock, self._parked = clock, frozenset(parked)
+    def __init__(self, clock: Clock, parked: Collection[str], purge: Callable[[], None] = jemalloc.purge) -> None:
+        """`parked`: the parts that leave the device while no phase needs them. `purge`: called when parts have moved, so that
+        the host memory they left goes back to the system."""
+        self._clock, self._parked, self._purge = clock, frozenset(parked), purge
         self._parts: dict[str, Resident] = {}
         self._away: set[str] = set()
         self._most: dict[str, int] = {}
@@ -119,10 +121,14 @@ class Residence:
             with self._clock.span("ref_offload" if one == "reference" else move):
                 self._parts[one].pause()
             self._away.add(one)
-        for one in sorted(needs & self._away):
+        coming = needs & self._away
+        for one in sorted(coming):
             with self._clock.span("ref_onload" if one == "reference" else move):
                 self._parts[one].resume()
             self._away.discard(one)
+        if leaving or coming:
+            with self._clock.span(move):
+                self._purge()
         with self._clock.span(stage) if stage else nullcontext():
             yield
         self.note(name)

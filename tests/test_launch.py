@@ -92,6 +92,7 @@ def test_the_shell_launcher_takes_its_settings_from_the_environment(run_file):
         ({"DEVICES_PER_NODE": "1", "CURRENT_IP": "203.0.113.9"}, "CURRENT_IP: 203.0.113.9 is not an address of this node"),
         ({"DEVICES_PER_NODE": "1", "RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE: disabled lets everyone .*; unset it"),
         ({"DEVICES_PER_NODE": "1", "WORKER_PORTS": "10"}, "WORKER_PORTS: string should match pattern"),
+        ({"DEVICES_PER_NODE": "1", "JEMALLOC": "/no/libjemalloc.so.2"}, "JEMALLOC: /no/libjemalloc.so.2 cannot be preloaded: "),
     ],
 )
 def test_a_wrong_setting_is_named_before_anything_starts(refused, environment, message):

@@ -1,0 +1,72 @@
+"""What a process keeps of the system's memory when 1 GiB of tensors is parked and woken: under its malloc, and under jemalloc.
+
+Every round is a process of its own. Parked on a CPU, weights stay in host memory as a copy; what need not be kept does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TOTAL_MIB = 1024
+SIZES_MIB = (0.02, 0.5, 4.0, 20.0, 64.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jemalloc", default="auto", metavar="PATH", help="default: where the launcher finds it")
+    parser.add_argument("--here", type=float, metavar="MIB", help="one round in this process, of tensors of this size")
+    options = parser.parse_args()
+    if options.here:
+        return print(" | ".join(f"{number:.2f}" for number in round_of(options.here)))
+    from rlcore import jemalloc
+
+    added, said = jemalloc.preload(options.jemalloc, os.environ)
+    if said:
+        sys.exit(said)
+    print("| malloc | MiB a tensor | GiB held | parked, none kept | woken | parked, a copy kept | woken | seconds of purging |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, environment in (("C library", {}), ("jemalloc", added)):
+        for size in SIZES_MIB:
+            command = [sys.executable, __file__, "--here", str(size)]
+            row = subprocess.check_output(command, env={**os.environ, **environment}, text=True)
+            print(f"| {name} | {size:g} | {row.strip()} |", flush=True)
+
+
+def round_of(size: float) -> list[float]:
+    """Resident memory above what the process had before, at each stop, GiB; and seconds."""
+    import torch
+
+    from rlcore import jemalloc
+    from rlcore.residence import Parked
+
+    before, seconds = resident(), 0.0
+    tensors, between = [], []
+    for _ in range(int(TOTAL_MIB / size)):
+        tensors.append(torch.ones(int(size * 2**18)))
+        between.append(torch.ones(64))  # what stays where it is, as much does in a run
+    found = [resident() - before]
+    for keep in (False, True):
+        part = Parked(lambda: tensors, keep)
+        for move in (part.pause, part.resume):
+            move()
+            start = time.perf_counter()
+            jemalloc.purge()
+            seconds += time.perf_counter() - start
+            found.append(resident() - before)
+    return [*found, seconds]
+
+
+def resident() -> float:
+    """GiB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 2**20
+
+
+if __name__ == "__main__":
+    main()
