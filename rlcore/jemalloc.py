@@ -1,7 +1,7 @@
 """jemalloc, where it is this process's malloc: what it holds of the system, and giving back what it holds for nothing.
 
 It comes in by LD_PRELOAD, before a process starts: `preload` finds it for a launcher, and what has started looks for it with
-`of_malloc`. Names and units are those of jemalloc's manual (jemalloc.net, MALLCTL NAMESPACE; 5.1 or newer). Linux.
+`of_malloc`. Names and units are those of jemalloc's manual (jemalloc.net, MALLCTL NAMESPACE; 5.0 or newer). Linux.
 `python -m rlcore.jemalloc` says what a process started like it has.
 """
 
@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,12 @@ class Jemalloc:
         """Whether what malloc gives is its own: a prefixed build leaves malloc alone, and so does one that is loaded late."""
         process = ctypes.CDLL(None)
         process.malloc.restype, process.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-        before = self._read("thread.allocated", ctypes.c_uint64)
-        process.free(process.malloc(_PROBE))  # not asked for by its address: of a stranger's, arenas.lookup dies
-        return bool(self._read("thread.allocated", ctypes.c_uint64) - before >= _PROBE)
+        try:
+            before = self._read("thread.allocated", ctypes.c_uint64)
+            process.free(process.malloc(_PROBE))  # arenas.lookup would know it by its address, but dies of a stranger's (5.3.0)
+            return bool(self._read("thread.allocated", ctypes.c_uint64) - before >= _PROBE)
+        except FileNotFoundError:  # a build that counts nothing
+            return False
 
     @property
     def background_thread(self) -> bool:
@@ -111,17 +113,12 @@ class Jemalloc:
     def purge(self) -> None:
         """All freed pages of all arenas go back to the system now. Threads keep small blocks, the caller's excepted."""
         self._call("thread.tcache.flush")
-        with self._no_background_thread():
+        if not self.background_thread:
+            return self._call(f"arena.{_ALL}.purge")
+        self.background_thread = False  # a purge that meets one of its own does nothing (5.3.0: one in sixty)
+        try:
             self._call(f"arena.{_ALL}.purge")
-
-    @contextmanager
-    def _no_background_thread(self) -> Iterator[None]:
-        """A purge that meets its purge does nothing, and leaves what is not due yet: seen with 5.3.0, once in sixty."""
-        before = self.background_thread
-        if before:
-            self.background_thread = False
-        yield
-        if before:
+        finally:
             self.background_thread = True
 
     def _read(self, name: str, kind: type[Any]) -> Any:

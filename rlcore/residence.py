@@ -97,10 +97,9 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
 class Residence:
     """The parts of one process, and which of them are on its device."""
 
-    def __init__(self, clock: Clock, parked: Collection[str], purge: Callable[[], None] = jemalloc.purge) -> None:
-        """`parked`: the parts that leave the device while no phase needs them. `purge`: called when parts have moved, so that
-        the host memory they left goes back to the system."""
-        self._clock, self._parked, self._purge = clock, frozenset(parked), purge
+    def __init__(self, clock: Clock, parked: Collection[str]) -> None:
+        """`parked`: the parts that leave the device while no phase needs them."""
+        self._clock, self._parked = clock, frozenset(parked)
         self._parts: dict[str, Resident] = {}
         self._away: set[str] = set()
         self._most: dict[str, int] = {}
@@ -128,7 +127,7 @@ class Residence:
             self._away.discard(one)
         if leaving or coming:
             with self._clock.span(move):
-                self._purge()
+                jemalloc.purge()  # after both: what came may stand where what left was
         with self._clock.span(stage) if stage else nullcontext():
             yield
         self.note(name)
