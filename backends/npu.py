@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CORES = 8  # for the process of one device, where the machine has as many
 _PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
 _ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
+_SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
 
 DEFAULTS: Mapping[str, str] = {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `prepare` imports torch_npu and says what is missing; `import torch` would just die
@@ -54,11 +55,12 @@ NEEDED: Mapping[str, tuple[str, str]] = {
 }
 """What the run cannot work without, and why."""
 
-DETERMINISTIC: Mapping[str, tuple[str, str]] = dict.fromkeys(
-    ("LCCL_DETERMINISTIC", "CLOSE_MATMUL_K_SHIFT"), ("1", "backend.options.deterministic")
-) | dict.fromkeys(("ATB_MATMUL_SHUFFLE_K_ENABLE", "ATB_LLM_LCOC_ENABLE"), ("0", "backend.options.deterministic")) | {
-    "HCCL_DETERMINISTIC": ("true", "backend.options.deterministic"),
-    "PYTHONHASHSEED": ("0", "backend.options.deterministic"),
+DETERMINISTIC: Mapping[str, tuple[str, str]] = {
+    name: (value, "backend.options.deterministic")
+    for name, value in {
+        "HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "CLOSE_MATMUL_K_SHIFT": "1",
+        "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0", "PYTHONHASHSEED": "0",
+    }.items()
 }  # fmt: skip
 """What sums in the same order every time; torch's own part is in `prepare`."""
 
@@ -169,9 +171,6 @@ class NpuBackend:
                 "backend.name npu: these environment variables are set to what the run cannot work with; unset them, or change"
                 " the option that is named:\n  " + "\n  ".join(wrong)
             )
-
-
-_SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
 
 
 def _remedy(error: BaseException) -> str:

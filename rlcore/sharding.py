@@ -171,10 +171,11 @@ def fill(named: Iterable[tuple[str, Tensor]], whole: Mapping[str, Tensor]) -> No
 
 
 def as_dealt(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, where `like` is dealt over them."""
+    """This rank's part of a tensor that every rank has, where `like` is dealt over them; it is where `like` is."""
     if not isinstance(like, DTensor):
         return whole.to(like.device)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    dealt = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # on the mesh's device
+    return dealt.to(like.device)
 
 
 def _by_rows(tensor: Tensor) -> bool:

@@ -1,10 +1,11 @@
 """Metrics equal the durations and lengths that were put in."""
 
 import json
+import time
 
 import pytest
 
-from rlcore.metrics import Sinks, Span, score_metrics, throughput, timings
+from rlcore.metrics import Clock, Sinks, Span, score_metrics, throughput, timings
 from rlcore.types import Group, Prompt, Row, Sample, Score
 
 
@@ -83,3 +84,11 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("grpo/score/mean")[0].value == 0.25
+
+
+def test_what_a_device_still_does_belongs_to_the_span():
+    clock = Clock(finish=lambda: time.sleep(0.05))
+    with clock.span("update"):
+        pass
+    [span] = clock.take()
+    assert span.end - span.start >= 0.05

@@ -169,11 +169,12 @@ def test_two_devices_and_an_engine_on_a_third_are_one(cpu, base):
 
 
 def test_collectives_of_the_device_are_exact(tmp_path):
-    """A mean is no sum, and what hccl does not have is refused."""
+    """A mean is no sum, and what hccl does not have is refused. What rests in host memory is dealt there."""
     with ThreadPoolExecutor() as pool:
         ranks = [[str(FOLDER / "ranks.py"), str(rank), str(tmp_path / "store")] for rank in range(2)]
         first, _ = pool.map(lambda program: on_npu(program, devices=1), ranks)
     assert json.loads(first.stdout) == {
         "SUM": [3, 6], "AVG": [1.5, 3], "MAX": [2, 4], "scattered SUM": [3], "scattered AVG": [1.5],
         "BAND": "hccl has no bitwise reductions", "in host memory": [3, 6],
+        "dealt to host memory": ["cpu", 0, 1],
     }  # fmt: skip
