@@ -391,6 +391,13 @@ def test_a_run_writes_its_settings_its_surroundings_and_a_line_a_step(whole):
     assert list((whole / "tensorboard").glob("events.*"))
 
 
+def test_the_time_of_the_warm_start_is_not_the_first_steps(start):
+    status, _, err, folder = start("sft={steps: 30, rows_per_step: 4}", "train.steps=1")
+    assert status == 0, err
+    (row,) = lines(folder / "metrics.jsonl")
+    assert row["timing/update"] < row["timing/all"]
+
+
 def test_every_metric_of_one_process_is_there(whole):
     row = lines(whole / "metrics.jsonl")[-1]
     stages = (
