@@ -7,12 +7,14 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
 from rlcore.config import Strict
+
+from . import meeting, node_address
+from .surroundings import COMMON
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from rlcore.sharding import Exchange
 
 _GIB = 2**30
-_PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
 _cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
 
 
@@ -50,18 +51,13 @@ class CpuBackend:
     def environment(self) -> Mapping[str, str]:
         """What must stand before torch is imported. Speeds are of a 135M-parameter model on two cores."""
         return {
+            **COMMON,
             "OMP_NUM_THREADS": str(self.threads),
             # vLLM's own binding leaves cores idle and decodes four times slower (88 against 387 tokens/s)
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # the engine in this process: weights reach it by reference, and its samples follow this process's seed
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             # vLLM ranks logprobs with a torch.compile'd function: a C++ compiler and some 20 s on a fresh machine, for nothing
             "TORCHDYNAMO_DISABLE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels announce their memory policy as a warning
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",  # its threads would fight for the same cores
         }
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
@@ -79,9 +75,7 @@ class CpuBackend:
     def group(self, address: str, rank: int, size: int) -> Any:
         from torch import distributed
 
-        host, port = address.rsplit(":", 1)
-        store = distributed.TCPStore(host.strip("[]"), int(port), size, is_master=rank == 0)
-        return distributed.ProcessGroupGloo(store, rank, size, _PATIENCE)
+        return distributed.ProcessGroupGloo(meeting.store(address, rank, size), rank, size, meeting.PATIENCE)
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
         """Ranks of one machine read each other's memory; gloo's sockets are several times slower."""
@@ -98,10 +92,8 @@ class CpuBackend:
         return CpuBackend(self.options.model_copy(update={"threads": threads}))
 
     def network(self, address: str) -> Mapping[str, str]:
-        import psutil
-
-        named = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-        return {"GLOO_SOCKET_IFNAME": named[address]} if address in named else {}
+        interface = node_address.interface(address)
+        return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
     def default_precision(self) -> str:
         """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from rlcore.config import Strict
 from rlcore.errors import ConfigError
+
+from . import meeting, node_address
+from .surroundings import COMMON
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +22,11 @@ if TYPE_CHECKING:
     from rlcore.attention import Ragged
     from rlcore.sharding import Exchange
 
-_PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
-
 
 class CudaOptions(Strict):
     engine_memory: float = Field(0.5, gt=0, lt=1)
     """Part of a device's memory that the engine may use, weights and key-value cache together (gpu_memory_utilization)."""
-    sleep: bool = True
+    sleep_mode: bool = True
     """vLLM's sleep mode, which placement.offload [engine] needs: memory that can leave the device without moving."""
 
 
@@ -43,12 +43,7 @@ class CudaBackend:
 
     def environment(self) -> Mapping[str, str]:
         return {
-            # the engine in this process: weights reach it by reference, and its samples follow this process's seed
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "TOKENIZERS_PARALLELISM": "false",
+            **COMMON,
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # packed rows differ in length, which fragments fixed segments
         }
 
@@ -57,7 +52,7 @@ class CudaBackend:
             return {}
         return {
             "gpu_memory_utilization": self.options.engine_memory,
-            "enable_sleep_mode": self.options.sleep,
+            "enable_sleep_mode": self.options.sleep_mode,
             "enforce_eager": False,  # decoding is many small kernels: CUDA graphs start them together
         }
 
@@ -72,11 +67,9 @@ class CudaBackend:
     def group(self, address: str, rank: int, size: int) -> Any:
         from torch import distributed
 
-        host, port = address.rsplit(":", 1)
-        store = distributed.TCPStore(host.strip("[]"), int(port), size, is_master=rank == 0)
         options = distributed.ProcessGroupNCCL.Options()
-        options._timeout = _PATIENCE
-        return distributed.ProcessGroupNCCL(store, rank, size, options)
+        options._timeout = meeting.PATIENCE
+        return distributed.ProcessGroupNCCL(meeting.store(address, rank, size), rank, size, options)
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
         return None
@@ -88,10 +81,7 @@ class CudaBackend:
         return self
 
     def network(self, address: str) -> Mapping[str, str]:
-        import psutil
-
-        named = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-        interface = named.get(address)
+        interface = node_address.interface(address)
         return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
 
     def default_precision(self) -> str:

@@ -61,5 +61,19 @@ def endpoint(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
+def free_endpoint(address: str) -> str:
+    """Where nothing listens at this address of the node."""
+    with socket.create_server((address, 0), family=_family(address)) as free:
+        return endpoint(address, free.getsockname()[1])
+
+
+def interface(address: str) -> str | None:
+    """The network interface of this node that has the address."""
+    import psutil
+
+    named = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+    return named.get(address)
+
+
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET

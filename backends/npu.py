@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
@@ -16,7 +15,9 @@ from pydantic import Field, PositiveInt
 from rlcore.config import Strict
 from rlcore.errors import ConfigError, PluginError
 
+from . import meeting, node_address
 from .cpu import cure_torchvision
+from .surroundings import COMMON
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from rlcore.sharding import Exchange
 
 _CORES = 8  # for the process of one device, where the machine has as many
-_PATIENCE = timedelta(hours=24)  # one side may train for long before the other has something to receive
 _ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
 _SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
 
 DEFAULTS: Mapping[str, str] = {
+    **COMMON,
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `prepare` imports torch_npu and says what is missing; `import torch` would just die
     "HCCL_CONNECT_TIMEOUT": "1800",  # seconds that processes wait for each other to connect; others may still load a model
     "HCCL_EXEC_TIMEOUT": "3600",  # seconds of one collective
@@ -39,10 +40,6 @@ DEFAULTS: Mapping[str, str] = {
     "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
     "TASK_QUEUE_ENABLE": "2",  # operators are launched by a thread of their own: more overlap, a higher peak of memory
     "CPU_AFFINITY_CONF": "1",  # threads stay on the cores next to their device
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 """What the user has set wins over these."""
 
@@ -111,14 +108,11 @@ class NpuBackend:
 
     def group(self, address: str, rank: int, size: int) -> Any:
         import torch_npu
-        from torch import distributed
 
-        host, port = address.rsplit(":", 1)
-        store = distributed.TCPStore(host.strip("[]"), int(port), size, is_master=rank == 0)
         kind = torch_npu._C._distributed_c10d.ProcessGroupHCCL
         options = kind.Options()
-        options._timeout = _PATIENCE
-        return kind(store, rank, size, options)
+        options._timeout = meeting.PATIENCE
+        return kind(meeting.store(address, rank, size), rank, size, options)
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
         return None
@@ -133,10 +127,8 @@ class NpuBackend:
         return NpuBackend(self.options.model_copy(update={"cores": self.options.cores or fair}))
 
     def network(self, address: str) -> Mapping[str, str]:
-        import psutil
-
-        named = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-        return dict.fromkeys(("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), named[address]) if address in named else {}
+        interface = node_address.interface(address)
+        return dict.fromkeys(("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), interface) if interface else {}
 
     def default_precision(self) -> str:
         return "bf16"

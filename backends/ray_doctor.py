@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from importlib.resources import files
 
 import psutil
 
 from rlcore.errors import ConfigError
 from rlcore.finding import Finding, compared
-from rlcore.machine import read_pins
+from rlcore.machine import installed, read_pins
 
 from . import node_address
 
@@ -27,9 +26,8 @@ def findings(environment: Mapping[str, str], ports: Mapping[str, int]) -> Iterat
 
 
 def _ray() -> Finding:
-    try:
-        version = metadata.version("ray")
-    except metadata.PackageNotFoundError:
+    version = installed("ray")
+    if version is None:
         remedy = "for several devices: pip install --no-deps -r requirements/ray.txt"
         return Finding("ray", "absent", f"several devices or nodes need it; {remedy}")
     pin = read_pins(files("rlcore_requirements") / "ray.txt")["ray"]
@@ -62,8 +60,7 @@ def _head(environment: Mapping[str, str]) -> Finding:
         own = node_address.towards(master, "MASTER_ADDR")
     except ConfigError as error:
         return Finding("MASTER_ADDR", "failure", str(error), "give an address of the head on the network that the nodes share")
-    names = [name for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.address == own]
-    return Finding("MASTER_ADDR", "ok", f"{master} is reached by {names[0] if names else 'an interface'} as {own}")
+    return Finding("MASTER_ADDR", "ok", f"{master} is reached by {node_address.interface(own) or 'an interface'} as {own}")
 
 
 def _interface(name: str, value: str) -> Finding:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -28,7 +27,7 @@ from rlcore.rewards.worker import RewardWorker
 from rlcore.watch import Watch
 from rlcore.worker import Policy, Worker
 
-from . import ray_debugging
+from . import node_address, ray_debugging
 from .ray_watch import Observers, died
 
 
@@ -99,9 +98,7 @@ class Process:
 
     def meeting_place(self) -> str:
         """A free port of this node; an IPv6 address in brackets."""
-        own = ray.util.get_node_ip_address()
-        with socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET) as free:
-            return f"{f'[{own}]' if ':' in own else own}:{free.getsockname()[1]}"
+        return node_address.free_endpoint(ray.util.get_node_ip_address())
 
     def join(self, rank: int, size: int, address: str) -> None:
         for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():

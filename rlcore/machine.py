@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.util
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -19,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from rlcore.finding import Finding, compared
+from rlcore.jemalloc import find, inherited
 
 _GIB = 2**30
 SHM = Path("/dev/shm")
@@ -137,12 +136,12 @@ def compiler(environment: Mapping[str, str]) -> Finding:
 
 
 def jemalloc(environment: Mapping[str, str]) -> Finding:
-    preloaded = [name for name in re.split("[ :]", environment.get("LD_PRELOAD", "")) if "jemalloc" in name]
+    preloaded = inherited(environment).get("LD_PRELOAD", "").split(":")
     if gone := [name for name in preloaded if "/" in name and not Path(name).exists()]:
         return Finding("jemalloc", "warning", f"LD_PRELOAD names {gone[0]}, which is not there", "correct or unset LD_PRELOAD")
-    if preloaded:
+    if any(preloaded):
         return Finding("jemalloc", "ok", f"preloaded: {preloaded[0]}")
-    if library := ctypes.util.find_library("jemalloc"):
+    if library := find():
         return Finding("jemalloc", "ok", f"{library} is there; LD_PRELOAD does not name it")
     return Finding("jemalloc", "absent", "optional: long runs on the host's memory fragment less with it")
 

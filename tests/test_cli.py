@@ -12,26 +12,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from run_files import ARITHMETIC, settings, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore import cli, registry
-
-ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
-
-
-def settings(folder, **sections):
-    """The smallest run that a test can wait for: the plain sampler, one thread."""
-    return {
-        "model": {"path": str(folder)},
-        "backend": {"options": {"threads": 1}},
-        "data": {"train": ARITHMETIC, "max_prompt_tokens": 64},
-        "rollout": {"engine": "torch", "max_new_tokens": 4},
-        "reward": [{"name": "math"}],
-        "algorithm": {"group_size": 4},
-        "train": {"steps": 2, "prompts_per_step": 2, "max_tokens_per_microbatch": 256},
-        "logging": {"tensorboard": False},
-        **sections,
-    }
 
 
 def never(response, answer, fields):
@@ -52,8 +36,7 @@ def start(tmp_path, tiny_llama, capsys):
     """Runs a command on a run file; gives its status, stdout, stderr and run folder."""
 
     def run(*overrides, command="grpo", folder=tmp_path / "run", **sections):
-        file = tmp_path / "settings.yaml"
-        file.write_text(yaml.safe_dump(settings(tiny_llama, **sections)), encoding="utf-8")
+        file = write(tmp_path, tiny_llama, **sections)
         place = ["--run-dir", str(folder)] if command in ("grpo", "sft") else []
         capsys.readouterr()
         status = cli.main([command, str(file), *overrides, *place])
@@ -283,8 +266,7 @@ def test_resuming_needs_a_run_and_a_checkpoint(start, tmp_path):
 
 
 def test_resuming_without_a_folder_asks_for_it(tmp_path, tiny_llama, capsys):
-    file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump(settings(tiny_llama)), encoding="utf-8")
+    file = write(tmp_path, tiny_llama)
     assert cli.main(["grpo", str(file), "--resume"]) == 2
     assert capsys.readouterr().err == "rlcore: --resume: say which run with --run-dir DIR\n"
 
@@ -319,8 +301,7 @@ def test_a_wrong_command_line_is_status_2(arguments, capsys):
 
 
 def test_show_prints_every_setting_with_overrides_before_and_after_options(tmp_path, tiny_llama, capsys):
-    file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump(settings(tiny_llama)), encoding="utf-8")
+    file = write(tmp_path, tiny_llama)
     assert cli.main(["show", str(file), "seed=3", "--backend", "cpu", "train.steps=7"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["seed"], shown["backend"]["name"], shown["train"]["steps"]) == (3, "cpu", 7)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from run_files import write
 
 from rlcore import cli, jemalloc, metrics
 from rlcore.errors import ConfigError
@@ -224,16 +225,7 @@ def test_only_jemalloc_travels_to_workers():
 
 @pytest.fixture
 def run_file(tmp_path, tiny_llama) -> Path:
-    settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
-        "placement": {"offload": ["optimizer", "engine", "parameters"]},
-        "data": {"train": {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}, "max_prompt_tokens": 64},
-        "rollout": {"engine": "torch", "max_new_tokens": 4}, "reward": [{"name": "math"}], "algorithm": {"group_size": 4},
-        "train": {"steps": 2, "prompts_per_step": 2, "max_tokens_per_microbatch": 256}, "logging": {"tensorboard": False},
-    }  # fmt: skip
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return file
+    return write(tmp_path, tiny_llama, placement={"offload": ["optimizer", "engine", "parameters"]})
 
 
 def rows(folder: Path) -> list[dict]:

@@ -24,6 +24,7 @@ from rlcore_backends import node_address, ray_cluster, ray_roles
 from rlcore_backends.ray_cluster import Head, RayNode
 from rlcore_backends.ray_launcher import LaunchOptions, RayLauncher
 from rlcore_backends.ray_roles import Place
+from run_files import write
 
 from rlcore import cli
 from rlcore.errors import ConfigError, RunError
@@ -38,15 +39,7 @@ ADDRESSES = [
 
 @pytest.fixture
 def run_file(tmp_path, tiny_llama) -> Path:
-    settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
-        "data": {"train": {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}, "max_prompt_tokens": 64},
-        "rollout": {"engine": "torch", "max_new_tokens": 4}, "reward": [{"name": "math"}], "algorithm": {"group_size": 4},
-        "train": {"steps": 1, "prompts_per_step": 2, "max_tokens_per_microbatch": 256}, "logging": {"tensorboard": False},
-    }  # fmt: skip
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return file
+    return write(tmp_path, tiny_llama)
 
 
 @pytest.fixture

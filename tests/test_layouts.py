@@ -4,7 +4,6 @@ eight micro-batches; on one rank and on two. Loss and gradient are the same for 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlcore_backends import node_address
 from transformers import AutoModelForCausalLM
 
 from rlcore import registry
@@ -192,10 +192,7 @@ def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
 
 def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
     """Each with half of every weight, and with all of them."""
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
+    addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), *addresses]
     ranks = [subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(2)]

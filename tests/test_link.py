@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 
 import pytest
 import torch
+from rlcore_backends import node_address
 
 from rlcore.errors import RunError
 from rlcore.link import Link
@@ -20,9 +20,7 @@ WEIGHTS = {
 @pytest.fixture
 def ends(backend):
     """One sender and two receivers, each in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = node_address.free_endpoint("127.0.0.1")
     groups = [None] * 3
     threads = [threading.Thread(target=lambda i=i: groups.__setitem__(i, backend.group(address, i, 3))) for i in range(3)]
     for thread in threads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rlcore_backends import node_address
 
 from rlcore import distributed, registry
 from rlcore.algorithms import aggregation
@@ -205,10 +205,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders, tmp_path_factory):
     results = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in (one, other)]
+    addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
     command = [sys.executable, __file__, str(folders), str(results)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([*command, str(mine), *addresses], env=environment) for mine in range(4)]

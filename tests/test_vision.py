@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rlcore_backends import node_address
 from safetensors.torch import load_file, save_file
 
 from rlcore import cli, registry
@@ -423,9 +423,7 @@ def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder
         "data": {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 8},
         "train": {"max_tokens_per_microbatch": 80},
     }  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = node_address.free_endpoint("127.0.0.1")
     arguments = [sys.executable, __file__, json.dumps(settings), address, str(tmp_path)]
     ranks = [subprocess.Popen([*arguments, str(mine)], env={**os.environ, "OMP_NUM_THREADS": "1"}) for mine in range(2)]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]

@@ -28,10 +28,11 @@ def main() -> None:
 
     ray_placement.Process = measured(ray_placement.Process)
     kind = registry.load("backends", "cpu")
-    folder = published(Path(tempfile.mkdtemp(prefix="rlcore-bench-")))
+    folder = tempfile.TemporaryDirectory(prefix="rlcore-bench-")
+    publish(Path(folder.name))
     for own_rows in (True, False):
         settings = {
-            "model": {"path": str(folder)}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+            "model": {"path": folder.name}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
             "rollout": {"engine": "torch"}, "backend": {"name": "cpu"}, "placement": {"kind": "ray", "devices": RANKS},
             "sharding": {"meta_init": own_rows},
         }  # fmt: skip
@@ -42,23 +43,17 @@ def main() -> None:
         held, most = sum(one[0] for one in grown), sum(one[2] for one in grown)
         what = "each its own rows" if own_rows else "each the model   "
         print(f"{what}  at most {most / size:.2f} models in all, {held / size:.2f} afterwards ({size / 1e6:.0f} MB each)")
-    shutil.rmtree(folder)
 
 
-def published(folder: Path) -> Path:
-    """The model with its weights in bf16."""
+def publish(folder: Path) -> None:
+    """The model, with its weights in bf16, into `folder`."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    from rlcore.config import ModelConfig
-    from rlcore.models import resolve
-    from rlcore.worker import MODEL_CACHE
-
-    source = resolve(ModelConfig(path="smollm2"), MODEL_CACHE)
+    source, _ = stack.smollm2()
     shutil.copytree(source, folder, dirs_exist_ok=True)
     for file in source.glob("*.safetensors"):
         save_file({name: one.to(torch.bfloat16) for name, one in load_file(file).items()}, folder / file.name, {"format": "pt"})
-    return folder
 
 
 def measured(process: type) -> type:

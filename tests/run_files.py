@@ -1,0 +1,31 @@
+"""Run files of tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
+
+
+def settings(model: Path, /, **sections: Any) -> dict[str, Any]:
+    """The smallest run that a test can wait for: the plain sampler, one thread."""
+    return {
+        "model": {"path": str(model)},
+        "backend": {"options": {"threads": 1}},
+        "data": {"train": ARITHMETIC, "max_prompt_tokens": 64},
+        "rollout": {"engine": "torch", "max_new_tokens": 4},
+        "reward": [{"name": "math"}],
+        "algorithm": {"group_size": 4},
+        "train": {"steps": 2, "prompts_per_step": 2, "max_tokens_per_microbatch": 256},
+        "logging": {"tensorboard": False},
+        **sections,
+    }
+
+
+def write(folder: Path, model: Path, /, **sections: Any) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(settings(model, **sections)), encoding="utf-8")
+    return file
