@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
 
+from rlcore.backend import Backend
 from rlcore.config import Strict
 
 from . import meeting, node_address
@@ -33,16 +34,13 @@ class CpuOptions(Strict):
     """Memory of the engine's key-value cache."""
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Facts of the CPU."""
 
     name: ClassVar[str] = "cpu"
     Options: ClassVar[type[CpuOptions]] = CpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cpu.txt"
-
-    def __init__(self, options: CpuOptions | None = None) -> None:
-        self.options = options or CpuOptions()
 
     @property
     def threads(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from rlcore.backend import Backend
 from rlcore.config import Strict
 from rlcore.errors import ConfigError
 
@@ -17,10 +18,8 @@ from .surroundings import COMMON
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from rlcore.attention import Ragged
-    from rlcore.sharding import Exchange
 
 
 class CudaOptions(Strict):
@@ -30,16 +29,13 @@ class CudaOptions(Strict):
     """vLLM's sleep mode, which placement.offload [engine] needs: memory that can leave the device without moving."""
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """Facts of NVIDIA GPUs."""
 
     name: ClassVar[str] = "cuda"
     Options: ClassVar[type[CudaOptions]] = CudaOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cuda.txt"
-
-    def __init__(self, options: CudaOptions | None = None) -> None:
-        self.options = options or CudaOptions()
 
     def environment(self) -> Mapping[str, str]:
         return {
@@ -71,14 +67,8 @@ class CudaBackend:
         options._timeout = meeting.PATIENCE
         return distributed.ProcessGroupNCCL(meeting.store(address, rank, size), rank, size, options)
 
-    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
-        return None
-
     def bundle(self) -> Mapping[str, float]:
         return {"GPU": 1.0, "CPU": 1.0}
-
-    def sharing(self, devices: int) -> CudaBackend:
-        return self
 
     def network(self, address: str) -> Mapping[str, str]:
         interface = node_address.interface(address)

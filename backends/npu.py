@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from rlcore.backend import Backend
 from rlcore.config import Strict
 from rlcore.errors import ConfigError, PluginError
 
@@ -21,9 +22,7 @@ from .surroundings import COMMON
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
-    from rlcore.sharding import Exchange
 
 _CORES = 8  # for the process of one device, where the machine has as many
 _ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
@@ -73,16 +72,13 @@ class NpuOptions(Strict):
     """The engine takes its memory from vLLM's sleeping allocator, which cannot work on expandable segments."""
 
 
-class NpuBackend:
+class NpuBackend(Backend):
     """Facts of Ascend devices."""
 
     name: ClassVar[str] = "npu"
     Options: ClassVar[type[NpuOptions]] = NpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/npu.txt"
-
-    def __init__(self, options: NpuOptions | None = None) -> None:
-        self.options = options or NpuOptions()
 
     def environment(self) -> Mapping[str, str]:
         """ConfigError lists everything that the user has set to what cannot work, at once."""
@@ -113,9 +109,6 @@ class NpuBackend:
         options = kind.Options()
         options._timeout = meeting.PATIENCE
         return kind(meeting.store(address, rank, size), rank, size, options)
-
-    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
-        return None
 
     def bundle(self) -> Mapping[str, float]:
         """In Ray's names. Ray shows each process its own device by ASCEND_RT_VISIBLE_DEVICES, as number 0."""

@@ -21,7 +21,7 @@ from rlcore.interruption import Interruption
 from . import node_address, ray_cluster, ray_doctor, ray_roles
 
 if TYPE_CHECKING:
-    from rlcore.protocols import Backend
+    from rlcore.backend import Backend
 
 DEVICES = ("DEVICES_PER_NODE", "NPUS_PER_NODE", "GPUS_PER_NODE")
 

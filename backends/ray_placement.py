@@ -18,10 +18,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlcore import jemalloc, registry
+from rlcore.backend import Backend
 from rlcore.config import RunConfig, Strict, validate
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore.placement import Placement, Pool, results
-from rlcore.protocols import Backend
 from rlcore.pulse import Place, publish
 from rlcore.rewards.worker import RewardWorker
 from rlcore.watch import Watch

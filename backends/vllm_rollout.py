@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from rlcore.backend import Backend
 from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
-from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling

@@ -22,8 +22,8 @@ from rlcore.config import RunConfig
 from rlcore.errors import ConfigError, RlcoreError, WorkerDied
 
 if TYPE_CHECKING:
+    from rlcore.backend import Backend
     from rlcore.console import Console
-    from rlcore.protocols import Backend
 
 INTERRUPTED = 130
 LAUNCHER = "ray"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.config import AlgorithmConfig, OptimizerConfig
-from rlcore.learner import Learner, Objective, Tally, combined, tokens
+from rlcore.learner import ADAMW, Learner, Objective, Tally, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
 from rlcore.protocols import Adapter
@@ -48,6 +48,7 @@ class TorchCritic:
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
         optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None, source: Path | None = None,
+        adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> None:
         self.settings, self.passes, self._sharding = settings, passes, sharding
         self.forward = ValueForward(model, adapter, settings)
@@ -55,7 +56,7 @@ class TorchCritic:
             sharding.apply(self.forward, adapter.blocks(model))
         if source:
             read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
-        self.learner = Learner(self.forward, optimizer, passes.total_steps)
+        self.learner = Learner(self.forward, optimizer, passes.total_steps, adamw)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 
     @torch.no_grad()

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlcore import checkpoint
+from rlcore.backend import Backend
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import start
-from rlcore.protocols import Adapter, Backend
+from rlcore.protocols import Adapter
 from rlcore.sft import Task, checked, loop, written
 from rlcore.types import Batch, Group, Prompt, Row
 from rlcore.watch import Watch

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlcore.config import OptimizerConfig
 from rlcore.errors import NonFinite
 from rlcore.types import Batch, Metrics, TokenLoss, TokenView
 
+ADAMW = partial(torch.optim.AdamW, fused=True)
 _NAMED = 10  # tokens or parameters that a report names
 
 
@@ -37,15 +39,16 @@ def tokens(batch: Batch) -> float:
 class Learner:
     """AdamW on the float32 weights of a model that ask for gradients."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, total_steps: int, adamw: Callable[..., torch.optim.Optimizer] = ADAMW
+    ) -> None:
         self.model, self.config, self.total_steps, self.steps = model, config, total_steps, 0
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         matrices = [(name, parameter) for name, parameter in named if parameter.ndim > 1]
         vectors = [(name, parameter) for name, parameter in named if parameter.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
+        self.optimizer = adamw(
+            [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
         )
 
     def step(self, batch: Batch, losses: Iterable[tuple[Tensor, TokenLoss]]) -> Tally:

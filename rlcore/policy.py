@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from rlcore import distributed, lora
 from rlcore.config import OptimizerConfig
-from rlcore.learner import Learner, Objective, Tally, combined
+from rlcore.learner import ADAMW, Learner, Objective, Tally, combined
 from rlcore.logprob import token_logprobs
 from rlcore.packing import Packed, microbatches
 from rlcore.protocols import Adapter, NamedTensors
@@ -116,13 +116,13 @@ class TorchActor(TorchReference):
     def __init__(
         self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
         passes: Passes, publish_additions: bool = False, sharding: Sharding | None = None, source: Path | None = None,
-        tower: nn.Module | None = None,
+        tower: nn.Module | None = None, adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> None:
         """`publish_additions`: `weights` gives the low-rank additions alone."""
         super().__init__(model, adapter, settings, sharding, source, tower)
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self._sharding = sharding
-        self.learner = Learner(model, optimizer, passes.total_steps)
+        self.learner = Learner(model, optimizer, passes.total_steps, adamw)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups."""

@@ -1,4 +1,5 @@
-"""What a role, a model family and a device must offer. Plugins implement these; the trainer knows nothing else."""
+"""What a role, a model family, an engine and a launcher must offer; rlcore/backend.py says it of a device. Plugins implement
+these; the trainer knows nothing else."""
 
 from __future__ import annotations
 
@@ -14,13 +15,11 @@ from rlcore.pulse import unwatched
 from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
+    from rlcore.backend import Backend
     from rlcore.config import LoraConfig, RolloutConfig
     from rlcore.finding import Finding
     from rlcore.packing import Packed
     from rlcore.sequence_parallel import Slice
-    from rlcore.sharding import Exchange
 
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 
@@ -146,59 +145,6 @@ class VisionAdapter(Adapter, Protocol):
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
         """[tokens, D] of each image, from its pixels; `vision` is that of one prompt or of several together."""
-        ...
-
-
-class Backend(Protocol):
-    """A device: facts, and what only this device has."""
-
-    name: ClassVar[str]
-    Options: ClassVar[type[BaseModel]]
-    default_engine: ClassVar[str]
-    environment_requirements: ClassVar[str]  # the file that installs this backend's stack
-
-    def __init__(self, options: BaseModel) -> None: ...
-
-    def environment(self) -> Mapping[str, str]:
-        """Environment variables that must stand before torch is imported; what the user has set wins."""
-        ...
-
-    def engine_options(self, engine: str) -> Mapping[str, Any]:
-        """Arguments of an engine that are this device's affair; what the run file says comes on top."""
-        ...
-
-    def device(self, local_rank: int) -> torch.device: ...
-
-    def collectives(self) -> str:
-        """What processes of this device talk through, as torch.distributed names it."""
-        ...
-
-    def group(self, address: str, rank: int, size: int) -> Any:
-        """Processes that meet at `address` (host:port), beside the ranks of their pools: a group that broadcasts."""
-        ...
-
-    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
-        """What is quicker than a collective to gather weights in buckets, if there is something."""
-        ...
-
-    def bundle(self) -> Mapping[str, float]:
-        """What a scheduler of many machines calls one device, and how much of it that is."""
-        ...
-
-    def sharing(self, devices: int) -> Backend:
-        """As one of so many devices on a machine: what they have in common is split."""
-        ...
-
-    def network(self, address: str) -> Mapping[str, str]:
-        """Environment variables by which collectives find the others through the interface that has this address."""
-        ...
-
-    def default_precision(self) -> str:
-        """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
-        ...
-
-    def prepare(self) -> None:
-        """Once a process, after torch can be imported: what this device needs before models load."""
         ...
 
 

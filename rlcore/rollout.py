@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rlcore import lora as low_rank
+from rlcore.backend import Backend
 from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
 from rlcore.errors import RunError
-from rlcore.protocols import Adapter, Backend, NamedTensors
+from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlcore import checkpoint, metrics
+from rlcore.backend import Backend
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import Placement, start
-from rlcore.protocols import Actor, Adapter, Backend
+from rlcore.protocols import Actor, Adapter
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 from rlcore.watch import Watch
 from rlcore.worker import Policy

@@ -19,13 +19,13 @@ from rlcore import checkpoint, metrics, sft
 from rlcore.algorithms import dapo
 from rlcore.algorithms.advantages import advantages
 from rlcore.algorithms.kl import Controller, divergence
+from rlcore.backend import Backend
 from rlcore.config import AlgorithmConfig, RunConfig, SamplingConfig
 from rlcore.console import Console, grpo_line
 from rlcore.data import PromptSource, encode_all, load_rows
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
 from rlcore.placement import InlineReward, Placement, Scorer, results, start
-from rlcore.protocols import Backend
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.types import Batch, Group, Metrics, Outcome, Prompt, Receipt, Sampling, Score
 from rlcore.watch import Watch

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlcore import checkpoint, distributed, lora, registry
+from rlcore.backend import Backend
 from rlcore.config import LoraConfig, ModelConfig, RunConfig, nearest
 from rlcore.critic import TorchCritic
 from rlcore.data import PromptSource, load_rows
@@ -23,7 +24,7 @@ from rlcore.link import Link
 from rlcore.metrics import Clock, Span, memory
 from rlcore.models import adapter_for, context_length, query_heads, resolve
 from rlcore.policy import AdapterOffReference, ForwardSettings, TorchActor, TorchReference
-from rlcore.protocols import Backend, Rollout
+from rlcore.protocols import Rollout
 from rlcore.pulse import Pulse
 from rlcore.recipe import Recipe, recipe
 from rlcore.residence import Parked, Residence
@@ -190,15 +191,16 @@ class Worker:
                 tower.requires_grad_(False)
             self.critic = TorchCritic(
                 model, self.policy.adapter, self._settings(), self.config.algorithm, self.config.critic.optimizer, way.passes,
-                self._sharding(), source,
+                self._sharding(), source, self.policy.backend.adamw,
             )  # fmt: skip
         self._settle()
 
     def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
         """A model, and where its weights are still to be read from. Low-rank additions need weights to stand beside."""
+        policy = self.policy
         if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
-            return self.policy.load(folder), None
-        return self.policy.adapter.outline(folder, torch.float32), folder
+            return policy.backend.fuse(policy.load(folder)), None
+        return policy.backend.fuse(policy.adapter.outline(folder, torch.float32)), folder
 
     def _build(self, way: Recipe, folder: Path, trained: bool, compared: bool) -> None:
         policy, sharding = self.policy, self._sharding()
@@ -211,6 +213,7 @@ class Worker:
             self.actor = TorchActor(
                 policy.trainable(model), policy.adapter, settings, way.objective, way.optimizer, way.passes,
                 publish_additions=policy.additions is not None, sharding=sharding, source=source, tower=tower,
+                adamw=policy.backend.adamw,
             )  # fmt: skip
         if compared:
             self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
