@@ -13,12 +13,15 @@ from bdb import BdbQuit
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore import config as configuration
 from rlcore import jemalloc, registry
 from rlcore.config import RunConfig
+from rlcore.conformance import report as conformance
+from rlcore.conformance.report import SECTIONS
 from rlcore.errors import ConfigError, RlcoreError, WorkerDied
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "plan", _plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", _show, "every setting of the run, as YAML")
     _add_doctor(commands)
+    _add_check(commands)
     return parser
 
 
@@ -112,6 +116,24 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--json", action="store_true", help="one object instead of lines")
     command.add_argument("--versions", action="store_true", help="only the versions that belong together, as a Markdown table")
     command.set_defaults(run=_doctor)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    what = "measure what every backend must do on this machine's devices: kernels, numbers, ranks, engine, a run that learns"
+    command = commands.add_parser(
+        "check", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Exit status: 0 everything is within its limit, 1 something is not, 2 a wrong argument.",
+    )  # fmt: skip
+    installed = ", ".join(registry.names("backends"))
+    command.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings of the small run: backend.options, rollout.engine, ..."
+    )
+    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto")
+    command.add_argument("--only", action="append", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="what was found, to paste into an issue; default: rlcore-check-<backend>.md"
+    )
+    command.set_defaults(run=_check)
 
 
 def _add_run_folder(command: argparse.ArgumentParser) -> None:
@@ -169,6 +191,34 @@ def _doctor(options: argparse.Namespace) -> int:
             print(doctor.line(finding), flush=True)
     print(doctor.as_json(choice, findings) if options.json else doctor.closing(findings))
     return 1 if doctor.failed(findings) else 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rlcore import doctor
+
+    name, devices = options.backend, "not looked for: it has no doctor"
+    if name == "auto" or name in registry.names("doctors"):
+        choice = doctor.choose(name)
+        name, devices = choice.name, choice.devices.seen
+        print(f"backend: {name} ({choice.why})")
+    with as_file(files("rlcore.conformance") / "run.yaml") as file:
+        config = configuration.load(file, [f"backend.name={name}", *options.overrides])
+    _check_installed(config)
+    path = options.report or Path(f"rlcore-check-{name}.md")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--report: {path.parent} is no folder; give a file in one")
+    _prepared(config)
+    sections = []
+    for section in options.only or SECTIONS:
+        print(f"{section}: {SECTIONS[section]}", flush=True)
+        for found in conformance.run(section, config):
+            if isinstance(found, conformance.Section):
+                sections.append(found)
+            else:
+                print(conformance.line(found), flush=True)
+    path.write_text(conformance.markdown(config, devices, sections), encoding="utf-8")
+    print(f"{conformance.closing(sections)}; report: {path}")
+    return 1 if any(section.failures for section in sections) else 0
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -64,7 +64,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = upstream * weight[targets]
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight).index_add_(0, targets, upstream * scaled)
+            sums = torch.promote_types(weight.dtype, torch.float32)  # a sharded weight comes in the compute dtype
+            grad_weight = torch.zeros_like(weight, dtype=sums).index_add_(0, targets, (upstream * scaled).to(sums))
         for words, columns, rows in _tiles(weight, targets, ctx.compute_dtype):
             logits = (scaled[rows] @ columns.T).float()
             highest, grad, spread = _softmax(logits)
@@ -78,6 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
             _add_product(grad_hidden[rows], grad, columns)
             if grad_weight is not None:
                 _add_product(grad_weight[words], grad.T, scaled[rows])
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return (grad_hidden / ctx.temperature).to(hidden.dtype), grad_weight, None, None, None
 
 

@@ -39,6 +39,17 @@ def test_values_and_gradients_equal_the_whole_logits(temperature, entropy_weight
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
 
 
+def test_a_weight_in_the_compute_dtype_has_a_gradient_in_it():
+    """So is a sharded one, gathered for its layer; sums over tokens are float32 all the same."""
+    hidden, weight, targets = inputs(tokens=400)
+    rounded = weight.detach().bfloat16().requires_grad_()
+    for each in (rounded, weight := rounded.detach().float().requires_grad_()):
+        chosen, entropy = logprob.token_logprobs(hidden, each, targets, compute_dtype=torch.bfloat16)
+        (chosen.sum() + entropy.sum()).backward()
+    assert rounded.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.grad, weight.grad.bfloat16(), atol=0, rtol=0)
+
+
 def test_extreme_logits_stay_finite():
     hidden, weight, targets = inputs()
     chosen, entropy = logprob.token_logprobs(hidden * 1e3, weight, targets)
