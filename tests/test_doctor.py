@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from distributions import distribution
 
 from rlcore import cli, doctor, machine, registry
 from rlcore.errors import PluginError
@@ -44,15 +45,6 @@ def run(*arguments, limit=None, **environment):
 
 def findings(result):
     return {finding["what"]: finding for finding in json.loads(result.stdout)["findings"]}
-
-
-def distribution(folder, name, version, summary="", **more):
-    """What pip leaves of a package, beside its modules."""
-    place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    place.mkdir(parents=True)
-    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n")
-    for file, text in more.items():
-        (place / f"{file}.txt").write_text(text)
 
 
 def tree(root, *paths):

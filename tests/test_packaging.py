@@ -19,6 +19,7 @@ PACKAGES = {
     "rlcore": "rlcore", "backends": "rlcore_backends", "adapters": "rlcore_adapters", "requirements": "rlcore_requirements",
 }  # fmt: skip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DATA = ("py.typed", "requirements/*.txt", "conformance/*.json", "conformance/*.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel):
         str(Path(package) / path.relative_to(ROOT / folder))
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or path.match("requirements/*.txt")
+        if path.suffix == ".py" or any(map(path.match, DATA))
     }
     assert {name for name in wheel if ".dist-info/" not in name} == sources
 

@@ -54,8 +54,12 @@ def measure(setup: Setup) -> Iterator[Measurement]:
     answered = not raises(PhaseError, lambda: rollout.generate(prompts, SAMPLING))
     yield Measurement("paused: calls that are answered", float(answered))
     rollout.resume()
+    try:
+        yield Measurement("resumed: samples that differ", unlike(groups, rollout.generate(prompts, SAMPLING)))
+    except PhaseError as error:
+        yield Measurement("resumed: samples that differ", None, note=f"it keeps no weights: {error}")
     rollout.load_weights(actor.weights(), 6)
-    yield Measurement("resumed: samples that differ", unlike(groups, rollout.generate(prompts, SAMPLING)))
+    yield Measurement("resumed and updated: samples that differ", unlike(groups, rollout.generate(prompts, SAMPLING)))
 
 
 @torch.no_grad()

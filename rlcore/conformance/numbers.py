@@ -49,7 +49,7 @@ def compared(title: str, made: Case, golden: Mapping[str, Any], actor: TorchActo
     for _ in range(STEPS - 1):
         actor.update(made.batch)
     later = away(actor, made, golden["logprobs_after"])
-    yield Measurement(f"{title}: log-probabilities after {STEPS} optimizer steps", later, LATER[dtype])
+    yield Measurement(f"{title}: log-probabilities after {STEPS} steps", later, LATER[dtype])
 
 
 def away(actor: TorchActor, made: Case, expected: Sequence[float]) -> float:
@@ -68,14 +68,14 @@ def carried(setup: Setup, made: Case) -> Iterator[Measurement]:
     def fresh(host: bool) -> TorchActor:
         return made.actor(HOST, torch.float32) if host else made.actor(setup.device, torch.float32, setup.backend)
 
-    for host, way in ((False, "from the device to the processor"), (True, "from the processor to the device")):
+    for host, way in ((False, "device to processor"), (True, "processor to device")):
         stayed, went, folder = fresh(host), fresh(not host), setup.folder / way
         stayed.update(made.batch)
         stayed.save(folder)
         went.load(folder)
         found: list[Metrics] = [actor.update(made.batch) for actor in (stayed, went)]
         apart = away(went, made, stayed.logprobs(made.batch).tolist()) + abs(found[0]["lr"] - found[1]["lr"])
-        yield Measurement(f"checkpoint {way}: log-probabilities after one more step", apart, LATER[torch.float32])
+        yield Measurement(f"checkpoint, {way}: log-probabilities a step later", apart, LATER[torch.float32])
 
 
 def redrawn(setup: Setup) -> float:

@@ -114,7 +114,7 @@ def halves(made: case.Case, sharding: Sharding, setup: Setup, mine: int, name: s
     yield Measurement(f"{title}: loss", abs(loss(first, "actor/") / loss(golden) - 1), LOSS[dtype])
     yield Measurement(f"{title}: gradient norm", abs(first["grad_norm"] / golden["grad_norm"] - 1), LOSS[dtype])
     later = everyones(away(actor, made, golden["logprobs_after"]))
-    yield Measurement(f"{title}: log-probabilities after {case.STEPS} optimizer steps", later, LATER[dtype])
+    yield Measurement(f"{title}: log-probabilities after {case.STEPS} steps", later, LATER[dtype])
 
 
 def step(actor: TorchActor, made: case.Case, mine: int) -> Metrics:

@@ -30,6 +30,7 @@ SECTIONS = {
     "engine": "the engine serves what the actor sends",
     "learning": "a small run",
 }
+PROGRAM = ["-m", "rlcore.conformance.section"]
 PATIENCE = 900.0  # seconds of one section
 _TAIL = 80  # lines of a section that failed
 
@@ -56,11 +57,10 @@ def run(name: str, config: RunConfig, patience: float = PATIENCE) -> Iterator[Me
         tempfile.TemporaryDirectory(prefix="rlcore-check-") as folder, tempfile.TemporaryFile() as output,
         os.fdopen(reading, encoding="utf-8") as lines,
     ):
-        program = [sys.executable, "-m", "rlcore.conformance.section", config.model_dump_json(), folder, "section.write"]
         process = subprocess.Popen(
-            [*program, name, str(writing)], pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )
+            [sys.executable, *PROGRAM, config.model_dump_json(), folder, "section.write", name, str(writing)],
+            pass_fds=[writing], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
         os.close(writing)
         alarm = threading.Timer(patience, _end, [process])
         alarm.start()
@@ -95,7 +95,7 @@ def _tail(output: IO[bytes]) -> str:
 
 def line(measurement: Measurement) -> str:
     """One aligned line."""
-    return f"  {measurement.verdict:8} {measurement.what:76} {_measured(measurement)} {_limit(measurement)}".rstrip()
+    return f"  {measurement.verdict:8} {measurement.what:64} {_measured(measurement)} {_limit(measurement)}".rstrip()
 
 
 def closing(sections: Sequence[Section]) -> str:
