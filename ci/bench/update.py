@@ -56,7 +56,7 @@ def main() -> None:
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
 
 
-def batch_of(prompts: int, samples: int, prompt: int, response: int) -> Any:
+def batch_of(prompts: int, samples: int, prompt: int, response: int, words: int = 40_000) -> Any:
     """Random tokens; responses of a third of the limit up to all of it."""
     import torch
 
@@ -65,9 +65,9 @@ def batch_of(prompts: int, samples: int, prompt: int, response: int) -> Any:
     torch.manual_seed(0)
     groups = []
     for number in range(prompts):
-        ids = torch.randint(1000, 40_000, (prompt,)).tolist()
+        ids = torch.randint(1000, words, (prompt,)).tolist()
         lengths = torch.randint(response // 3, response + 1, (samples,)).tolist()
-        responses = [torch.randint(1000, 40_000, (length,)).tolist() for length in lengths]
+        responses = [torch.randint(1000, words, (length,)).tolist() for length in lengths]
         drawn = [Sample(tokens, [-1.0] * len(tokens), "", "length", 0) for tokens in responses]
         groups.append(Group(Prompt(Row(str(number), []), ids, ids), drawn))
     batch = Batch.of(groups)
