@@ -16,8 +16,7 @@ import torch_npu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_npu import dispatch
 
-from rlcore import cli
-from rlcore_backends import npu_operators
+from rlcore import cli, registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tripwire
@@ -48,6 +47,9 @@ def _tensors(argument: Any) -> list[torch.Tensor]:
 def main(commands: Path, report: Path) -> None:
     """Attention goes through the device's kernel in float32 too, where one wrong number in ten thousand shows."""
     tripwire.arm()
+    registry.load("backends", "npu")().prepare()
+    from rlcore_backends import npu_operators
+
     npu_operators.DTYPES = (*npu_operators.DTYPES, torch.float32)
     with Stayed() as stayed:
         statuses = [cli.main(command) for command in json.loads(commands.read_text(encoding="utf-8"))]
