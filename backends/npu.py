@@ -72,7 +72,7 @@ class NpuOptions(Strict):
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the device's memory that the engine may fill with its weights and its key-value cache."""
     sleep_mode: bool = False
-    """The engine takes its memory from vLLM's sleeping allocator, which cannot work on expandable segments."""
+    """vLLM's sleep mode, by which placement.offload [engine] moves weights too. Not on expandable segments of memory."""
 
 
 class NpuBackend(Backend):

@@ -107,9 +107,7 @@ _FUSED: dict[str, Callable[[nn.Module], Forward | None]] = {
 def _with_rotation(forward: FunctionType) -> Forward:
     """The same function, to which one name of its module means the kernel. The module stays as it is, for everyone else."""
     names = {**forward.__globals__, _ROTATE: rotated}
-    bound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    bound.__kwdefaults__ = forward.__kwdefaults__
-    return bound
+    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
 
 
 @lru_cache
