@@ -21,7 +21,7 @@ from rlcore.attention import Ragged
 Forward = Callable[..., Any]
 
 DTYPES = (torch.float16, torch.bfloat16)  # float32 is for comparing devices: such rows stay with plain torch
-_MOST_SPANS = 1024  # in one call
+_MOST_SPANS = 1024  # that one call takes
 _MASK_SIDE = 2048  # of the one mask for scores of any size
 _CAUSAL_TO_THE_LAST_KEY = 3  # sparse_mode
 _ROTATE = "apply_rotary_pos_emb"
@@ -49,6 +49,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, own: list[int], seen: 
 
 @lru_cache
 def _hidden(device: torch.device) -> Tensor:
+    """True where a query does not see a key."""
     return torch.ones(_MASK_SIDE, _MASK_SIDE, dtype=torch.bool).triu(1).to(device)
 
 

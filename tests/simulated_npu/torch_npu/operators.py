@@ -34,7 +34,7 @@ _libraries: list[torch.library.Library] = []
 
 
 class _Exact(torch.autograd.Function):
-    """formula(*tensors) [..]; nobody who watches operators sees those inside."""
+    """formula(*tensors). Who watches operators sees none of those inside."""
 
     @staticmethod
     def forward(ctx: Any, formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _unread(*shape: int) -> Tensor:
-    """What the real one keeps for its backward pass."""
+    """In the place of what the real one keeps for its backward pass."""
     return on_device(torch.full(shape, torch.nan))
 
 
@@ -84,7 +84,7 @@ def _swiglu(input: Tensor, dim: int) -> Tensor:
 def _rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str) -> Tensor:
     size = input.shape[-1]
     _need(rotary_mode == "half", f"rotary_mode is {rotary_mode!r}; the simulated one knows 'half'")
-    _need(input.dim() == r1.dim() == 4 and r1.shape == r2.shape, "input, r1 and r2 have 4 dimensions, r1 and r2 one shape")
+    _need(input.dim() == r1.dim() == 4 and r1.shape == r2.shape, "input, r1 and r2 must have 4 dimensions, r1 and r2 one shape")
     _need(size % 2 == 0 and size < 896 and r1.shape[-1] == size, f"input has {size} numbers a head, r1 {r1.shape[-1]}")
     alike = all(angle in (1, whole) for angle, whole in zip(r1.shape, input.shape, strict=True))
     _need(alike and max(input.shape[:2]) < 1000, f"r1 {list(r1.shape)} does not fit input {list(input.shape)}")
@@ -102,13 +102,13 @@ def _fusion_attention(
     actual_seq_qlen: Sequence[int] | None, actual_seq_kvlen: Sequence[int] | None, sparse_mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
     _need(input_layout == "TND", f"input_layout is {input_layout!r}; the simulated one knows 'TND'")
-    _need(query.dim() == key.dim() == 3 and key.shape == value.shape, "query, key and value are [tokens, heads, numbers]")
+    _need(query.dim() == key.dim() == 3 and key.shape == value.shape, "query, key and value must be [tokens, heads, numbers], the latter two alike")
     _need(head_num == query.shape[1] and head_num % key.shape[1] == 0 and query.shape[2] == key.shape[2],
           f"query {list(query.shape)}, key {list(key.shape)}, head_num {head_num}")  # fmt: skip
     _need(sparse_mode == _CAUSAL_TO_THE_LAST_KEY, f"sparse_mode is {sparse_mode}; the simulated one knows 3")
     _need(atten_mask is not None and atten_mask.dtype in (torch.bool, torch.uint8) and atten_mask.shape == (_SIDE, _SIDE),
           "sparse_mode 3 needs a mask of bools [2048, 2048]")  # fmt: skip
-    _need(bool(on_host(atten_mask).equal(torch.ones_like(on_host(atten_mask)).triu(1))), "the mask hides what comes later")
+    _need(bool(on_host(atten_mask).equal(torch.ones_like(on_host(atten_mask)).triu(1))), "the mask is not true above its diagonal alone")
     _need(actual_seq_qlen is not None and actual_seq_kvlen is not None, "TND needs actual_seq_qlen and actual_seq_kvlen")
     own, seen = ([*pairwise([0, *ends])] for ends in (actual_seq_qlen, actual_seq_kvlen))
     _need(0 < len(own) == len(seen) <= _MOST_SEQUENCES, f"{len(own)} and {len(seen)} sequences, of at most {_MOST_SEQUENCES}")
