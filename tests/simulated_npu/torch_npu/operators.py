@@ -102,13 +102,14 @@ def _fusion_attention(
     actual_seq_qlen: Sequence[int] | None, actual_seq_kvlen: Sequence[int] | None, sparse_mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
     _need(input_layout == "TND", f"input_layout is {input_layout!r}; the simulated one knows 'TND'")
-    _need(query.dim() == key.dim() == 3 and key.shape == value.shape, "query, key and value must be [tokens, heads, numbers], the latter two alike")
+    _need(query.dim() == key.dim() == 3 and key.shape == value.shape, "query, key and value must be [tokens, heads, numbers]")
     _need(head_num == query.shape[1] and head_num % key.shape[1] == 0 and query.shape[2] == key.shape[2],
           f"query {list(query.shape)}, key {list(key.shape)}, head_num {head_num}")  # fmt: skip
     _need(sparse_mode == _CAUSAL_TO_THE_LAST_KEY, f"sparse_mode is {sparse_mode}; the simulated one knows 3")
     _need(atten_mask is not None and atten_mask.dtype in (torch.bool, torch.uint8) and atten_mask.shape == (_SIDE, _SIDE),
           "sparse_mode 3 needs a mask of bools [2048, 2048]")  # fmt: skip
-    _need(bool(on_host(atten_mask).equal(torch.ones_like(on_host(atten_mask)).triu(1))), "the mask is not true above its diagonal alone")
+    mask = on_host(atten_mask)
+    _need(mask.equal(torch.ones_like(mask).triu(1)), "the mask is not true above its diagonal alone")
     _need(actual_seq_qlen is not None and actual_seq_kvlen is not None, "TND needs actual_seq_qlen and actual_seq_kvlen")
     own, seen = ([*pairwise([0, *ends])] for ends in (actual_seq_qlen, actual_seq_kvlen))
     _need(0 < len(own) == len(seen) <= _MOST_SEQUENCES, f"{len(own)} and {len(seen)} sequences, of at most {_MOST_SEQUENCES}")
