@@ -7,6 +7,8 @@ import socket
 
 import psutil
 import pytest
+import torch
+from pydantic import ValidationError
 
 from rlcore import cli, registry
 from rlcore.errors import ConfigError, PluginError
@@ -75,6 +77,14 @@ def test_collectives_go_through_the_interface_of_the_address():
 def test_the_engine_is_left_its_share_of_the_memory():
     assert made(engine_memory=0.25).engine_options("vllm") == {"gpu_memory_utilization": 0.25, "enable_sleep_mode": False}
     assert made().engine_options("torch") == {}
+
+
+def test_a_model_is_left_alone_where_kernels_are_switched_off(tiny_llama):
+    model = registry.load("adapters", "llama")(tiny_llama).load(tiny_llama, torch.float32)
+    kinds = [type(layer) for layer in model.modules()]
+    assert [type(layer) for layer in made(fused=False).fuse(model).modules()] == kinds
+    with pytest.raises(ValidationError, match="fused"):
+        made(fused="flash")
 
 
 @absent

@@ -79,7 +79,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: 
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    own, seen = (starts.diff().tolist() for starts in (spans.query_starts, spans.key_starts))
+    own, seen = spans.query_lengths, spans.key_lengths
     outputs = []
     for q, k, v in zip(query.split(own), key.split(seen), value.split(seen), strict=True):
         before = len(k) - len(q)  # keys that every query sees
