@@ -6,7 +6,8 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,16 +41,23 @@ def measure(setup: Setup) -> Iterator[Measurement]:
     program = [sys.executable, "-m", "rlcore.conformance.section", setup.config.model_dump_json(), str(setup.folder)]
     ranks = [subprocess.Popen([*program, "ranks.rank", str(rank), *addresses]) for rank in range(RANKS)]
     try:
-        statuses = [rank.wait(PATIENCE) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        raise RunError(f"no answer of the ranks within {PATIENCE} s: a collective hangs") from None
+        _wait(ranks)
     finally:
         for rank in ranks:
             rank.kill()
-    if any(statuses):
-        raise RunError(f"the ranks ended with the exit statuses {statuses}; what they said stands above")
     for line in json.loads((setup.folder / "measurements.json").read_text(encoding="utf-8")):
         yield Measurement(**line)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended well; RunError as soon as one has not, since the others may wait for it for good."""
+    started = time.monotonic()
+    while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        if time.monotonic() - started > PATIENCE:
+            raise RunError(f"no answer of the ranks within {PATIENCE} s: a collective hangs")
+        time.sleep(0.1)
+    if failed := [number for number, rank in enumerate(ranks) if rank.returncode]:
+        raise RunError(f"rank {failed[0]} ended with status {ranks[failed[0]].returncode}; what it said stands above")
 
 
 def _free() -> str:

@@ -194,6 +194,23 @@ def _attention(
     )[0]
 
 
+def _convolution(*arguments: Any) -> Tensor:
+    return _lent("convolution", aten.convolution, *arguments)
+
+
+def _convolution_backward(above: Tensor, states: Tensor, weight: Tensor, *rest: Any) -> Sequence[Tensor]:
+    """There is never a bias: it is added apart."""
+    return _lent("convolution_backward", aten.convolution_backward, above, states, weight, None, *rest)
+
+
+def _lent(name: str, operator: Any, *arguments: Any) -> Any:
+    counts[f"aten::{name}"] += 1
+    loan = _Loan(f"aten::{name}")
+    here = loan.take(arguments)
+    loan.check()
+    return loan.give_back(operator(*here))
+
+
 def _autocast(name: str, choose: Callable[[], torch.dtype]) -> Callable[..., Any]:
     """The operator on arguments in the chosen dtype."""
     packet, _, overload = name.partition(".")
@@ -221,7 +238,8 @@ def install() -> None:
         "empty.memory_format": _empty, "empty_strided": _empty_strided, "empty_like": _empty_like, "resize_": _resize,
         "_copy_from": _copy_from, "_to_copy": _to_copy, "scaled_dot_product_attention": _attention,
         "_has_compatible_shallow_copy_type": lambda one, other: {one.device.type, other.device.type} <= {"cpu", "npu"},
-        "record_stream": lambda *_: None,
+        "record_stream": lambda *_: None, "convolution_overrideable": _convolution,
+        "convolution_backward_overrideable": _convolution_backward,
     }  # fmt: skip
     for name, kernel in own.items():
         some.impl(name, kernel, "PrivateUse1")
