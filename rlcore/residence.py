@@ -147,3 +147,9 @@ def awake(asleep: bool, what: str) -> None:
     """PhaseError for an engine that is asked while it is off the device."""
     if asleep:
         raise PhaseError(f"{what} was asked of an engine that is paused; resume it first")
+
+
+def holding(version: int | None) -> None:
+    """PhaseError for an engine that is asked for samples after a pause that gave up its weights."""
+    if version is None:
+        raise PhaseError("sampling was asked of an engine that gave up its weights when it was paused; send it weights first")
