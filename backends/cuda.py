@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -31,6 +31,8 @@ class CudaOptions(Strict):
     sleep_level: Literal[0, 1, 2] = 2
     """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
     memory; 2: they are given up, since the next sync sends them all."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """Whose AdamW. apex: NVIDIA's FusedAdam, which must be built from source and takes the weights of one device only."""
 
 
 class CudaBackend(Backend):
@@ -61,6 +63,13 @@ class CudaBackend(Backend):
             "enable_sleep_mode": self.options.sleep_level > 0,
             "enforce_eager": False,  # decoding is many small kernels: CUDA graphs start them together
         }
+
+    def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        if self.options.optimizer == "torch":
+            return super().adamw(groups, **settings)
+        from . import apex_adamw
+
+        return apex_adamw.build(groups, **settings)
 
     def device(self, local_rank: int) -> torch.device:
         import torch
