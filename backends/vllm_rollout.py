@@ -202,7 +202,7 @@ class VllmWeightsRollout(VllmRollout):
         started = time.perf_counter()
         shipment = self._ledger.shipment(version)
         try:
-            with torch.no_grad():
+            with self._updating():
                 self._runner.reload_weights(weights_iterator=shipment.watch(weights))
         except Exception as error:
             self._leave_reload()
@@ -224,8 +224,16 @@ class VllmWeightsRollout(VllmRollout):
         """Out of a half-done update, so that a whole one can follow."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        with contextlib.suppress(Exception), torch.no_grad():
+        with contextlib.suppress(Exception), self._updating():
             finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
+
+    @contextlib.contextmanager
+    def _updating(self) -> Iterator[None]:
+        """As vLLM's own worker does it: layers ask for the engine's configuration while they take weights."""
+        from vllm.config import set_current_vllm_config
+
+        with torch.no_grad(), set_current_vllm_config(self._llm.llm_engine.vllm_config):
+            yield
 
 
 def _sleep_level(llm: LLM, backend: Backend) -> int:
