@@ -125,6 +125,7 @@ class VllmRollout:
         """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, and both come back to the same
         addresses; without it the weights stay, as the next update overwrites them in place."""
         if self._level:
+            self._wake_cache()  # before 0.32 vLLM refuses to put to sleep what sleeps in part
             self._llm.sleep(level=self._level)
             self.version = None if self._level == 2 else self.version
         elif self._cached:

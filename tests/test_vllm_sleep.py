@@ -52,6 +52,7 @@ class Memory:
         self.runner, self.kept, self.calls = runner, {}, []
 
     def sleep(self, level=1):
+        assert self.calls.count("wake kv_cache") == sum("sleep" in call for call in self.calls), "all of it is awake"
         self.calls.append(f"sleep {level}")
         model = self.runner.get_model()
         kept = {"buffers": model.named_buffers(), "weights": model.named_parameters() if level == 1 else ()}
