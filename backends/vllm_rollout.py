@@ -105,7 +105,7 @@ class VllmRollout:
         """The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
         comes from it changes rounding, and this process's random state is the call's own seed meanwhile."""
         awake(self._asleep, "sampling")
-        holding(self.version)
+        version = holding(self.version)
         self._wake_cache()
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
@@ -119,11 +119,11 @@ class VllmRollout:
                 for output in engine.step():
                     if output.finished:
                         place = int(output.request_id)
-                        yield place, Group(prompts[place], [self._sample(completion) for completion in output.outputs])
+                        yield place, Group(prompts[place], [self._sample(completion, version) for completion in output.outputs])
 
     def pause(self) -> None:
-        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, and both come back to the same
-        addresses; without it the weights stay, as the next update overwrites them in place."""
+        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, which need to be sent again after its
+        second level, and both return to the same addresses. Without it the weights stay: the next update overwrites them."""
         if self._level:
             self._wake_cache()  # before 0.32 vLLM refuses to put to sleep what sleeps in part
             self._llm.sleep(level=self._level)
@@ -180,11 +180,11 @@ class VllmRollout:
             output_kind=RequestOutputKind.FINAL_ONLY,  # a prompt's samples together, when all are finished
         )
 
-    def _sample(self, completion: Any) -> Sample:
+    def _sample(self, completion: Any, version: int) -> Sample:
         token_ids = list(completion.token_ids)
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
         finish = "stop" if completion.finish_reason == "stop" else "length"
-        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, self.version)
+        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, version)
 
 
 class VllmWeightsRollout(VllmRollout):

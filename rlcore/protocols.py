@@ -63,8 +63,10 @@ class Encoder(Protocol):
 
 
 class Rollout(Protocol):
-    version: int | None
-    """Of the weights it serves: 0 before the first `load_weights`, None once a pause has given them up."""
+    @property
+    def version(self) -> int | None:
+        """Of the weights it serves: 0 before the first `load_weights`, None once a pause has given them up."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt, in the order of the prompts."""

@@ -149,7 +149,8 @@ def awake(asleep: bool, what: str) -> None:
         raise PhaseError(f"{what} was asked of an engine that is paused; resume it first")
 
 
-def holding(version: int | None) -> None:
-    """PhaseError for an engine that is asked for samples after a pause that gave up its weights."""
+def holding(version: int | None) -> int:
+    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up."""
     if version is None:
         raise PhaseError("sampling was asked of an engine that gave up its weights when it was paused; send it weights first")
+    return version
