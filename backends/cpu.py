@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
@@ -15,7 +15,7 @@ from rlcore.backend import Backend
 from rlcore.config import Strict
 
 from . import meeting, node_address
-from .surroundings import COMMON
+from .surroundings import COMMON, NEEDED, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,9 @@ class CpuBackend(Backend):
             "TORCHDYNAMO_DISABLE": "1",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels announce their memory policy as a warning
         }
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterable[str]:
+        return wrong(NEEDED, given)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Arguments of an engine that are this device's affair."""

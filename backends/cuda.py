@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from rlcore.config import Strict
 from rlcore.errors import ConfigError
 
 from . import meeting, node_address
-from .surroundings import COMMON
+from .surroundings import COMMON, NEEDED, sleepless, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from rlcore.attention import Ragged
 
 
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
 class CudaOptions(Strict):
     engine_memory: float = Field(0.5, gt=0, lt=1)
     """Part of a device's memory that the engine may use, weights and key-value cache together (gpu_memory_utilization)."""
-    sleep_mode: bool = True
-    """vLLM's sleep mode, which placement.offload [engine] needs: memory that can leave the device without moving."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
+    memory; 2: they are given up, since the next sync sends them all."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """Whose AdamW. apex: NVIDIA's FusedAdam, which must be built from source and takes the weights of one device only."""
 
 
 class CudaBackend(Backend):
@@ -36,21 +42,34 @@ class CudaBackend(Backend):
     Options: ClassVar[type[CudaOptions]] = CudaOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cuda.txt"
+    spellings: ClassVar[Mapping[str, str]] = {"PYTORCH_CUDA_ALLOC_CONF": _ALLOCATOR}
 
     def environment(self) -> Mapping[str, str]:
-        return {
-            **COMMON,
-            "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # packed rows differ in length, which fragments fixed segments
-        }
+        """Segments that expand, since packed rows differ in length, which fragments fixed ones. vLLM turns them off around the
+        memory that its engine sleeps with."""
+        return {**COMMON, _ALLOCATOR: "expandable_segments:True"}
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from wrong(NEEDED, given)
+        if self.options.sleep_level:  # whose pools of memory torch's native allocator alone has
+            name = _ALLOCATOR if _ALLOCATOR in given else "PYTORCH_CUDA_ALLOC_CONF"
+            yield from sleepless(name, "backend:cudaMallocAsync", given)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         if engine != "vllm":
             return {}
         return {
             "gpu_memory_utilization": self.options.engine_memory,
-            "enable_sleep_mode": self.options.sleep_mode,
+            "enable_sleep_mode": self.options.sleep_level > 0,
             "enforce_eager": False,  # decoding is many small kernels: CUDA graphs start them together
         }
+
+    def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        if self.options.optimizer == "torch":
+            return super().adamw(groups, **settings)
+        from . import apex_adamw
+
+        return apex_adamw.build(groups, **settings)
 
     def device(self, local_rank: int) -> torch.device:
         import torch

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -16,7 +16,7 @@ from rlcore.backend import Backend
 from rlcore.config import Strict
 from rlcore.errors import ConfigError, PluginError
 
-from . import meeting, node_address
+from . import meeting, node_address, surroundings
 from .cpu import cure_torchvision
 from .surroundings import COMMON
 
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
 _CORES = 8  # for the process of one device, where the machine has as many
-_ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
-_SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
 
 DEFAULTS: Mapping[str, str] = {
     **COMMON,
@@ -41,11 +38,10 @@ DEFAULTS: Mapping[str, str] = {
     "TASK_QUEUE_ENABLE": "2",  # operators are launched by a thread of their own: more overlap, a higher peak of memory
     "CPU_AFFINITY_CONF": "1",  # threads stay on the cores next to their device
 }
-"""What the user has set wins over these."""
 
 NEEDED: Mapping[str, tuple[str, str]] = {
+    **surroundings.NEEDED,
     "VLLM_ASCEND_ENABLE_NZ": ("0", "weights that are kept in the NZ layout cannot be updated in place"),
-    "VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "the engine is in the worker's process, where weights reach it"),
     "VLLM_WORKER_MULTIPROC_METHOD": ("spawn", "a forked process cannot use the device"),
     "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": ("0", "each worker must see its own device only"),
     "TORCH_TRANSFER_TO_NPU": ("0", "it turns torch.cuda into torch.npu and so hides code that is for another device"),
@@ -71,8 +67,9 @@ class NpuOptions(Strict):
     """The same run gives the same numbers, at some cost in speed."""
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the device's memory that the engine may fill with its weights and its key-value cache."""
-    sleep_mode: bool = False
-    """vLLM's sleep mode, by which placement.offload [engine] moves weights too. Not on expandable segments of memory."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
+    memory; 2: they are given up, since the next sync sends them all. Above 0 expandable segments are impossible."""
 
 
 class NpuBackend(Backend):
@@ -84,17 +81,18 @@ class NpuBackend(Backend):
     environment_requirements: ClassVar[str] = "requirements/npu.txt"
 
     def environment(self) -> Mapping[str, str]:
-        """ConfigError lists everything that the user has set to what cannot work, at once."""
-        needed = {**NEEDED, **(DETERMINISTIC if self.options.deterministic else {})}
-        self._refuse_conflicts(needed)
-        chosen = {name: os.environ.get(name, value) for name, value in DEFAULTS.items()}
-        return chosen | {name: os.environ.get(name, value) for name, (value, _) in needed.items()}
+        return {**DEFAULTS, **{name: value for name, (value, _) in self._needed().items()}}
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from surroundings.wrong(self._needed(), given)
+        if self.options.sleep_level:
+            yield from surroundings.sleepless("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", given)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Arguments of an engine that are this device's affair."""
         if engine != "vllm":
             return {}
-        return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_mode}
+        return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_level > 0}
 
     def device(self, local_rank: int) -> torch.device:
         import torch
@@ -159,20 +157,8 @@ class NpuBackend(Backend):
 
         return npu_operators.fuse(model)
 
-    def _refuse_conflicts(self, needed: Mapping[str, tuple[str, str]]) -> None:
-        wrong = [
-            f"{name}={os.environ[name]}, needed is {value} ({why})"
-            for name, (value, why) in needed.items()
-            if name in os.environ and os.environ[name].lower() not in _SPELLINGS.get(value, (value,))
-        ]
-        if self.options.sleep_mode and "expandable_segments:true" in os.environ.get(_ALLOCATOR, "").lower().replace(" ", ""):
-            wrong.append(f"{_ALLOCATOR}={os.environ[_ALLOCATOR]}, needed is one without expandable_segments:True"
-                         " (backend.options.sleep_mode: an engine cannot sleep on expandable segments)")  # fmt: skip
-        if wrong:
-            raise ConfigError(
-                "backend.name npu: these environment variables are set to what the run cannot work with; unset them, or change"
-                " the option that is named:\n  " + "\n  ".join(wrong)
-            )
+    def _needed(self) -> Mapping[str, tuple[str, str]]:
+        return {**NEEDED, **(DETERMINISTIC if self.options.deterministic else {})}
 
 
 def _remedy(error: BaseException) -> str:

@@ -47,6 +47,7 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
     total = sum(devices for _, devices, _ in config.pools())
     started = _connect(options, policy.backend, total)
     backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
+    backend.given = policy.backend.given
     opened: list[_Devices | _Scorers] = []
     observers = Observers()
     watch.workers = observers.look
@@ -202,7 +203,7 @@ class _Devices:
             resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
             num_gpus=backend.bundle().get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-            runtime_env={"env_vars": {**backend.environment(), **_inherited()}},
+            runtime_env={"env_vars": {**backend.environment(), **backend.given, **_inherited()}},
         ).remote()
 
     def _started(

@@ -37,8 +37,10 @@ def engine_arguments(lora: LoraConfig) -> dict[str, Any]:
 class VllmAdditionsRollout(VllmRollout):
     """Serves the model of its folder plus the additions of the latest `load_weights`."""
 
-    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None], dtype: Any, lora: LoraConfig) -> None:
-        super().__init__(llm, adapter, beat)
+    def __init__(
+        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int, dtype: Any, lora: LoraConfig
+    ) -> None:
+        super().__init__(llm, adapter, beat, min(sleep_level, 1))  # nobody sends the weights below the additions again
         self._dtype, self._lora = dtype, lora
         self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
 
@@ -61,7 +63,7 @@ class VllmAdditionsRollout(VllmRollout):
         sent = {name: fingerprint(tensor * scale if ".lora_B." in name else tensor) for name, tensor in tensors.items()}
         held = {name: self._held(name, tensor) for name, tensor in tensors.items()}
         compare(sent, {name: fingerprint(tensor) for name, tensor in held.items() if tensor is not None})
-        self._request, self._version = request, version
+        self._request, self.version = request, version
         done = time.perf_counter()
         return Receipt(version, len(sent), sum(t.nbytes for t in tensors.values()), done - started, done - checking)
 

@@ -25,7 +25,7 @@ from rlcore.config import LoraConfig, RolloutConfig, nearest
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
-from rlcore.residence import Parked, awake
+from rlcore.residence import Parked, awake, holding
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import compare, fingerprint
 
@@ -72,9 +72,10 @@ def build(
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
         _check_heads(_runner(llm).get_model())
+        level = _sleep_level(llm, backend)
         if lora:
-            return vllm_additions.VllmAdditionsRollout(llm, adapter, beat, dtype, lora)
-        return VllmWeightsRollout(llm, adapter, beat, dtype, _shapes(folder))
+            return vllm_additions.VllmAdditionsRollout(llm, adapter, beat, level, dtype, lora)
+        return VllmWeightsRollout(llm, adapter, beat, level, dtype, _shapes(folder))
 
 
 class VllmRollout:
@@ -84,14 +85,15 @@ class VllmRollout:
     left, which the trainer does not do.
     """
 
-    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None]) -> None:
+    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int) -> None:
+        """`sleep_level`: vLLM's; 0 where its sleep mode is off."""
         self._llm, self._beat = llm, beat
         self._adapter = adapter
         self._runner = _runner(llm)
-        self._version = 0
+        self.version: int | None = 0
         self._request: LoRARequest | None = None  # the additions that samples are drawn with
-        self._asleep = False
-        self._sleeps = llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+        self._level = sleep_level
+        self._asleep, self._cached = False, True
         self._cache = Parked(lambda: _cache_of(self._runner), keep=False)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -103,6 +105,8 @@ class VllmRollout:
         """The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
         comes from it changes rounding, and this process's random state is the call's own seed meanwhile."""
         awake(self._asleep, "sampling")
+        version = holding(self.version)
+        self._wake_cache()
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
@@ -115,29 +119,40 @@ class VllmRollout:
                 for output in engine.step():
                     if output.finished:
                         place = int(output.request_id)
-                        yield place, Group(prompts[place], [self._sample(completion) for completion in output.outputs])
+                        yield place, Group(prompts[place], [self._sample(completion, version) for completion in output.outputs])
 
     def pause(self) -> None:
-        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, into host memory, and both come back
-        to the same addresses; without it the weights stay, as the next update overwrites them in place."""
-        self._asleep = True
-        if self._sleeps:
-            self._llm.sleep(level=1)
-        else:
+        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, which need to be sent again after its
+        second level, and both return to the same addresses. Without it the weights stay: the next update overwrites them."""
+        if self._level:
+            self._wake_cache()  # before 0.32 vLLM refuses to put to sleep what sleeps in part
+            self._llm.sleep(level=self._level)
+            self.version = None if self._level == 2 else self.version
+        elif self._cached:
             self._cache.pause()
+        self._asleep, self._cached = True, False
 
     def resume(self) -> None:
-        if self._sleeps:
-            self._llm.wake_up()
-        else:
-            self._cache.resume()
+        """The weights alone: the cache comes when there is something to sample, after the actor's weights have left."""
+        if self._level:
+            self._llm.wake_up(tags=["weights"])
         self._asleep = False
 
     def device_bytes(self) -> int:
-        if self._sleeps and self._asleep:
+        if self._level and self._asleep:
             return 0
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in self._runner.get_model().state_dict().values()}
-        return self._cache.device_bytes() + sum(weights.values()) + self._packed_bytes()
+        cache = self._cache.device_bytes() if self._cached else 0  # asleep, its tensors look as they did
+        return cache + sum(weights.values()) + self._packed_bytes()
+
+    def _wake_cache(self) -> None:
+        if self._cached:
+            return
+        if self._level:
+            self._llm.wake_up(tags=["kv_cache"])
+        else:
+            self._cache.resume()
+        self._cached = True
 
     def _packed_bytes(self) -> int:
         """Of weights that the engine keeps in a layout of its own, where no tensor shows them."""
@@ -165,20 +180,21 @@ class VllmRollout:
             output_kind=RequestOutputKind.FINAL_ONLY,  # a prompt's samples together, when all are finished
         )
 
-    def _sample(self, completion: Any) -> Sample:
+    def _sample(self, completion: Any, version: int) -> Sample:
         token_ids = list(completion.token_ids)
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
         finish = "stop" if completion.finish_reason == "stop" else "length"
-        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, self._version)
+        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, version)
 
 
 class VllmWeightsRollout(VllmRollout):
     """Takes whole weights, and proves that it holds them."""
 
     def __init__(
-        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]
-    ) -> None:
-        super().__init__(llm, adapter, beat)
+        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int, dtype: torch.dtype,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> None:  # fmt: skip
+        super().__init__(llm, adapter, beat, sleep_level)
         self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
@@ -187,7 +203,7 @@ class VllmWeightsRollout(VllmRollout):
         started = time.perf_counter()
         shipment = self._ledger.shipment(version)
         try:
-            with torch.no_grad():
+            with self._updating():
                 self._runner.reload_weights(weights_iterator=shipment.watch(weights))
         except Exception as error:
             self._leave_reload()
@@ -198,7 +214,7 @@ class VllmWeightsRollout(VllmRollout):
         self._ledger.serve_tied_heads()
         self._forget()
         shipment.verify()
-        self._version = version
+        self.version = version
         seconds = time.perf_counter() - started
         return Receipt(version, shipment.tensors, shipment.bytes, seconds, shipment.seconds)
 
@@ -209,8 +225,22 @@ class VllmWeightsRollout(VllmRollout):
         """Out of a half-done update, so that a whole one can follow."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        with contextlib.suppress(Exception), torch.no_grad():
+        with contextlib.suppress(Exception), self._updating():
             finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
+
+    @contextlib.contextmanager
+    def _updating(self) -> Iterator[None]:
+        """As vLLM's own worker does it: layers ask for the engine's configuration while they take weights."""
+        from vllm.config import set_current_vllm_config
+
+        with torch.no_grad(), set_current_vllm_config(self._llm.llm_engine.vllm_config):
+            yield
+
+
+def _sleep_level(llm: LLM, backend: Backend) -> int:
+    """What the backend's options say, where they do, unless rollout.options has turned vLLM's sleep mode on or off."""
+    level = getattr(backend.options, "sleep_level", 0)
+    return (level or 1) if llm.llm_engine.vllm_config.model_config.enable_sleep_mode else 0
 
 
 def _runner(llm: LLM) -> Any:

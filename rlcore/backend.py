@@ -6,12 +6,13 @@ Imports nothing heavy: a backend says what must stand in the environment before 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
 from rlcore.config import Strict
+from rlcore.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,11 @@ class Backend(ABC):
     Options: ClassVar[type[BaseModel]] = NoOptions
     default_engine: ClassVar[str] = "torch"
     environment_requirements: ClassVar[str] = "the backend's own requirements"  # the file that installs its stack
+    spellings: ClassVar[Mapping[str, str]] = {}  # older names of variables in `environment`, read where those are unset
 
     def __init__(self, options: Any = None) -> None:
         self.options = options or self.Options()
+        self.given: Mapping[str, str] = {}  # of `environment`, what the user has set, once this is settled
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device: ...
@@ -48,8 +51,25 @@ class Backend(ABC):
         """Processes that meet at `address` (host:port), beside the ranks of their pools: a group that broadcasts."""
 
     def environment(self) -> Mapping[str, str]:
-        """Environment variables that must stand before torch is imported; what the user has set wins."""
+        """Environment variables that must stand before torch is imported, unless the user has set them."""
         return {}
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterable[str]:
+        """What the user has set to something that this device cannot work with, each with what it needs and why."""
+        return ()
+
+    def settle(self, environment: MutableMapping[str, str]) -> None:
+        """Completes the environment of this process; `given` is for those that it starts elsewhere. ConfigError lists every
+        conflict at once."""
+        if wrong := list(self.conflicts(environment)):
+            raise ConfigError(
+                f"backend.name {self.name}: these environment variables are set to what the run cannot work with; unset them,"
+                " or change the option that is named:\n  " + "\n  ".join(wrong)
+            )
+        defaults = self.environment()
+        found = {new: environment[old] for old, new in self.spellings.items() if old in environment} | dict(environment)
+        self.given = {name: found[name] for name in defaults if name in found}
+        environment.update({**defaults, **self.given})
 
     def prepare(self) -> None:  # noqa: B027
         """Once a process, after torch can be imported: what this device needs before models load."""

@@ -290,8 +290,7 @@ def _placed(options: argparse.Namespace, devices: int | None) -> list[str]:
 def _prepared(config: RunConfig) -> Backend:
     """The chosen backend, with its environment in place: torch reads it when it is imported, which comes later."""
     backend = _backend(config)
-    for variable, value in backend.environment().items():
-        os.environ.setdefault(variable, value)
+    backend.settle(os.environ)
     return backend
 
 

@@ -77,12 +77,12 @@ def apex() -> Finding:
     """Whose apex this is: the one of PyPI is an unrelated toolkit for Pyramid, and installing it runs its setup."""
     spec, version = importlib.util.find_spec("apex"), installed("apex")
     if spec is None and version is None:
-        return Finding("apex", "absent", "nothing needs it")
+        return Finding("apex", "absent", "only backend.options.optimizer: apex needs it")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if any(Path(folder, "optimizers").is_dir() for folder in folders):
         return Finding("apex", "ok", f"{version or 'no version'}, with fused optimizers")
     seen = f"{version or 'no version'} is not the one with fused optimizers; PyPI's apex is a toolkit for Pyramid web sites"
-    return Finding("apex", "failure", seen, "pip uninstall apex; rlcore needs none, and the real ones are built from source")
+    return Finding("apex", "failure", seen, "pip uninstall apex; the real ones are built from source, and rlcore does without")
 
 
 def shared_memory(folder: Path = SHM) -> Finding:

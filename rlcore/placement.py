@@ -288,7 +288,7 @@ class Placement:
 
     def sync_weights(self) -> Receipt:
         """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
-        if self.receipt is None or self.receipt.version != self.version:
+        if self.receipt is None or set(self._of["rollout"].all("served")) != {self.version}:
             self.receipt = max(self._synced(), key=lambda receipt: receipt.seconds)
         return self.receipt
 

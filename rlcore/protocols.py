@@ -63,6 +63,11 @@ class Encoder(Protocol):
 
 
 class Rollout(Protocol):
+    @property
+    def version(self) -> int | None:
+        """Of the weights it serves: 0 before the first `load_weights`, None once a pause has given them up."""
+        ...
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt, in the order of the prompts."""
         ...
@@ -72,7 +77,7 @@ class Rollout(Protocol):
         ...
 
     def pause(self) -> None:
-        """Leave the device; until `resume` everything else is a PhaseError."""
+        """Leave the device; until `resume` everything else is a PhaseError. The weights may have to be sent again."""
         ...
 
     def resume(self) -> None: ...

@@ -147,3 +147,10 @@ def awake(asleep: bool, what: str) -> None:
     """PhaseError for an engine that is asked while it is off the device."""
     if asleep:
         raise PhaseError(f"{what} was asked of an engine that is paused; resume it first")
+
+
+def holding(version: int | None) -> int:
+    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up."""
+    if version is None:
+        raise PhaseError("sampling was asked of an engine that gave up its weights when it was paused; send it weights first")
+    return version

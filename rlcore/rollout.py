@@ -58,7 +58,7 @@ class TorchRollout:
         self._adapter = adapter
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
-        self._version = 0
+        self.version = 0
         self._lora = lora
         self._beat = beat
         self._asleep = False
@@ -111,7 +111,7 @@ class TorchRollout:
         began = time.perf_counter()
         compare(sent, *self._held())
         checking += time.perf_counter() - began
-        self._version = version
+        self.version = version
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
 
     def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
@@ -195,7 +195,7 @@ class TorchRollout:
         length = int(stops[0]) + 1 if len(stops) else len(token_ids)
         tokens = token_ids[:length].tolist()
         finish = "stop" if len(stops) else "length"
-        return Sample(tokens, logprobs[:length].tolist(), self._adapter.decode(tokens), finish, self._version)
+        return Sample(tokens, logprobs[:length].tolist(), self._adapter.decode(tokens), finish, self.version)
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -257,6 +257,10 @@ class Worker:
                 for place, group in _there(self.rollout).stream(prompts, sampling):
                     yield sampling.first + place, group
 
+    def served(self) -> int | None:
+        """The version of the weights that the engine of this process holds; None when it has to be sent them again."""
+        return _there(self.rollout).version
+
     def sync(self, version: int) -> Receipt:
         """The engine of this process serves the weights of its actor."""
         with self.residence.phase("reshard", "resharding_to_infer"):

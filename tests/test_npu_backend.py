@@ -28,35 +28,29 @@ def made(**options):
     return NPU(NPU.Options(**options))
 
 
-def test_what_the_user_has_set_wins(monkeypatch):
-    assert made().environment()["HCCL_CONNECT_TIMEOUT"] == "1800"
-    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "7200")
-    assert made().environment()["HCCL_CONNECT_TIMEOUT"] == "7200"
-
-
-def test_every_conflict_is_reported_at_once(monkeypatch):
-    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "1")
-    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "true")
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
-    monkeypatch.setenv("LCCL_DETERMINISTIC", "1")
-    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:512, expandable_segments:True")
+def test_every_conflict_is_reported_at_once():
+    given = {
+        "VLLM_ASCEND_ENABLE_NZ": "1", "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "true", "HCCL_DETERMINISTIC": "false",
+        "LCCL_DETERMINISTIC": "1", "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:512, expandable_segments:True",
+    }  # fmt: skip
     with pytest.raises(ConfigError) as error:
-        made(deterministic=True, sleep_mode=True).environment()
+        made(deterministic=True, sleep_level=1).settle(given)
     found = str(error.value).splitlines()[1:]
     names = ["VLLM_ASCEND_ENABLE_NZ", "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "HCCL_DETERMINISTIC"]
     assert [line.strip().partition("=")[0] for line in found] == [*names, "PYTORCH_NPU_ALLOC_CONF"]
     assert "HCCL_DETERMINISTIC=false, needed is true (backend.options.deterministic)" in found[2]
 
 
-def test_without_their_option_the_same_settings_are_no_conflict(monkeypatch):
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
-    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
-    assert "HCCL_DETERMINISTIC" not in made().environment()
+def test_without_their_option_the_same_settings_are_no_conflict():
+    given = {"HCCL_DETERMINISTIC": "false", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
+    made().settle(given)
+    assert given["HCCL_DETERMINISTIC"] == "false"
 
 
-def test_a_value_spelled_otherwise_is_no_conflict(monkeypatch):
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "TRUE")
-    assert made(deterministic=True).environment()["HCCL_DETERMINISTIC"] == "TRUE"
+def test_a_value_spelled_otherwise_is_no_conflict():
+    given = {"HCCL_DETERMINISTIC": "TRUE"}
+    made(deterministic=True).settle(given)
+    assert given["HCCL_DETERMINISTIC"] == "TRUE"
 
 
 def test_a_device_is_one_npu_and_its_share_of_the_cores():

@@ -237,6 +237,8 @@ class Threaded:
 class Slow:
     """A role that takes a known time."""
 
+    version = 0
+
     def __init__(self, seconds):
         self.seconds = seconds
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from run_files import ARITHMETIC, write
 from torch import nn
 
-from rlcore import registry, rollout
+from rlcore import cli, registry, rollout
 from rlcore.config import RolloutConfig
 from rlcore.metrics import Clock
-from rlcore.residence import Parked, PhaseError, Residence
+from rlcore.residence import Parked, PhaseError, Residence, holding
 from rlcore.types import Row, Sampling
 
 
@@ -114,3 +115,31 @@ def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
     for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
         assert now.token_ids == then.token_ids
         assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
+
+
+def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(tmp_path, tiny_llama, monkeypatch):
+    """After a warm start and a resume, and between an evaluation and the next step, when a checkpoint has sent it away."""
+
+    class Forgetful(rollout.TorchRollout):
+        def pause(self):
+            super().pause()
+            self.version = None
+
+        def stream(self, prompts, sampling):
+            holding(self.version)
+            return super().stream(prompts, sampling)
+
+    sections = {
+        "placement": {"offload": ["engine"]}, "evaluation": {"every": 1, "max_new_tokens": 4},
+        "sft": {"steps": 1, "rows_per_step": 2}, "train": {"steps": 3, "prompts_per_step": 2, "save_every": 1},
+        "data": {"train": ARITHMETIC, "eval": ARITHMETIC, "max_prompt_tokens": 64},
+    }  # fmt: skip
+    file = str(write(tmp_path, tiny_llama, **sections))
+    lines = {}
+    for name, engine in (("kept", rollout.TorchRollout), ("given up", Forgetful)):
+        monkeypatch.setattr(rollout, "TorchRollout", engine)
+        folder = ["--run-dir", str(tmp_path / name)]
+        assert cli.main(["grpo", file, "train.steps=1", *folder]) == 0
+        assert cli.main(["grpo", file, "--resume", *folder]) == 0
+        lines[name] = (tmp_path / name / "samples.jsonl").read_text()
+    assert lines["kept"] == lines["given up"]

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from rlcore_backends import cuda
+from rlcore_backends import cuda, vllm_additions, vllm_rollout
 
 from rlcore import attention, cli
 from rlcore.attention import ragged
+from rlcore.config import LoraConfig
 from rlcore.packing import Segment
+from rlcore.types import Sampling
 
 vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @vllm
-def test_vllm_has_every_engine_argument_that_is_set():
+def test_vllm_has_every_engine_argument_that_is_set(tmp_path, monkeypatch):
     from vllm import EngineArgs
 
-    assert cuda.CudaBackend().engine_options("vllm").keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
+    monkeypatch.setattr(vllm_rollout, "distributed", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # not this process's from now on
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    given = {
+        **vllm_rollout._engine_arguments(tmp_path, torch.bfloat16, 64, 0, True), **cuda.CudaBackend().engine_options("vllm"),
+        **vllm_rollout._one_of_many(1), **vllm_additions.engine_arguments(LoraConfig()),
+    }  # fmt: skip
+    assert len(given) > 15 and given.keys() <= {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 @vllm
@@ -36,13 +48,137 @@ def test_vllm_reads_every_variable_of_its_own_that_is_set():
 
 
 @vllm
-def test_an_engine_sleeps_and_wakes_as_it_is_asked_to():
-    from vllm import LLM
-    from vllm.config import ModelConfig
+def test_vllm_has_every_method_that_is_called_as_it_is_called():
+    from vllm import LLM, SamplingParams
+    from vllm.config import ModelConfig, set_current_vllm_config
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
 
-    inspect.signature(LLM.sleep).bind(None, level=1)
-    inspect.signature(LLM.wake_up).bind(None)
+    for method, given in (
+        (LLM.sleep, {"level": 2}), (LLM.wake_up, {"tags": ["weights"]}), (LLM.reset_prefix_cache, {}),
+        (LLMEngine.has_unfinished_requests, {}), (LLMEngine.step, {}), (LLMEngine.reset_encoder_cache, {}),
+    ):  # fmt: skip
+        inspect.signature(method).bind(None, **given)
+    inspect.signature(LLMEngine.add_request).bind(None, "0", {}, None, lora_request=None)
+    inspect.signature(LLMEngine.add_lora).bind(None, None)
+    inspect.signature(LoRARequest).bind("policy", 1, "", load_inplace=True)
+    inspect.signature(set_current_vllm_config).bind(None)
+    asked = vllm_rollout.VllmRollout._parameters(SimpleNamespace(_adapter=SimpleNamespace(stop_token_ids={2})), Sampling(2, 4))
+    assert isinstance(asked, SamplingParams) and asked.n == 2
     assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}
+    assert "self.model_executor =" in inspect.getsource(LLMEngine) and "self.sleeping_tags" in inspect.getsource(Executor)
+
+
+@vllm
+@pytest.mark.parametrize("module", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"])
+def test_both_model_runners_of_vllm_for_gpus_have_what_is_used(module):
+    """The second is the one that runs where there is Triton."""
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    runner = importlib.import_module(module).GPUModelRunner
+    inspect.signature(runner.get_model).bind(None)
+    inspect.signature(runner.reload_weights).bind(None, weights_iterator=iter(()))
+    source = inspect.getsource(runner)
+    assert "self.kv_caches" in source and "self.model_config =" in source
+    assert issubclass(runner, LoRAModelRunnerMixin) and "self.lora_manager =" in inspect.getsource(LoRAModelRunnerMixin)
+
+
+@vllm
+def test_memory_wakes_by_the_tags_that_it_was_taken_with():
+    from vllm.v1.executor.abstract import SLEEP_TAGS
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert {"weights", "kv_cache"} == SLEEP_TAGS
+    source = inspect.getsource(Worker)
+    assert 'tag="weights"' in source and 'tag="kv_cache"' in source
+    assert "model.named_buffers()" in inspect.getsource(Worker.sleep), "which nobody sends after the second level"
+    assert "named_buffers()" in inspect.getsource(Worker.wake_up)
+
+
+@vllm
+def test_vllm_has_no_expandable_segments_around_memory_that_sleeps_and_keeps_the_rest(monkeypatch):
+    """So they need not be off where the trainer's memory is."""
+    from vllm.device_allocator import cumem
+
+    written = []
+    monkeypatch.setattr(cumem, "set_alloc_conf", written.append)
+    monkeypatch.setattr(cumem, "use_memory_pool_with_allocator", lambda *_: contextlib.nullcontext((None, None)))
+    monkeypatch.setattr(cumem.CuMemAllocator, "_trim", lambda *_: None)
+    for own in (cuda.CudaBackend().environment()["PYTORCH_ALLOC_CONF"], "max_split_size_mb:64,expandable_segments:True"):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
+        with cumem.CuMemAllocator().use_memory_pool("weights"):
+            assert written.pop() == own.replace("True", "False")
+        assert written.pop() == own and not written
+
+
+class Loaded(torch.nn.Module):
+    """A model that tells what is loaded into it."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def load_weights(self, weights):
+        self.told.extend((name, tensor.tolist()) for name, tensor in weights)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What vLLM does to a model whose weights are updated, in order."""
+    from vllm.model_executor.model_loader import reload
+    from vllm.model_executor.model_loader.reload import inplace
+
+    told = []
+    for place in (reload, inplace):
+        monkeypatch.setattr(place, "initialize_layerwise_reload", lambda model: told.append("begin"))
+        monkeypatch.setattr(place, "finalize_layerwise_reload", lambda model, config: told.append("end"))
+    return told
+
+
+def transferred(name, model, monkeypatch):
+    """A weight through one of vLLM's transfer engines, whose other end is not there."""
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
+
+    sent = torch.tensor([1.0, 2.0])
+    config = SimpleNamespace(parallel_config=None, model_config=None)
+    kind = {"ipc": ipc_engine.IPCWeightTransferEngine, "nccl": nccl_engine.NCCLWeightTransferEngine}[name]
+    engine = kind(None, config, torch.device("cpu", 0), model)
+    update = {"names": ["layer.weight"], "dtype_names": ["float32"], "shapes": [[2]]}
+    if name == "ipc":
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="this"))
+        monkeypatch.setattr(ipc_engine, "rebuild_cuda_tensor", lambda *_: sent)
+        update["ipc_handles"] = [{"this": (None,) * 8}]
+    else:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        engine.model_update_group = SimpleNamespace(broadcast=lambda weight, src, stream: weight.copy_(sent))
+        engine.packed = False
+    engine.start_weight_update()
+    engine.receive_weights(engine.parse_update_info(update))
+    engine.finish_weight_update()
+
+
+@vllm
+@pytest.mark.parametrize("engine", ["ipc", "nccl"])
+def test_vllms_transfer_engines_end_where_weights_are_handed_over_by_reference(told, engine, monkeypatch):
+    from vllm.model_executor.model_loader.reload import inplace
+
+    transferred(engine, Loaded(told), monkeypatch)
+    through, told[:] = list(told), []
+    config = SimpleNamespace(model_config=SimpleNamespace(quantization=None), load_config=None, lora_config=None)
+    inplace.reload_weights(config, Loaded(told), iter([("layer.weight", torch.tensor([1.0, 2.0]))]), None, True)
+    assert through == told == ["begin", ("layer.weight", [1.0, 2.0]), "end"]
+
+
+@vllm
+def test_both_model_runners_reload_with_that_function():
+    from vllm.model_executor.model_loader.reload import inplace
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu import model_runner
+
+    assert gpu_model_runner.reload_weights is model_runner.reload_weights is inplace.reload_weights
+    for module in (gpu_model_runner, model_runner):
+        assert "reload_weights(" in inspect.getsource(module.GPUModelRunner.reload_weights)
 
 
 def test_the_attention_kernel_is_called_as_torch_declares_it(monkeypatch):

@@ -37,7 +37,7 @@ def main(file: str, steps: int) -> None:
     config = configuration.load(file)
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options())
-    os.environ.update(backend.environment())
+    backend.settle(os.environ)
 
     from rlcore import trainer
     from rlcore.interruption import Interruption

@@ -14,7 +14,7 @@ def start() -> None:
     """Before torch is imported."""
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options())
-    os.environ.update(backend.environment())
+    backend.settle(os.environ)
     backend.prepare()
 
 
