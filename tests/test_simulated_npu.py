@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,15 @@ def test_the_work_is_done_on_the_device(report):
 
 def test_the_simulated_device_is_what_it_says(report):
     assert report["checks"] == 0, report["output"]
+
+
+def test_what_every_backend_must_do_holds_of_the_device(tmp_path):
+    """Its kernels and models in bf16 too, the one with a vision tower among them; a checkpoint goes to the processor and back."""
+    only = [f"--only={section}" for section in ("operators", "numbers", "ranks")]
+    page = ["--report", str(tmp_path / "report.md"), "backend.options.cores=1"]
+    said = on_npu(["-m", "rlcore.cli", "check", "--backend=npu", *only, *page], devices=1).stdout
+    assert "fused layers, bf16" in said and "vision, bf16: gradient norm" in said
+    assert re.search(r"^35 passed, 0 failed, 1 skipped", said, re.MULTILINE), said
 
 
 def test_two_devices_and_an_engine_on_a_third_are_one(cpu, base):

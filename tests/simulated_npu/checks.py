@@ -43,7 +43,7 @@ MIXED = {
     "matmul": lambda npu, host: host @ npu,
     "cat": lambda npu, host: torch.cat([npu, host]),
     "where": lambda npu, host: torch.where(npu > 0, npu, host),
-    "index": lambda npu, host: npu[host[0].long()],
+    "index": lambda npu, host: host[npu[0].long()],
     "embedding": lambda npu, host: functional.embedding(host.long(), npu),
     "integers": lambda npu, host: npu.long() @ npu.long(),
     "numpy": lambda npu, host: npu.numpy(),
@@ -57,7 +57,8 @@ def test_what_the_device_cannot_do_is_refused(operation):
         operation(torch.ones(2, 2, device=HERE), torch.ones(2, 2))
 
 
-def test_a_number_may_come_from_anywhere():
+def test_a_number_and_places_may_come_from_anywhere():
+    assert torch.arange(3.0, device=HERE)[torch.tensor([2, 0])].tolist() == [2, 0]
     assert (torch.ones(2, device=HERE) * torch.tensor(3.0)).tolist() == [3, 3]
 
 

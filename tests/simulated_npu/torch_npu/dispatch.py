@@ -24,6 +24,7 @@ _PROCESSOR, _OTHER = 1, 12  # DLPack's numbers of kinds of devices
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot")
+PLACED = ("aten::index", "aten::_index_put_impl_")  # at places that may be the processor's
 _IN_LOW_PRECISION = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "scaled_dot_product_attention")
 _IN_FLOAT32 = ("softmax.int", "log_softmax.int", "exp", "log", "pow.Tensor_Scalar", "sum", "sum.dim_IntList")
 
@@ -86,7 +87,8 @@ class _Loan:
         return type(result)(self.give_back(each) for each in result) if isinstance(result, list | tuple) else result
 
     def check(self) -> None:
-        if self.lent and self.stays is not None and self.operator != "aten::index":  # places may be the processor's
+        places = self.operator in PLACED and self.stays is not None and not self.stays.is_floating_point()
+        if self.lent and self.stays is not None and not places:
             raise DeviceMismatch(f"{self.operator}: tensors of npu:0 and of the processor, the latter {list(self.stays.shape)}")
         if self.operator in PRODUCTS and any(not lent.is_floating_point() for _, lent in self.lent):
             raise RuntimeError(f"{self.operator}: npu has no product of integers")
