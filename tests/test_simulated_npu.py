@@ -167,7 +167,7 @@ def test_the_simulated_device_is_what_it_says(report):
 
 
 def test_what_every_backend_must_do_holds_of_the_device(tmp_path):
-    """Its kernels and models in bf16 too, the one with a vision tower among them; a checkpoint goes to the processor and back."""
+    """Its kernels and models in bf16 too, a vision tower among them; a checkpoint goes to the processor and back."""
     only = [f"--only={section}" for section in ("operators", "numbers", "ranks")]
     page = ["--report", str(tmp_path / "report.md"), "backend.options.cores=1"]
     said = on_npu(["-m", "rlcore.cli", "check", "--backend=npu", *only, *page], devices=1).stdout
