@@ -346,7 +346,9 @@ class _Place:
 def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
     """Of a tensor under its Hugging Face name; `has` says which layers there are."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    mapped = (mapper.get_rename_mapper().map_name(name) if mapper else name) or name
+    if hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: nothing but names is in its mapper
+        mapper = mapper.get_rename_mapper()
+    mapped = next(iter(mapper.apply_list([name]) if mapper else ()), name)
     layer, _, parameter = mapped.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in _fused(model).items():
