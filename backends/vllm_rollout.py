@@ -533,9 +533,9 @@ def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    rank, size = layer.tp_rank, layer.tp_size
     if isinstance(layer, VocabParallelEmbedding):
         return tensor[layer.shard_indices.org_vocab_start_index : layer.shard_indices.org_vocab_end_index]
+    rank, size = layer.tp_rank, layer.tp_size
     if isinstance(layer, QKVParallelLinear) and index > 0:  # few key and value heads are held by several ranks
         rank, size = rank // layer.num_kv_head_replicas, size // layer.num_kv_head_replicas
     if isinstance(layer, ColumnParallelLinear):
