@@ -103,6 +103,6 @@ def flash(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: float
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(
-        query, key, value, spans.query_starts, spans.key_starts, spans.most_queries, spans.most_keys,
+        query, key, value, spans.query_starts, spans.key_starts, max(spans.query_lengths), max(spans.key_lengths),
         scale=scale, window_size=(-1, 0), enable_gqa=True,
     )

@@ -22,6 +22,7 @@ from .surroundings import COMMON
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 _CORES = 8  # for the process of one device, where the machine has as many
@@ -62,6 +63,8 @@ DETERMINISTIC: Mapping[str, tuple[str, str]] = {
 
 
 class NpuOptions(Strict):
+    fused: bool = True
+    """Ascend's own kernels for attention (fp16 and bf16), norms, gated units and rotary positions; false: plain torch."""
     cores: PositiveInt | None = None
     """Processor cores of one device's process; unset is 8, or an equal share of a machine that has fewer."""
     deterministic: bool = False
@@ -141,6 +144,20 @@ class NpuBackend(Backend):
         cure_torchvision()
         if self.options.deterministic:
             torch.use_deterministic_algorithms(True)
+        if self.options.fused:
+            from rlcore import attention
+
+            from . import npu_operators
+
+            attention.use(npu_operators.attention, npu_operators.DTYPES)
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        """Norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        if not self.options.fused:
+            return model
+        from . import npu_operators
+
+        return npu_operators.fuse(model)
 
     def _refuse_conflicts(self, needed: Mapping[str, tuple[str, str]]) -> None:
         wrong = [

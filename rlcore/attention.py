@@ -48,8 +48,8 @@ class Ragged:
     keys: Tensor  # [S] int64: places in the row of what each span sees, its prefix first
     query_starts: Tensor  # [B + 1] int32: where each span's queries start, and where the last end
     key_starts: Tensor  # [B + 1] int32
-    most_queries: int
-    most_keys: int
+    query_lengths: tuple[int, ...]  # [B], known without a look at the device
+    key_lengths: tuple[int, ...]
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Ragged, float], Tensor]
@@ -117,9 +117,9 @@ def ragged(segments: tuple[Segment, ...], device: torch.device) -> Ragged:
     """The spans of a packed row, in its order."""
     spans = sorted((span for kind in _spans(segments) for span in kind), key=lambda span: span.start)
     keys = [place for span in spans for place in (*range(span.prefix_start, span.prefix_start + span.prefix), *span.own)]
-    queries, seen = [span.length for span in spans], [span.prefix + span.length for span in spans]
-    starts = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, seen)]
-    return Ragged(torch.tensor(keys, device=device), *starts, max(queries), max(seen))
+    lengths = tuple(span.length for span in spans), tuple(span.prefix + span.length for span in spans)
+    starts = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in lengths]
+    return Ragged(torch.tensor(keys, device=device), *starts, *lengths)
 
 
 @lru_cache(maxsize=4)  # for the layers of a pass: masks grow with the square of a row, and are made in milliseconds

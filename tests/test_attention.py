@@ -48,7 +48,7 @@ def one_by_one(query, key, value, spans, scale):
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
-        assert len(q) <= spans.most_queries and len(k) <= spans.most_keys
+        assert (len(q), len(k)) == (spans.query_lengths[number], spans.key_lengths[number])
     return torch.cat(outputs).to(query.dtype)
 
 
@@ -74,7 +74,7 @@ def test_the_queries_of_ragged_spans_are_the_row_itself():
     assert spans.key_starts.tolist() == [0, 30, 68, 107, 127]
     assert spans.keys[30:68].tolist() == [*range(30), *range(30, 38)]
     assert spans.keys[68:107].tolist() == [*range(30), *range(38, 47)]
-    assert (spans.most_queries, spans.most_keys) == (30, 39)
+    assert (spans.query_lengths, spans.key_lengths) == ((30, 8, 9, 20), (30, 38, 39, 20))
 
 
 @pytest.mark.parametrize(("dtypes", "calls"), [((torch.float32,), 2), ((torch.bfloat16,), 0)])

@@ -19,7 +19,7 @@ from rlcore import cli, registry
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="torch_npu itself is installed here")
 FOLDER = Path(__file__).parent / "simulated_npu"
-STEPS = 2
+STEPS, LAYERS = 2, 2
 OPTIMIZER_STEPS = (2 + STEPS) + (2 + 1) + 1 + 1  # of `report`: a run, the first step of another, two that go on
 AWAY = "placement.offload=[parameters, optimizer, reference, engine]"
 POOLS = "{train: {roles: [actor, reference], devices: 2}, sample: {roles: [rollout]}}"
@@ -35,7 +35,7 @@ def graded(response, answer, fields):
 def base(tmp_path_factory) -> Path:
     """The folder of a run file: a warm start, and steps with a reference, two micro-batches and a checkpoint each."""
     base = tmp_path_factory.mktemp("devices")
-    registry.load("models", "tiny_qwen3")(base / "model", hidden_size=64, layers=2)
+    registry.load("models", "tiny_qwen3")(base / "model", hidden_size=64, layers=LAYERS)
     settings = {
         "model": {"path": str(base / "model"), "precision": "fp32"},
         "data": {"train": {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}, "max_prompt_tokens": 64},
@@ -150,11 +150,15 @@ def test_what_one_device_saved_goes_on_on_the_other(cpu, base, report):
 
 
 def test_the_work_is_done_on_the_device(report):
-    """Every product, every pass of attention, every step of the optimizer."""
+    """Every product, every pass of attention, every step of the optimizer; a layer's work by the device's own kernels."""
     assert report["processor"] == {}
     ran = report["device"]
     assert sum(ran.values()) > 1000 and ran["aten::mm"] > 100 and ran["aten::bmm"] > 100
     assert ran["aten::_fused_adamw_"] == 2 * OPTIMIZER_STEPS, "one call for matrices, one for vectors"
+    attended, units = ran["npu::npu_fusion_attention"], ran["npu::npu_swiglu"]
+    assert attended == units and ran["npu::npu_rotary_mul"] == 2 * units, "queries and keys are rotated each by itself"
+    assert attended // LAYERS >= OPTIMIZER_STEPS + STEPS, "every update, and the reference of every step"
+    assert ran["npu::npu_rms_norm"] == attended * 4 + attended // LAYERS, "two a layer, queries' and keys', the last"
 
 
 def test_the_simulated_device_is_what_it_says(report):

@@ -10,21 +10,16 @@ has no kernel for are refused. What it says nothing about: the device's rounding
     dispatch.py      how an operator on npu tensors finds its numbers
     storage.py       what torch asks of a storage where it would ask a device's allocator
     collectives.py   hccl, over gloo
+    operators.py     what torch_npu adds to torch's operators
 """
 
 from types import SimpleNamespace
 
 import torch
 
-from . import collectives, device, dispatch, storage
+from . import collectives, device, dispatch, operators, storage
 
 __version__ = "simulated"
-
-
-def npu_fusion_attention(*_: object, **__: object) -> None:
-    """transformers imports it; nothing here may come to call it."""
-    raise NotImplementedError("the simulated device has no fused attention; use sdpa or rlcore's own")
-
 
 _C = SimpleNamespace(_distributed_c10d=SimpleNamespace(ProcessGroupHCCL=collectives.ProcessGroupHCCL))
 
@@ -32,3 +27,9 @@ torch.utils.backend_registration._setup_privateuseone_for_python_backend("npu", 
 dispatch.install()
 storage.install()
 collectives.install()
+operators.install()
+
+npu_fusion_attention = torch.ops.npu.npu_fusion_attention  # transformers imports it
+npu_rms_norm = torch.ops.npu.npu_rms_norm
+npu_rotary_mul = torch.ops.npu.npu_rotary_mul
+npu_swiglu = torch.ops.npu.npu_swiglu
