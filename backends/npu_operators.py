@@ -91,7 +91,7 @@ def _unit(module: nn.Module) -> Forward | None:
 
 
 def _rotary(module: nn.Module) -> Forward | None:
-    """Not where the rotation is another function, which takes positions on three axes apart (Qwen2.5-VL's in transformers 5.5)."""
+    """Not where another function rotates, which takes three axes apart first (Qwen2.5-VL's in transformers 5.5)."""
     forward = type(module).forward
     return _with_rotation(forward) if _ROTATE in forward.__code__.co_names else None
 

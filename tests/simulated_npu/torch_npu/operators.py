@@ -150,7 +150,7 @@ def _operator(schema: str, kernel: Callable[..., Any], library: torch.library.Li
     known = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
 
     def run(*given: Any) -> Any:
-        values = {one.name: one.default_value for one in arguments} | dict(zip([one.name for one in arguments], given))
+        values = {one.name: given[place] if place < len(given) else one.default_value for place, one in enumerate(arguments)}
         _check(name, {one: value for one, value in values.items() if isinstance(value, Tensor)})
         for one in arguments:
             if one.name not in known and values[one.name] != one.default_value:
