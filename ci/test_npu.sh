@@ -11,4 +11,4 @@ cann=$(mktemp -d)
 trap 'rm -rf "$cann"' EXIT
 .venv-npu/bin/python tests/npu_contract/fake_cann.py "$cann"
 LD_LIBRARY_PATH=$cann${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
-    .venv-npu/bin/python -m pytest --disable-warnings --confcutdir tests/npu_contract "${@:-tests/npu_contract}"
+    .venv-npu/bin/python -m pytest --disable-warnings --confcutdir tests/npu_contract --override-ini testpaths=tests/npu_contract "$@"

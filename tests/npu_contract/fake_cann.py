@@ -47,8 +47,8 @@ def _torch() -> list[Path]:
 
 
 def _symbols(which: str, *files: Path | str) -> set[str]:
-    lines = (line for file in files for line in _run("nm", "-D" if ".o" != Path(file).suffix else "-g", which, file).splitlines())
-    return {line.split()[-1].partition("@")[0] for line in lines if line.strip()}
+    found = [_run("nm", "-g" if Path(file).suffix == ".o" else "-D", which, file) for file in files]
+    return {line.split()[-1].partition("@")[0] for text in found for line in text.splitlines() if line.strip()}
 
 
 def _nothing(name: str) -> str:

@@ -46,7 +46,8 @@ def of_device_modules() -> set[str]:
 def imports(file: Path, package: str) -> set[tuple[str, str]]:
     """(module, name) of every `from package... import name`."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
-    return {(node.module or "", one.name) for node in nodes if (node.module or "").split(".")[0] == package for one in node.names}
+    modules = [(node.module, node.names) for node in nodes if node.module and node.module.split(".")[0] == package]
+    return {(module, one.name) for module, names in modules for one in names}
 
 
 def attributes(file: Path, owner: str) -> set[str]:

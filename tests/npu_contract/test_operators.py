@@ -1,4 +1,4 @@
-"""Every operator that the npu path sends, and every name of torch_npu that the backend uses, is in the real wheel as it is used.
+"""Every operator that the npu path sends, and every name of torch_npu that the backend uses, is in the real wheel, as used.
 
 Two wheels: the one that runs under this torch, and the pinned one, whose operators and their schemas are read from its library.
 """
@@ -44,7 +44,7 @@ def sent(tmp_path_factory) -> set[str]:
         "model": {"path": str(folder / "model")}, "rollout": {"engine": "torch", "max_new_tokens": 4},
         "data": {"train": {"name": "arithmetic", "options": {"count": 8, "max_value": 9}}, "max_prompt_tokens": 64},
         "sft": {"steps": 1, "rows_per_step": 2}, "reward": [{"name": "math"}], "algorithm": {"group_size": 2, "kl_coef": 0.1},
-        "train": {"steps": 1, "prompts_per_step": 2, "minibatches_per_step": 2, "max_tokens_per_microbatch": 72, "save_every": 1},
+        "train": {"steps": 1, "prompts_per_step": 2, "minibatches_per_step": 2, "max_tokens_per_microbatch": 72},
         "logging": {"tensorboard": False},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
@@ -99,8 +99,9 @@ def parameters(name: str, text: str | None = None) -> list[inspect.Parameter] | 
     if text is not None or (name == f"torch_npu.{operator}" and hasattr(torch.ops.npu, operator)):
         schema = torch._C.parse_schema(text) if text else getattr(torch.ops.npu, operator).default._schema
         kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
+        defaults = {True: None, False: inspect.Parameter.empty}
         return [
-            inspect.Parameter(one.name, kinds[one.kwarg_only], default=None if one.has_default_value() else inspect.Parameter.empty)
+            inspect.Parameter(one.name, kinds[one.kwarg_only], default=defaults[one.has_default_value()])
             for one in schema.arguments
         ]
     try:

@@ -58,6 +58,7 @@ def calls(tmp_path, monkeypatch):
 
 def test_the_device_is_torchs_accelerator():
     assert torch.accelerator.current_accelerator().type == "npu" and torch.get_device_module(HERE) is torch.npu
+    assert BACKEND.device(1) == torch.device("npu:1") and torch.npu.device_count() == 2
     assert torch.npu.is_available() and not torch.cuda.is_available()
     torch.accelerator.synchronize()
     assert torch.arange(6.0).to(HERE).view(2, 3)[1].cpu().tolist() == [3, 4, 5], "copies and views are real"
@@ -100,7 +101,7 @@ def test_what_is_parked_leaves_and_comes_back():
     assert torch.equal(tensor.cpu(), torch.arange(2.0**20))
 
 
-@pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen3", "tiny_qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen2_5_vl"])
 def test_a_step_of_a_model_goes_through_the_kernels(family, tmp_path, calls):
     registry.load("models", family)(tmp_path, hidden_size=64, layers=1)
     adapter = registry.load("adapters", models.model_type(tmp_path))(tmp_path)
@@ -125,9 +126,12 @@ def test_two_processes_meet_through_hccl(tmp_path):
     """In the default group, a group beside it, and a model dealt to both. What is in host memory is summed for real."""
     script, endpoint = Path(__file__).with_name("ranks.py"), node_address.free_endpoint("127.0.0.1")
     ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path / "store"), endpoint], stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(tmp_path / "store"), endpoint],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     outputs = [rank.communicate(timeout=180) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     for number, (said, _) in enumerate(outputs):
