@@ -1,16 +1,20 @@
 # make quickstart   set up .venv and watch a small vision-language model learn
 # make test         set up .venv and run every test, two files at a time
+# make test-npu     hold the npu backend against the real torch_npu and vllm-ascend (docs/npu.md)
 
 PYTHON ?= python3
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: quickstart test setup
+.PHONY: quickstart test test-npu setup
 quickstart: setup
 	.venv/bin/rlcore grpo examples/quickstart.yaml
 
 test: setup
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-npu: setup
+	bash ci/test_npu.sh
 
 setup: .venv/installed
 

@@ -376,7 +376,9 @@ class _Place:
 def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
     """Of a tensor under its Hugging Face name; `has` says which layers there are."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    mapped = (mapper.get_rename_mapper().map_name(name) if mapper else name) or name
+    if hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: nothing but names is in its mapper
+        mapper = mapper.get_rename_mapper()
+    mapped = next(iter(mapper.apply_list([name]) if mapper else ()), name)
     layer, _, parameter = mapped.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in _fused(model).items():
@@ -561,9 +563,9 @@ def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    rank, size = layer.tp_rank, layer.tp_size
     if isinstance(layer, VocabParallelEmbedding):
         return tensor[layer.shard_indices.org_vocab_start_index : layer.shard_indices.org_vocab_end_index]
+    rank, size = layer.tp_rank, layer.tp_size
     if isinstance(layer, QKVParallelLinear) and index > 0:  # few key and value heads are held by several ranks
         rank, size = rank // layer.num_kv_head_replicas, size // layer.num_kv_head_replicas
     if isinstance(layer, ColumnParallelLinear):

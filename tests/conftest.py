@@ -9,6 +9,7 @@ import pytest
 
 from rlcore import registry
 
+collect_ignore = ["npu_contract"]  # make test-npu
 CPU = registry.load("backends", "cpu")
 BACKEND = CPU(CPU.Options()).sharing(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 os.environ.update(BACKEND.environment())

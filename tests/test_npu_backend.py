@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
+from rlcore_backends import npu
 
 from rlcore import cli, registry
 from rlcore.errors import ConfigError, PluginError
@@ -113,3 +117,16 @@ def test_a_run_on_a_machine_without_torch_npu_is_the_users_mistake(tmp_path, tin
         assert cli.main(["grpo", str(file), "--backend", "npu", "--run-dir", str(tmp_path / "run")]) == 2
     assert "rlcore: backend.name npu: torch_npu is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_lists_the_environment_and_the_options_as_they_are():
+    page = (Path(__file__).parents[1] / "docs/npu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (default|needed|deterministic) \|", page, re.MULTILINE)
+    defaults = {name: (value, "default") for name, value in npu.DEFAULTS.items()}
+    needed = {name: (value, "needed") for name, (value, _) in npu.NEEDED.items()}
+    deterministic = {name: (value, "deterministic") for name, (value, _) in npu.DETERMINISTIC.items()}
+    assert {name: (value, kind) for name, value, kind in rows} == defaults | needed | deterministic
+    options = page.partition("## Options")[2].partition("\n## ")[0]
+    fields = {name: field.default for name, field in npu.NpuOptions.model_fields.items()}
+    written = re.findall(r"^\| `(\w+)` \| `?([^`|]*?)`? \|", options, re.MULTILINE)
+    assert {name: yaml.safe_load(value) for name, value in written} == fields

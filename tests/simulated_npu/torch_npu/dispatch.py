@@ -104,7 +104,7 @@ class _Loan:
 def _fallback(operator: Any, *arguments: Any, **options: Any) -> Any:
     """Any operator on npu tensors that `install` names nothing better for."""
     schema = operator._schema
-    counts[schema.name] += 1
+    counts[operator.name()] += 1
     if schema.name == "aten::set_" or any(one.alias_info and not one.alias_info.is_write for one in schema.returns):
         return operator.redispatch(_CPU, *arguments, **options)
     loan = _Loan(schema.name)
