@@ -31,7 +31,8 @@ KERNELS = ROTARY | {
 NOT_HERE = {
     "collectives": "ranks.py", "group": "ranks.py", "engine_options": "test_vllm_ascend.py",
     "bundle": "Ray's", "sharing": "no device's", "network": "no device's", "default_precision": "no device's",
-    "_remedy": "a torch_npu that does not import", "conflicts": "before torch", "_needed": "before torch", "environment": "before torch",
+    "_remedy": "a torch_npu that does not import", "conflicts": "before torch", "_needed": "before torch",
+    "environment": "before torch",
 }  # fmt: skip
 
 
