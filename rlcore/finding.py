@@ -96,11 +96,11 @@ def attempt(trial: Trial) -> Finding:
     if done.returncode == 0:
         return Finding(trial.what, "ok", _last_line(done.stdout))
     ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    return Finding(trial.what, "failure", _errors(done.stderr) or ended, trial.remedy)
+    return Finding(trial.what, "failure", error_in(done.stderr) or ended, trial.remedy)
 
 
-def _errors(text: str) -> str:
-    """The error of a traceback, with the one that it came from."""
+def error_in(text: str) -> str:
+    """The error of a traceback, with the one that it came from; the last line where there is none."""
     errors = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
     return errors[-1] + (f" (from {errors[0]})" if len(errors) > 1 else "") if errors else _last_line(text)
 

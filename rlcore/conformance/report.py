@@ -22,6 +22,7 @@ from typing import IO
 from rlcore import machine, registry
 from rlcore.config import RunConfig
 from rlcore.conformance import Measurement
+from rlcore.finding import error_in
 
 SECTIONS = {
     "operators": "the device's kernels, against plain torch in float64",
@@ -75,8 +76,7 @@ def run(name: str, config: RunConfig, patience: float = PATIENCE) -> Iterator[Me
             _end(process)
         said = _tail(output) if status else ""
     if status:
-        last = said.splitlines()[-1] if said else "it said nothing"
-        why = f"no end within {patience:g} s" if late else f"exit status {status}: {last}"
+        why = f"no end within {patience:g} s" if late else f"exit status {status}: {error_in(said) or 'it said nothing'}"
         measurements.append(Measurement("the section did not finish", None, note=why, broken=True))
         yield measurements[-1]
     yield Section(name, measurements, time.perf_counter() - started, said)
