@@ -1,7 +1,7 @@
 """Writes rlcore/conformance/goldens.json: what the models of `rlcore check` give in float64 on a processor.
 
-Transformers' own forward pass, a sample at a time; softmax, loss and AdamW from their formulas. Nothing of rlcore is in the
-numbers but the inputs.
+Transformers' own forward pass, a sample at a time; norms, softmax, loss and AdamW from their formulas. Nothing of rlcore is in
+the numbers but the inputs. Angles of positions, and a vision tower's rotation by them, are float32 in transformers, and here.
 
     python ci/goldens.py
 """
@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ CLASSES = {"text": AutoModelForCausalLM, "vision": AutoModelForImageTextToText}
 
 def goldens(kind: str, case: Case) -> dict[str, Any]:
     """Log-probabilities, the parts of the loss and the norm of its gradient; log-probabilities again after some steps."""
-    model = CLASSES[kind].from_pretrained(case.folder, dtype=torch.float64, attn_implementation="eager")
+    model = CLASSES[kind].from_pretrained(case.folder, dtype=torch.float64, attn_implementation="sdpa")
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # float32 inside
+            module.forward = MethodType(root_mean_square, module)
     state: dict[str, tuple[Tensor, Tensor]] = {}
     found: dict[str, Any] = {}
     for step in range(1, STEPS + 1):
@@ -42,6 +46,11 @@ def goldens(kind: str, case: Case) -> dict[str, Any]:
         adamw(model, state, step)
     with torch.no_grad():
         return found | {"logprobs_after": distribution(model, case)[0].tolist()}
+
+
+def root_mean_square(self: Any, states: Tensor) -> Tensor:
+    """arXiv 1910.07467."""
+    return self.weight * states / (states.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
 
 
 def distribution(model: Any, case: Case) -> tuple[Tensor, Tensor]:
