@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,17 @@ CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # nothing that an ea
 os.environ["VLLM_CACHE_ROOT"] = CACHE.name
 BACKEND.prepare()
 importlib.import_module("tripwire").arm()  # here: it imports torch
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.vllm_was_here = "vllm" in sys.modules
+
+
+def pytest_runtest_teardown(item):
+    """vLLM changes rounding in the process that loads it, and the tests after it are others then."""
+    if "vllm" in sys.modules and not item.vllm_was_here and not item.path.name.startswith("test_vllm_"):
+        pytest.fail("this test loaded vLLM into the tests' process; call its file test_vllm_*.py, or run it in one of its own")
 
 
 @pytest.fixture(scope="session")
