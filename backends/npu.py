@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
 _CORES = 8  # for the process of one device, where the machine has as many
 
 DEFAULTS: Mapping[str, str] = {
@@ -86,7 +87,7 @@ class NpuBackend(Backend):
     def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
         yield from surroundings.wrong(self._needed(), given)
         if self.options.sleep_level:
-            yield from surroundings.sleepless("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", given)
+            yield from surroundings.sleepless(ALLOCATOR, "expandable_segments:True", given)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Arguments of an engine that are this device's affair."""

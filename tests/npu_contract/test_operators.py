@@ -164,7 +164,7 @@ ELSEWHERE = {
 
 def test_every_environment_variable_is_read_by_what_is_installed_or_listed_here():
     """The second kind is only documented: nothing in these wheels reads it."""
-    names = {*npu_backend.DEFAULTS, *npu_backend.NEEDED, *npu_backend.DETERMINISTIC, npu_backend._ALLOCATOR}
+    names = {*npu_backend.DEFAULTS, *npu_backend.NEEDED, *npu_backend.DETERMINISTIC, npu_backend.ALLOCATOR}
     texts = b"\0".join(file.read_bytes() for file in readers())
     assert {name for name in names if not re.search(rb"\b" + name.encode() + rb"\b", texts)} == set(ELSEWHERE)
     assert b"NO_SUCH_VARIABLE" not in texts
