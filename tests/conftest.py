@@ -20,6 +20,10 @@ BACKEND.prepare()
 importlib.import_module("tripwire").arm()  # here: it imports torch
 
 
+def pytest_collection_finish(session):
+    assert "vllm" not in sys.modules, "a test file loads vLLM when it is imported; let its tests do that"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     item.vllm_was_here = "vllm" in sys.modules

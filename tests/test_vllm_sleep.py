@@ -6,6 +6,8 @@ tensors what the allocator does to those of a GPU.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -16,7 +18,7 @@ from rlcore.pulse import unwatched
 from rlcore.residence import PhaseError
 from rlcore.types import Row, Sampling
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 SAMPLING = Sampling(1, 8, temperature=0)
 
 
