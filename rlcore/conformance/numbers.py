@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +25,14 @@ ANOTHER = "transformers or tokenizers of other versions make other inputs: the n
 
 
 def measure(setup: Setup) -> Iterator[Measurement]:
-    for kind in case.SOURCES:
-        made, golden = case.make(kind, setup.folder / kind), goldens(kind)
+    cases = {kind: case.make(kind, setup.folder / kind) for kind in case.SOURCES}
+    for kind, made in cases.items():
+        golden = goldens(kind)
         another = made.mark != golden["mark"]
         yield Measurement(f"{kind}: models or batches that are not the goldens'", float(another), note=another * ANOTHER)
         for name, dtype in setup.dtypes.items():
             yield from compared(f"{kind}, {name}", made, golden, made.actor(setup.device, dtype, setup.backend))
-    yield from carried(setup, case.make("text", setup.folder / "carried"))
+    yield from carried(setup, cases["text"])
     yield Measurement("numbers that a restored generator draws otherwise", redrawn(setup))
 
 
@@ -43,13 +43,17 @@ def goldens(kind: str) -> Mapping[str, Any]:
 def compared(title: str, made: Case, golden: Mapping[str, Any], actor: TorchActor) -> Iterator[Measurement]:
     dtype = actor.settings.compute_dtype
     yield Measurement(f"{title}: log-probabilities", away(actor, made, golden["logprobs"]), LOGPROBS[dtype])
-    metrics = actor.update(made.batch)
-    yield Measurement(f"{title}: loss", abs(loss(metrics, "actor/") / loss(golden) - 1), LOSS[dtype])
-    yield Measurement(f"{title}: gradient norm", abs(metrics["grad_norm"] / golden["grad_norm"] - 1), LOSS[dtype])
+    yield from first_step(title, actor.update(made.batch), golden, LOSS[dtype])
     for _ in range(STEPS - 1):
         actor.update(made.batch)
     later = away(actor, made, golden["logprobs_after"])
     yield Measurement(f"{title}: log-probabilities after {STEPS} steps", later, LATER[dtype])
+
+
+def first_step(title: str, metrics: Metrics, golden: Mapping[str, Any], limit: float) -> Iterator[Measurement]:
+    """What an optimizer step reports."""
+    yield Measurement(f"{title}: loss", abs(loss(metrics, "actor/") / loss(golden) - 1), limit)
+    yield Measurement(f"{title}: gradient norm", abs(metrics["grad_norm"] / golden["grad_norm"] - 1), limit)
 
 
 def away(actor: TorchActor, made: Case, expected: Sequence[float]) -> float:
@@ -85,11 +89,10 @@ def redrawn(setup: Setup) -> float:
         ones = torch.ones(1000, device=setup.device)
         return torch.cat([torch.rand(1000, device=setup.device), torch.nn.functional.dropout(ones)]).cpu()
 
-    place = Path(setup.folder)
     states = checkpoint.random_states()
-    checkpoint.save_generator(setup.device, place)
+    checkpoint.save_generator(setup.device, setup.folder)
     first = draw()
     draw()
     checkpoint.restore_random_states(states)
-    checkpoint.load_generator(setup.device, place)
+    checkpoint.load_generator(setup.device, setup.folder)
     return float((draw() != first).sum())

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from rlcore import distributed
 from rlcore.conformance import Measurement, case
-from rlcore.conformance.numbers import LATER, LOSS, away, goldens, loss
+from rlcore.conformance.numbers import LATER, LOSS, away, first_step, goldens
 from rlcore.conformance.section import Setup
 from rlcore.errors import RunError
 from rlcore.learner import Tally
@@ -119,8 +119,7 @@ def halves(made: case.Case, sharding: Sharding, setup: Setup, mine: int, name: s
     actor = made.actor(setup.backend.device(mine), dtype, setup.backend, sharding)
     title = f"half a model on each, {name}"
     first, *_ = [step(actor, made, mine) for _ in range(case.STEPS)]
-    yield Measurement(f"{title}: loss", abs(loss(first, "actor/") / loss(golden) - 1), LOSS[dtype])
-    yield Measurement(f"{title}: gradient norm", abs(first["grad_norm"] / golden["grad_norm"] - 1), LOSS[dtype])
+    yield from first_step(title, first, golden, LOSS[dtype])
     later = everyones(away(actor, made, golden["logprobs_after"]))
     yield Measurement(f"{title}: log-probabilities after {case.STEPS} steps", later, LATER[dtype])
 
