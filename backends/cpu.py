@@ -19,6 +19,7 @@ from .surroundings import COMMON, NEEDED, wrong
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from torch.distributed import ProcessGroup
 
     from rlcore.sharding import Exchange
@@ -102,6 +103,17 @@ class CpuBackend(Backend):
 
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+    @property
+    def tile_bytes(self) -> int:
+        """What stays in a core's cache between the passes over it."""
+        return 4 * 2**20
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        """Norms and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        from . import cpu_operators, fused
+
+        return fused.fuse(model, cpu_operators.KERNELS)
 
     def prepare(self) -> None:
         import torch

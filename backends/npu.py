@@ -154,9 +154,9 @@ class NpuBackend(Backend):
         """Norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
         if not self.options.fused:
             return model
-        from . import npu_operators
+        from . import fused, npu_operators
 
-        return npu_operators.fuse(model)
+        return fused.fuse(model, npu_operators.KERNELS)
 
     def _needed(self) -> Mapping[str, tuple[str, str]]:
         return {**NEEDED, **(DETERMINISTIC if self.options.deterministic else {})}

@@ -78,6 +78,11 @@ class Backend(ABC):
         """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
         return "fp32"
 
+    @property
+    def tile_bytes(self) -> int:
+        """Of float32 logits at a time, in the log-probability head. Large ones are few launches."""
+        return 256 * 2**20
+
     def fuse(self, model: nn.Module) -> nn.Module:
         """The model, this device's kernels in the place of its layers' own. Names, weights and, to rounding, numbers stay."""
         return model

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.config import AlgorithmConfig, OptimizerConfig
 from rlcore.learner import ADAMW, Learner, Objective, Tally, combined, tokens
 from rlcore.packing import Packed, microbatches
 from rlcore.policy import ForwardSettings, Passes
+from rlcore.precision import WorkingCopy, hold_frozen
 from rlcore.protocols import Adapter
 from rlcore.sequence_parallel import Slice
 from rlcore.sharding import Sharding, accumulated, at_rest, collected, fill, read
@@ -38,8 +40,8 @@ class ValueForward(nn.Module):
         """[M]: the value at the place from which each target is predicted."""
         part = Slice(packed.tokens, self.settings.sequence)
         hidden = part.at(self.adapter.hidden(self.backbone, packed, part), packed.sources)
-        values = self.head(hidden).float().flatten().clone()  # FSDP wants no view to come out
-        return part.all_of(values, packed.sources)
+        values = functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).flatten().clone()
+        return part.all_of(values, packed.sources)  # a clone: FSDP wants no view to come out
 
 
 class TorchCritic:
@@ -52,18 +54,21 @@ class TorchCritic:
     ) -> None:
         self.settings, self.passes, self._sharding = settings, passes, sharding
         self.forward = ValueForward(model, adapter, settings)
+        hold_frozen(self.forward, settings.compute_dtype)
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model))
         if source:
             read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
+        self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
         self.learner = Learner(self.forward, optimizer, passes.total_steps, adamw)
+        self.learner.optimizer.register_step_post_hook(self.working.expire)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """[N] float32."""
         result = torch.empty(len(batch.loss_mask))
-        with self.settings.autocast():
+        with self.working():
             for packed in microbatches(batch, self.settings.max_tokens):
                 result[packed.index] = self.forward(packed).cpu()
         at_rest(self.forward)
@@ -92,7 +97,7 @@ class TorchCritic:
         assert batch.values is not None and batch.returns is not None
         if not batch.unit:
             return
-        with self.settings.autocast():
+        with self.working():
             for packed in accumulated(self.forward, microbatches(batch, self.settings.max_tokens), self._sharding):
                 mask = batch.loss_mask[packed.index]
                 index = packed.index[mask]

@@ -67,23 +67,21 @@ def additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before training."""
+    """The model as it was before training. What learns goes on asking for gradients: FSDP2 settles a layer's gradient dtype by
+    what asks for them at its first forward pass, and peft's own switch would leave nothing (pytorch #186998)."""
     layers = [layer for _, layer in _wrapped(model)]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-            layer.requires_grad_(False)
-            for part in (layer.lora_A, layer.lora_B):
-                part.requires_grad_(True)
+            layer._disable_adapters = False
 
 
 def save_merged(model: Any, folder: Path) -> None:
     """A Hugging Face folder that knows nothing of additions, written by the first rank."""
-    weights = collected(merged(model))
+    weights = collected((name, tensor.float()) for name, tensor in merged(model))  # frozen ones may be held in bf16
     if weights:
         tied = getattr(model, "_tied_weights_keys", None) or {}
         twins = {name: weights[source] for name, source in dict(tied).items() if source in weights and name not in weights}

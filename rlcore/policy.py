@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from torch.distributed import ProcessGroup
 from rlcore import distributed, lora
 from rlcore.config import OptimizerConfig
 from rlcore.learner import ADAMW, Learner, Objective, Tally, combined
-from rlcore.logprob import token_logprobs
+from rlcore.logprob import TILE_BYTES, token_logprobs
 from rlcore.packing import Packed, microbatches
+from rlcore.precision import WorkingCopy, hold_frozen
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.sequence_parallel import Slice
@@ -34,10 +34,7 @@ class ForwardSettings:
     temperature: float  # log-probabilities are those of logits / temperature, the distribution that was sampled
     sequence: ProcessGroup | None = None  # the ranks that share each packed row; all of them are given the same
     beat: Callable[[], None] = unwatched  # at every packed row
-
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        dtype = self.compute_dtype
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    tile_bytes: int = TILE_BYTES  # of logits at a time
 
 
 class Forward(nn.Module):
@@ -47,16 +44,15 @@ class Forward(nn.Module):
         super().__init__()
         self.model, self.adapter, self.settings = model, adapter, settings
 
-    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
-        """[M] log-probabilities and [M] entropies of the row's targets."""
+    def forward(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
+        """[M] log-probabilities and, unless nobody asks, [M] entropies of the row's targets, float32."""
         self.settings.beat()
         part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
         hidden = part.at(self.adapter.hidden(self.model, packed, part), sources)
         targets = packed.targets[part.held(sources)].to(self.settings.device)
-        logprobs, entropy = token_logprobs(
-            hidden, self.adapter.head(self.model), targets, self.settings.temperature, self.settings.compute_dtype
-        )
-        return part.all_of(logprobs, sources), part.all_of(entropy, sources)
+        head, settings = self.adapter.head(self.model), self.settings
+        logprobs, spread = token_logprobs(hidden, head, targets, settings.temperature, settings.tile_bytes, entropy)
+        return part.all_of(logprobs, sources), part.all_of(spread, sources)
 
 
 class TorchReference:
@@ -70,17 +66,19 @@ class TorchReference:
         vision encoder's, which stay whole on each. Weights that are only shapes yet come from `source`."""
         self.model, self.adapter, self.settings = model, adapter, settings
         self.forward = Forward(model, adapter, settings)
+        hold_frozen(model, settings.compute_dtype)
         if sharding:
             sharding.apply(self.forward, adapter.blocks(model), tower)
         if source:
             read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
+        self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         result = torch.empty(len(batch.loss_mask))
-        with self.settings.autocast():
+        with self.working():
             for packed in microbatches(batch, self.settings.max_tokens):
-                result[packed.index] = self.forward(packed)[0].cpu()
+                result[packed.index] = self.forward(packed, entropy=False)[0].cpu()
         at_rest(self.forward)
         return result
 
@@ -123,6 +121,7 @@ class TorchActor(TorchReference):
         self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
         self._sharding = sharding
         self.learner = Learner(model, optimizer, passes.total_steps, adamw)
+        self.learner.optimizer.register_step_post_hook(self.working.expire)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups."""
@@ -160,7 +159,7 @@ class TorchActor(TorchReference):
         if not batch.unit:
             return
         rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
-        with self.settings.autocast():
+        with self.working():
             for packed in accumulated(self.forward, rows, self._sharding):
                 logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]

@@ -14,6 +14,7 @@ from rlcore import lora as low_rank
 from rlcore.backend import Backend
 from rlcore.config import LoraConfig, RolloutConfig, Strict, validate
 from rlcore.errors import RunError
+from rlcore.precision import wide_tables
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake
@@ -21,6 +22,7 @@ from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Fingerprint, compare, fingerprint
 
 _ROWS = 256  # sequences continued at a time
+_ATTENTION = "rlcore_cached"
 
 
 class TorchOptions(Strict):
@@ -248,8 +250,19 @@ def _seed(seed: int, place: int) -> int:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     """A copy with the framework's own attention: the packed one of training knows no key-value cache."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
     family = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    return family.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    own = {"": "sdpa", "text_config": _ATTENTION, "vision_config": "sdpa"} if vision else _ATTENTION
+    return wide_tables(family.from_pretrained(folder, dtype=dtype, attn_implementation=own))
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:
+    """What float32 tables have turned, and the cache keeps, in the dtype of the values."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *others, **options)

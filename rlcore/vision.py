@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rlcore.errors import ConfigError
 from rlcore.models import model_type
 from rlcore.policy import ForwardSettings
+from rlcore.precision import hold_frozen
 from rlcore.protocols import Adapter, VisionAdapter
 from rlcore.types import Prompt
 
@@ -29,6 +30,7 @@ class VisionEncoder:
 
     def __init__(self, tower: nn.Module, adapter: VisionAdapter, settings: ForwardSettings, images_per_batch: int) -> None:
         self.tower, self.adapter, self.settings, self.images_per_batch = tower, adapter, settings, images_per_batch
+        hold_frozen(tower, settings.compute_dtype)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -41,9 +43,8 @@ class VisionEncoder:
         images = (image for prompt in prompts for image in _images(prompt))
         while batch := list(islice(images, self.images_per_batch)):
             pixels, grids = zip(*batch, strict=True)
-            with self.settings.autocast():
-                vision = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
-                embedded = self.adapter.embed_images(self.tower, vision)
+            vision = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
+            embedded = self.adapter.embed_images(self.tower, vision)
             self.settings.beat()
             yield from embedded
 

@@ -61,6 +61,7 @@ class Policy:
             compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             max_tokens=config.train.max_tokens_per_microbatch,
             temperature=config.rollout.temperature,
+            tile_bytes=backend.tile_bytes,
         )
 
     def load(self, folder: Path) -> torch.nn.Module:
@@ -233,15 +234,15 @@ class Worker:
 
     def _settle(self) -> None:
         """Who holds memory now."""
-        learners = [(role.forward, role.learner) for role in (self.actor, self.critic) if role]
-        weights = [forward for forward, _ in learners]
+        trained = [role for role in (self.actor, self.critic) if role]
+        learners = [role.learner for role in trained]
         fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
         tower = self.policy.encoder_tower(self.actor.model) if self.actor else self.encoder.tower if self.encoder else None
         self.residence.settle("vision", Parked(tower.parameters) if tower is not None else None)
-        self.residence.settle("parameters", Parked(lambda: _tensors(weights, tower)) if weights else None)
+        self.residence.settle("parameters", Parked(lambda: _weights(trained, tower)) if trained else None)
         self.residence.settle("optimizer", Parked(lambda: _moments(learners)) if learners else None)
-        self.residence.settle("reference", Parked(lambda: _tensors([fixed], tower)) if fixed else None)
-        for _, learner in learners:
+        self.residence.settle("reference", Parked(lambda: _tensors(fixed, tower)) if fixed else None)
+        for learner in learners:
             learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Vision | None]:
@@ -355,13 +356,20 @@ class Worker:
         return self.config.sharding.bucket_mib * 2**20 // 2
 
 
-def _tensors(modules: Sequence[torch.nn.Module], without: torch.nn.Module | None) -> Iterator[Tensor]:
+def _weights(roles: Sequence[TorchActor | TorchCritic], tower: torch.nn.Module | None) -> Iterator[Tensor]:
+    """And the copies that they run on."""
+    for role in roles:
+        yield from _tensors(role.forward, tower)
+        yield from role.working.tensors()
+
+
+def _tensors(module: torch.nn.Module, without: torch.nn.Module | None) -> Iterator[Tensor]:
     left_out = {id(tensor) for tensor in without.parameters()} if without is not None else set()
-    return (tensor for module in modules for tensor in module.parameters() if id(tensor) not in left_out)
+    return (tensor for tensor in module.parameters() if id(tensor) not in left_out)
 
 
-def _moments(learners: Sequence[tuple[Any, Learner]]) -> Iterator[Tensor]:
-    states = (state for _, learner in learners for state in learner.optimizer.state.values())
+def _moments(learners: Sequence[Learner]) -> Iterator[Tensor]:
+    states = (state for learner in learners for state in learner.optimizer.state.values())
     return (value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim())
 
 

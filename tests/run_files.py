@@ -11,9 +11,9 @@ ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
 
 
 def settings(model: Path, /, **sections: Any) -> dict[str, Any]:
-    """The smallest run that a test can wait for: the plain sampler, one thread."""
+    """The smallest run that a test can wait for: the plain sampler, one thread, fp32."""
     return {
-        "model": {"path": str(model)},
+        "model": {"path": str(model), "precision": "fp32"},
         "backend": {"options": {"threads": 1}},
         "data": {"train": ARITHMETIC, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 4},

@@ -3,7 +3,6 @@ right is test_layouts.py's."""
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 
 import pytest
@@ -17,24 +16,40 @@ SEGMENTS = (Segment(0, 30, (8, 9)), Segment(47, 20, ()))
 TOKENS = 67
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_layers_share_one_mask_and_prompts_need_none(rounded):
-    """As large as the square of a row, it would outgrow everything else that a layer keeps."""
-    kept = set()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_keep_their_inputs_and_output_and_nothing_of_the_size_of_scores(dtype):
+    """As large as the square of a row, scores or masks would outgrow everything else."""
+    kept = []
 
     def keep(tensor):
-        if tensor.ndim == 4 and tensor.shape[-1] == 30 + 9:  # keys of the longest response
-            kept.add((tensor.untyped_storage().data_ptr(), tensor.dtype))
+        kept.append((tensor.numel(), tensor.dtype))
         return tensor
 
+    states = [torch.randn(1, heads, TOKENS, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_attention(torch.nn.Module(), *states, None, segments=SEGMENTS)
+    assert sorted(kept) == sorted((TOKENS * heads * 8, dtype) for heads in (4, 2, 2, 4))
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 2000, 20_000, 2**21])
+def test_no_tile_changes_a_number(tile_bytes, monkeypatch):
+    """Long spans are cut, several stretches of one span and several prompts share tiles, and prompts and responses of any
+    lengths stand beside each other: all give the softmax over what each query sees."""
+    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
     layout.cache_clear()
-    autocast = torch.autocast("cpu", torch.bfloat16) if rounded else contextlib.nullcontext()
-    states = [torch.randn(1, heads, TOKENS, 8, requires_grad=True) for heads in (4, 2, 2)]
-    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = [packed_attention(torch.nn.Module(), *states, None, segments=SEGMENTS)[0] for _ in range(3)]
-    assert [dtype for _, dtype in kept] == [torch.bfloat16 if rounded else torch.float32]
-    rectangles = layout(SEGMENTS, torch.device("cpu"), outputs[0].dtype)
-    assert [rectangle.mask is None for rectangle in rectangles] == [True, False]
+    segments = (Segment(0, 30, (8, 9)), Segment(47, 20, ()), Segment(67, 5, (1, 0, 70, 3)), Segment(146, 1, (40, 40)))
+    tokens = sum(segment.tokens for segment in segments)
+    random = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, tokens, 8, generator=random, dtype=torch.float64) for heads in (6, 2, 2, 6)]
+    found = []
+    for way in (packed_attention, partial(ragged_attention, one_by_one)):
+        states = [state.clone().requires_grad_() for state in inputs[:3]]
+        output, _ = way(torch.nn.Module(), *states, None, segments=segments, scaling=0.3)
+        output.backward(inputs[3].transpose(1, 2))
+        found.append([output, *(state.grad for state in states)])
+    layout.cache_clear()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def one_by_one(query, key, value, spans, scale):

@@ -469,7 +469,7 @@ def test_pictures_reach_the_end_of_a_step(start, models):
     folder = models / "cli_vl"
     registry.load("models", "tiny_qwen2_5_vl")(folder, hidden_size=64, layers=2, vision_layers=2)
     data = {"train": {"name": "geometry_figures", "options": {"count": 8, "kinds": ["count"]}}, "max_prompt_tokens": 64}
-    status, _, err, run = start("train.steps=1", model={"path": str(folder)}, data=data, reward=[{"name": "tagged_answer"}])
+    status, _, err, run = start("train.steps=1", model={"path": str(folder), "precision": "fp32"}, data=data, reward=[{"name": "tagged_answer"}])
     assert status == 0, err
     assert len(lines(run / "samples.jsonl")) == 8
 
@@ -482,7 +482,7 @@ def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models
     Image.effect_noise((56, 56), 50).save(picture)
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:-600])
     path = jsonl(tmp_path / "rows.jsonl", {**GOOD, "image": "cut.png"})
-    status, _, said, _ = start(model={"path": str(folder)}, **of_file(path, images="image"))
+    status, _, said, _ = start(model={"path": str(folder), "precision": "fp32"}, **of_file(path, images="image"))
     assert status == 2 and said.startswith("rlcore: rows.jsonl:1: the image cannot be decoded: ")
 
 

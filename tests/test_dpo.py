@@ -56,7 +56,7 @@ def start(tmp_path, tiny_llama, capsys):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         target, rejected = columns
         settings = {
-            "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+            "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
             "data": {"train": {"path": str(data), "options": {"answer": None, "target": target, "rejected": rejected}}},
             "rollout": {"max_new_tokens": 16}, "train": {"max_tokens_per_microbatch": 1100}, "logging": {"tensorboard": False},
             "dpo": {"steps": 12, "pairs_per_step": 4, "optimizer": {"lr": 3e-3}},

@@ -71,7 +71,7 @@ def test_workers_on_ray_have_what_the_user_has_set_and_their_share_of_the_rest(t
     from rlcore.worker import Policy
 
     config = RunConfig.model_validate({
-        "model": {"path": str(tiny_llama)}, "data": {"train": {"name": "arithmetic"}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "options": {"wait_seconds": 30}},
     })  # fmt: skip
     backend, environment = made("cpu", threads=1), {"TORCH_CPP_LOG_LEVEL": "WARNING", "UNRELATED": "1"}

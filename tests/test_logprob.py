@@ -8,8 +8,8 @@ from rlcore import logprob
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(logprob, "TOKEN_TILE", 5)
-    monkeypatch.setattr(logprob, "VOCABULARY_TILE", 7)
+    """Of six tokens and six words."""
+    monkeypatch.setattr(logprob.token_logprobs, "__defaults__", (1.0, 4 * 6 * 6, True))
 
 
 def whole(hidden, weight, targets, temperature):
@@ -44,7 +44,7 @@ def test_a_weight_in_the_compute_dtype_has_a_gradient_in_it():
     hidden, weight, targets = inputs(tokens=400)
     rounded = weight.detach().bfloat16().requires_grad_()
     for each in (rounded, weight := rounded.detach().float().requires_grad_()):
-        chosen, entropy = logprob.token_logprobs(hidden, each, targets, compute_dtype=torch.bfloat16)
+        chosen, entropy = logprob.token_logprobs(hidden.bfloat16(), each, targets)
         (chosen.sum() + entropy.sum()).backward()
     assert rounded.grad.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.grad, weight.grad.bfloat16(), atol=0, rtol=0)

@@ -40,7 +40,7 @@ def graded(response, answer, fields):
 def run(tmp_path_factory, tiny_llama, cluster):
     """Runs the command; the run folder."""
     settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 6}, "reward": [{"name": "test_placement.graded"}],
         "algorithm": {"group_size": 4, "kl_coef": 0.1}, "optimizer": {"lr": 1e-3},
@@ -273,7 +273,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     from rlcore.worker import Policy
 
     config = RunConfig.model_validate({
-        "model": {"path": str(tiny_llama)}, "data": {"train": {"name": "arithmetic"}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "offload": ["engine", "parameters"]},
     })  # fmt: skip
     names = ("rollout", "gather", "load", "pause", "resume")

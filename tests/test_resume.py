@@ -48,7 +48,7 @@ def command(tmp_path_factory, tiny_llama):
     file = tmp_path_factory.mktemp("settings") / "run.yaml"
     file.write_text(
         yaml.safe_dump({
-            "model": {"path": str(tiny_llama)},
+            "model": {"path": str(tiny_llama), "precision": "fp32"},
             "backend": {"options": {"threads": 1}},
             "data": {
                 "train": rows, "max_prompt_tokens": 64,

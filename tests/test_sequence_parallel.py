@@ -244,7 +244,7 @@ def test_a_rank_keeps_its_share_of_a_long_row(folders, theirs, sharing):
 
 def test_query_heads_that_cannot_be_dealt_are_refused_before_anything_is_loaded(folders, backend):
     config = RunConfig.model_validate({
-        "model": {"path": str(folders / "tiny_qwen2_5_vl")}, "data": {"train": {"name": "arithmetic"}},
+        "model": {"path": str(folders / "tiny_qwen2_5_vl"), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 3}, "sharding": {"sequence_parallel": 3},
     })  # fmt: skip
     wrong = r"sharding\.sequence_parallel: 3 devices do not divide the model's 4 query heads; use one of 1, 2, 4"

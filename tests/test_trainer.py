@@ -28,7 +28,7 @@ def flat(response, answer, fields):
 def start(tmp_path, tiny_llama, capsys, monkeypatch, backend):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 6}, "reward": [{"name": "test_trainer.even"}],
         "algorithm": {"group_size": 4}, "train": {"steps": STEPS, "prompts_per_step": 4, "max_tokens_per_microbatch": 256},

@@ -200,7 +200,7 @@ def start(tmp_path, folder, capsys):
     figures = {"name": "geometry_figures", "options": {"count": 16, "kinds": ["dots"], "largest": 5}}
     held_out = {"name": "geometry_figures", "options": {"split": "test", "count": 5, "kinds": ["dots"], "largest": 5}}
     settings = {
-        "model": {"path": str(folder), "freeze": ["vision"]}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}, "backend": {"options": {"threads": 1}},
         "data": {"train": figures, "eval": held_out, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 4}, "reward": [{"name": "test_vision.by_length"}],
         "algorithm": {"group_size": 3, "kl_coef": 0.1}, "optimizer": {"lr": 1.0e-3},
@@ -267,7 +267,7 @@ def test_a_critic_is_given_what_the_policys_tower_read(start, read):
 
 def test_a_critic_does_not_learn_the_tower_that_it_does_not_use(folder, backend):
     data = {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}
-    settings = {"data": data, "algorithm": {"name": "ppo"}, "critic": {}, "model": {"path": str(folder), "freeze": ["vision"]}}
+    settings = {"data": data, "algorithm": {"name": "ppo"}, "critic": {}, "model": {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}}
     worker = Worker(Policy(validate(RunConfig, settings), backend))
     worker.load("grpo")
     named = worker.critic.forward.backbone.named_parameters()
@@ -277,7 +277,7 @@ def test_a_critic_does_not_learn_the_tower_that_it_does_not_use(folder, backend)
 
 def test_encoder_actor_and_reference_have_one_tower(folder, backend):
     data = {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}
-    model = {"path": str(folder), "freeze": ["vision"]}
+    model = {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}
     worker = Worker(Policy(validate(RunConfig, {"data": data, "model": model, "dpo": {"steps": 1}}), backend))
     worker.load("dpo")
     towers = [worker.policy.adapter.vision_tower(role.model) for role in (worker.actor, worker.reference)]
@@ -419,7 +419,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(start, o
 def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder, other, tmp_path, backend):
     """Each runs the whole tower, on its own half of the prompts; the weights after an update are those of one rank."""
     settings = {
-        "model": {"path": str(folder), "freeze": ["vision"]}, "vision": {"path": str(other)}, "dpo": {"steps": 1},
+        "model": {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}, "vision": {"path": str(other)}, "dpo": {"steps": 1},
         "data": {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 8},
         "train": {"max_tokens_per_microbatch": 80},
     }  # fmt: skip

@@ -37,7 +37,7 @@ def settings(models, tmp_path_factory):
     folder = models / "placed_llama"
     registry.load("models", "tiny_llama")(folder, hidden_size=256, layers=2)
     return {
-        "model": {"path": str(folder)}, "backend": {"options": {"threads": 1, "kv_cache_gib": 0.1}},
+        "model": {"path": str(folder), "precision": "fp32"}, "backend": {"options": {"threads": 1, "kv_cache_gib": 0.1}},
         "data": {
             "train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64,
             "eval": {"name": "arithmetic", "options": {"split": "test", "count": 6}},

@@ -151,7 +151,7 @@ def test_no_limit_is_no_watch(tmp_path):
 
 def test_a_reward_that_hangs_ends_the_run_it_is_in(tmp_path, tiny_llama, capsys):
     settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64}, "rollout": {"engine": "torch", "max_new_tokens": 2},
         "reward": [{"name": f"{__name__}.hangs"}], "placement": {"stall_seconds": 2.0},
         "train": {"prompts_per_step": 1, "max_tokens_per_microbatch": 256}, "logging": {"tensorboard": False},

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError
 from rlcore.packing import Packed
+from rlcore.precision import lookup, wide_tables
 from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row
 
@@ -41,7 +42,7 @@ class CausalLM:
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
         _check_tensors(report, folder)
-        return _whole_attention(model, folder)
+        return wide_tables(_whole_attention(model, folder))
 
     def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`load`, with parameters that have shapes but no memory."""
@@ -49,7 +50,7 @@ class CausalLM:
         with init_empty_weights(include_buffers=False):
             model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
         model.tie_weights()
-        return _whole_attention(model.eval(), folder)
+        return wide_tables(_whole_attention(model.eval(), folder))
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, without touching pixels."""
@@ -74,8 +75,9 @@ class CausalLM:
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
         """[t, D]: the last hidden states after the final norm, on the model's device."""
         part = part or Slice(packed.tokens)
+        token_ids = part.cut(packed.input_ids).to(model.device)
         output = model.model(
-            input_ids=part.cut(packed.input_ids)[None].to(model.device),
+            inputs_embeds=lookup(model.get_input_embeddings().weight, token_ids)[None],
             position_ids=part.cut(packed.position_ids)[None].to(model.device),
             segments=packed.segments,
             part=part,
@@ -85,7 +87,7 @@ class CausalLM:
 
     def embedded(self, model: Any, prompt: Prompt) -> Tensor:
         """[P, D], on the model's device."""
-        return model.get_input_embeddings()(torch.tensor(prompt.token_ids, device=model.device))
+        return lookup(model.get_input_embeddings().weight, torch.tensor(prompt.token_ids, device=model.device))
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The decoder layers, in order."""

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
 from rlcore.packing import Packed
+from rlcore.precision import lookup
 from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row, Vision
 
@@ -102,7 +103,7 @@ class Qwen2_5_VL(CausalLM):
 
     def _embedded(self, model: Any, token_ids: Tensor, in_prompt: Tensor, vision: Sequence[Vision], part: Slice) -> Tensor:
         """[t, D] of tokens [T]; the images of `vision` fill the placeholders that are `in_prompt` [T], in order."""
-        embedded = model.get_input_embeddings()(part.cut(token_ids).to(model.device))
+        embedded = lookup(model.get_input_embeddings().weight, part.cut(token_ids).to(model.device))
         if not vision:
             return embedded + _nothing_of(self.vision_tower(model))
         images = self._images(model, vision, part)

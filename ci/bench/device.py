@@ -159,7 +159,7 @@ def head(shape: str, row: Any, device: Any, dtype: Any) -> list[Callable[[], Non
     targets = row.targets.to(device)
 
     def tiled() -> None:
-        token_logprobs(hidden, weight, targets, 1.0, dtype)[0].sum().backward()
+        token_logprobs(hidden, weight, targets)[0].sum().backward()
 
     def whole() -> None:
         (hidden @ weight.to(dtype).T).float().log_softmax(-1).gather(1, targets[:, None]).sum().backward()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 SHAPES = {"target": (1024, 151_936, 256), "smollm2": (4096, 49_152, 576)}  # tokens, vocabulary, width
 EXTRA_MB, TIME_RATIO = 500, 1.2  # the targets, at the shape of that name
-SWEEP = [(tokens, words) for tokens in (128, 256, 512, 1024) for words in (512, 1024, 2048, 4096, 8192)]
+SWEEP = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0, 256.0)
 
 
 def main() -> None:
@@ -25,19 +25,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sweep", action="store_true", help="rlcore's side at many tile sizes")
     parser.add_argument("--side", choices=("naive", "rlcore"), help=argparse.SUPPRESS)
-    parser.add_argument("--tiles", type=int, nargs=2, metavar=("TOKENS", "WORDS"), help="in place of rlcore's own")
+    parser.add_argument("--tile-mib", type=float, default=4.0, metavar="MIB", help="of float32 logits at a time")
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(measure(options.side, SHAPES[options.shape], options.repeats, options.tiles)))
+        print(json.dumps(measure(options.side, SHAPES[options.shape], options.repeats, options.tile_mib)))
         return
     tokens, vocabulary, width = SHAPES[options.shape]
     print(f"N={tokens} V={vocabulary:,} H={width} fp32, forward + backward, median of {options.repeats}")
     if options.sweep:
-        for tiles in SWEEP:
-            result = apart("rlcore", options.shape, options.repeats, tiles)
-            print(f"tiles {tiles[0]:5} x {tiles[1]:5}", described(result), flush=True)
+        for size in SWEEP:
+            result = apart("rlcore", options.shape, options.repeats, size)
+            print(f"tiles of {size:5} MiB", described(result), flush=True)
         return
-    sides = {side: apart(side, options.shape, options.repeats, options.tiles) for side in ("naive", "rlcore")}
+    sides = {side: apart(side, options.shape, options.repeats, options.tile_mib) for side in ("naive", "rlcore")}
     for side, result in sides.items():
         print(f"{side:6}", described(result))
     print(f"time ratio {sides['rlcore']['seconds'] / sides['naive']['seconds']:.2f}")
@@ -49,21 +49,17 @@ def described(result: Mapping[str, float]) -> str:
     return f"{result['seconds']:6.2f} s {result['extra_mb']:6.0f} MB extra"
 
 
-def apart(side: str, shape: str, repeats: int, tiles: Sequence[int] | None) -> dict[str, float]:
+def apart(side: str, shape: str, repeats: int, tile_mib: float) -> dict[str, float]:
     """`measure` in a process of its own: one side's memory is not the other's."""
-    command = [sys.executable, __file__, "--side", side, "--shape", shape, "--repeats", str(repeats)]
-    if tiles:
-        command += ["--tiles", *map(str, tiles)]
+    command = [sys.executable, __file__, "--side", side, "--shape", shape, "--repeats", str(repeats), "--tile-mib", str(tile_mib)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure(side: str, shape: tuple[int, int, int], repeats: int, tiles: Sequence[int] | None) -> dict[str, float]:
+def measure(side: str, shape: tuple[int, int, int], repeats: int, tile_mib: float) -> dict[str, float]:
     import torch
 
     from rlcore import logprob
 
-    if tiles:
-        logprob.TOKEN_TILE, logprob.VOCABULARY_TILE = tiles
     tokens, vocabulary, width = shape
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, requires_grad=True)
@@ -74,7 +70,7 @@ def measure(side: str, shape: tuple[int, int, int], repeats: int, tiles: Sequenc
         if side == "naive":
             chosen = (hidden[:count] @ weight.T).log_softmax(-1).gather(1, targets[:count, None])[:, 0]
         else:
-            chosen, _ = logprob.token_logprobs(hidden[:count], weight, targets[:count])
+            chosen, _ = logprob.token_logprobs(hidden[:count], weight, targets[:count], tile_bytes=int(tile_mib * 2**20))
         (chosen.sum() / tokens).backward()
         hidden.grad = weight.grad = None
 

@@ -10,12 +10,16 @@ from rlcore import registry
 from rlcore.config import ModelConfig
 
 
+def backend() -> Any:
+    kind = registry.load("backends", "cpu")
+    return kind(kind.Options())
+
+
 def start() -> None:
     """Before torch is imported."""
-    kind = registry.load("backends", "cpu")
-    backend = kind(kind.Options())
-    backend.settle(os.environ)
-    backend.prepare()
+    own = backend()
+    own.settle(os.environ)
+    own.prepare()
 
 
 def smollm2() -> tuple[Path, Any]:

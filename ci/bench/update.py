@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="short")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a micro-batch")
     parser.add_argument("--profile", action="store_true", help="one more update, by operator")
     options = parser.parse_args()
@@ -36,10 +37,11 @@ def main() -> None:
     folder, adapter = stack.smollm2()
     prompts, samples, prompt, response = SHAPES[options.shape]
     batch = batch_of(prompts, samples, prompt, response)
-    settings = ForwardSettings(torch.device("cpu"), torch.float32, options.max_tokens, 1.0)
+    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    settings = ForwardSettings(torch.device("cpu"), dtype, options.max_tokens, 1.0)
     goal = objective(AlgorithmConfig(), response)
-    actor = TorchActor(adapter.load(folder, torch.float32), adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
-    bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, torch.float32)
+    actor = TorchActor(stack.backend().fuse(adapter.load(folder, torch.float32)), adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
+    bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, dtype)
     actor.update(batch)  # makes the optimizer's moments
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
     took = statistics.median(times)

@@ -64,7 +64,7 @@ def score(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     hidden, weight = noise((TARGETS, HIDDEN), 0), noise((WORDS, HIDDEN), 1) / HIDDEN**0.5
     return distances(
         [hidden.to(dtype), weight.to(dtype)], device,
-        lambda states: token_logprobs(*states, targets.to(device), case.TEMPERATURE, dtype), whole,
+        lambda states: token_logprobs(*states, targets.to(device), case.TEMPERATURE), whole,
     )
 
 
@@ -87,9 +87,9 @@ def fuse(setup: Setup, dtype: torch.dtype) -> float:
     found = []
     for backend in (None, setup.backend):
         actor = made.actor(setup.device, dtype, backend)
-        with actor.settings.autocast():
+        with actor.working():
             hidden = made.adapter.hidden(actor.model, packed)
-        hidden.backward(noise(hidden.shape, 9).to(hidden))
+            hidden.backward(noise(hidden.shape, 9).to(hidden))
         found.append([hidden, *(weight.grad for weight in actor.model.parameters())])
     return apart(found[1], found[0])
 
