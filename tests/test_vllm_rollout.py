@@ -1,4 +1,5 @@
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rlcore import registry
 from rlcore.config import RolloutConfig
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.policy import ForwardSettings
+from rlcore.residence import PhaseError
 from rlcore.types import Group, Row, Sampling
 from rlcore.vision import VisionEncoder
 
@@ -234,6 +236,40 @@ def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
         with pytest.raises(RunError, match=r"different: language_model\.lm_head \(as served\)"):
             engine.load_weights(model.named_parameters(), 1)
     engine.load_weights(model.state_dict().items(), 2)
+
+
+CONSTANTS = {
+    "positions": "language_model.model.layers.0.self_attn.rotary_emb.cos_sin_cache",
+    "vision": "visual.rotary_pos_emb.cos_sin_cache",
+    "scale": "language_model.model.layers.1.self_attn.attn._q_scale",
+    "attribute": "language_model.model.layers.1.self_attn.attn._k_scale_cpu",
+}
+
+
+@vllm
+@pytest.mark.parametrize("fault", [0.0, 1.01])
+@pytest.mark.parametrize("name", CONSTANTS.values(), ids=CONSTANTS)
+def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, model, monkeypatch, prompts, name, fault):
+    """As vLLM's own did (vLLM #44371)."""
+    layer, _, leaf = name.rpartition(".")
+    layer = engine._runner.get_model().get_submodule(layer)
+    kept, reload_weights = getattr(layer, leaf).clone(), engine._runner.reload_weights
+
+    def reload_wrongly(weights_iterator):
+        reload_weights(weights_iterator=weights_iterator)
+        getattr(layer, leaf).mul_(fault)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "reload_weights", reload_wrongly)
+        words = rf"the update to version 1 left the engine without .* 1 different: {re.escape(name)}; .*rollout\.engine=torch"
+        with pytest.raises(RunError, match=words):
+            engine.load_weights(model.named_parameters(), 1)
+    with pytest.raises(PhaseError, match="whose last update failed"):
+        engine.generate(prompts, Sampling(1, 2))
+    with pytest.raises(RunError, match=f"the update to version 2 .* 1 different: {re.escape(name)};"):
+        engine.load_weights(model.named_parameters(), 2)  # which does not send it either
+    getattr(layer, leaf).copy_(kept)
+    engine.load_weights(model.named_parameters(), 2)
 
 
 @vllm
