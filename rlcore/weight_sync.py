@@ -84,10 +84,12 @@ class Constants:
         make tensors from weights; by default a layer with parameters of its own."""
         self._model, self._derives = model, derives or holds_weights
         storages = {_storage(tensor) for tensor in varying}
-        first = {id(one.tensor): (name, one) for name, one in reversed(list(self._held()))}  # of several names of a tensor
+        everything = list(self._held())
+        first = {id(one.tensor): (name, one) for name, one in reversed(everything)}  # of several names of a tensor
         held = {name: one for name, one in reversed(first.values()) if _storage(one.tensor) not in storages}
+        made = {id(one.tensor) for _, one in everything if one.derived}
         self._attributes = {name for name, one in held.items() if not one.registered}
-        self._derived = {name for name, one in held.items() if one.derived}
+        self._derived = {name for name in self._attributes if id(held[name].tensor) in made}
         self._loaded = self._read(held.keys() - self._attributes)
         self._noted: dict[str, Any] | None = None
 

@@ -11,7 +11,8 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore import registry
 from rlcore.config import LoraConfig, RolloutConfig
@@ -281,3 +282,40 @@ def test_an_engine_holds_nothing_that_neither_a_sync_nor_vllm_brings_back(starte
         if isinstance(value, torch.Tensor)
     }  # fmt: skip
     assert loose == {"kv_cache", "_k_scale_cpu", "_v_scale_cpu"}
+
+
+def moved(folder, dtype, step):
+    """The weights of a policy that has been trained."""
+    family = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
+    model = family.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(step * 0.01)
+    return model.named_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_updates_sleeps_wakes_and_samples_are_no_fault(models, backend, monkeypatch, family, dtype):
+    """Biases of a bfloat16 model are in float32 on a processor with AMX."""
+    folder = models / f"faultless_{family.replace('qwen2_5_', '')}"
+    sizes = {"layers": 2, "vision_layers": 2} if family == "qwen2_5_vl" else {"layers": 2}
+    registry.load("models", f"tiny_{family}")(folder, **sizes)
+    adapter = registry.load("adapters", family)(folder)
+    engine = registry.load("engines", "vllm")(adapter, folder, backend, RolloutConfig(), dtype, 128, 0)
+    memory = Memory(engine._runner)
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    monkeypatch.setattr(worker, "sleep", memory.sleep)
+    monkeypatch.setattr(worker, "wake_up", memory.wake_up)
+    images = [Image.new("RGB", (112, 112), "red")] if family == "qwen2_5_vl" else []
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": "4 + 5?"}]
+    prompts = [adapter.encode(Row("a", [{"role": "user", "content": content}], images=images))]
+    assert len(engine._constants._loaded) > 8
+    for level in (0, 1, 2):
+        monkeypatch.setattr(engine, "_level", level)
+        for version in (1, 2, 3):
+            engine.load_weights(moved(folder, dtype, version), version)
+            engine.generate(prompts, SAMPLING)
+            engine.pause()
+            engine.resume()
+            assert level == 2 or len(drawn(engine, prompts)) == 1

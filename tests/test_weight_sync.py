@@ -225,6 +225,18 @@ def test_what_a_layer_may_make_of_its_weights_may_change_in_an_update_but_not_as
         constants.check("the event", "do this")
 
 
+def test_a_tensor_that_one_of_its_holders_may_make_of_weights_may_change(model):
+    model.attention.shared = model.linear.packed
+    constants = Constants(model)
+    constants.note()
+    model.linear.packed.add_(1)
+    constants.check("the event", "do this", updated=True)
+    constants.note()
+    model.linear.packed.add_(1)
+    with pytest.raises(RunError, match=named("attention.shared")):
+        constants.check("the event", "do this")
+
+
 def test_a_plugin_says_what_else_is_made_of_weights(model):
     constants = Constants(model, derives=lambda holder: isinstance(holder, SimpleNamespace))
     constants.note()
