@@ -42,9 +42,10 @@ def test_one_changed_element_is_seen_wherever_it_is(dtype):
         assert fingerprint(changed) != before
 
 
+@pytest.mark.parametrize("width", [4096, 4096 * 4])  # a row of the hash holds two rows of the first, half a row of the second
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_order_is_seen(dtype):
-    tensor = numbers(64, 4096, dtype=dtype)
+def test_order_is_seen(dtype, width):
+    tensor = numbers(64, width, dtype=dtype)
     before = fingerprint(tensor)
     rows, elements = tensor.clone(), tensor.clone()
     rows[[3, 40]] = rows[[40, 3]]
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         self.mask = torch.ones(4, dtype=torch.bool)
         self.cache = torch.zeros(8)
         self.tables = {"short": [numbers(3)], "long": (numbers(5),)}
-        self.kernel = SimpleNamespace(slopes=numbers(2), scheme=SimpleNamespace(sinks=numbers(6)))
+        self.kernel = SimpleNamespace(slopes=numbers(2), scheme=SimpleNamespace(sinks=numbers(6), tables={"a": [numbers(7)]}))
         self.kernel.itself = self.kernel
 
 
@@ -151,6 +152,7 @@ class Model(nn.Module):
         self.linear.packed = self.linear.weight.detach().clone()
         self.linear.register_buffer("root", torch.tensor(0.0188), persistent=False)
         self.register_buffer("view", self.linear.weight.detach()[1:], persistent=False)
+        self.window = numbers(9)
 
 
 HELD = {
@@ -162,6 +164,8 @@ HELD = {
     "attention.tables['long'][0]": lambda model: model.attention.tables["long"][0],
     "attention.kernel.slopes": lambda model: model.attention.kernel.slopes,
     "attention.kernel.scheme.sinks": lambda model: model.attention.kernel.scheme.sinks,
+    "attention.kernel.scheme.tables['a'][0]": lambda model: model.attention.kernel.scheme.tables["a"][0],
+    "window": lambda model: model.window,
 }
 BUFFERS = ["attention.scale", "attention.positions", "linear.root"]
 
