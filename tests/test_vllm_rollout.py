@@ -268,9 +268,10 @@ def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, 
             engine.load_weights(model.named_parameters(), 1)
     with pytest.raises(PhaseError, match="whose last update failed"):
         engine.generate(prompts, Sampling(1, 2))
-    with pytest.raises(RunError, match=f"the update to version 2 .* 1 different: {re.escape(name)};"):
-        engine.load_weights(model.named_parameters(), 2)  # which does not send it either
-    getattr(layer, leaf).copy_(kept)
+    if leaf == "cos_sin_cache":  # scales are written anew by every update
+        with pytest.raises(RunError, match=f"the update to version 2 .* 1 different: {re.escape(name)};"):
+            engine.load_weights(model.named_parameters(), 2)
+        getattr(layer, leaf).copy_(kept)
     engine.load_weights(model.named_parameters(), 2)
 
 
