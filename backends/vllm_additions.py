@@ -50,6 +50,9 @@ class VllmAdditionsRollout(VllmRollout):
 
         awake(self._asleep, "a weight update")
         started = time.perf_counter()
+        self._constants.note()
+        noting = time.perf_counter() - started
+        self.version = None  # until what arrived has been proved
         tensors = {name: tensor.detach().to(self._dtype).contiguous().cpu() for name, tensor in weights}
         self._write(tensors)
         request = LoRARequest("policy", 1, self._folder.name, load_inplace=True)
@@ -63,9 +66,11 @@ class VllmAdditionsRollout(VllmRollout):
         sent = {name: fingerprint(tensor * scale if ".lora_B." in name else tensor) for name, tensor in tensors.items()}
         held = {name: self._held(name, tensor) for name, tensor in tensors.items()}
         compare(sent, {name: fingerprint(tensor) for name, tensor in held.items() if tensor is not None})
+        self._check_update(version)
         self._request, self.version = request, version
         done = time.perf_counter()
-        return Receipt(version, len(sent), sum(t.nbytes for t in tensors.values()), done - started, done - checking)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        return Receipt(version, len(sent), size, done - started, noting + done - checking)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         """As peft's files, which is how vLLM takes additions."""

@@ -27,7 +27,7 @@ from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake, holding
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
-from rlcore.weight_sync import compare, fingerprint
+from rlcore.weight_sync import Constants, compare, fingerprint, holds_weights
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -95,6 +95,7 @@ class VllmRollout:
         self._level = sleep_level
         self._asleep, self._cached = False, True
         self._cache = Parked(lambda: _cache_of(self._runner), keep=False)
+        self._constants = Constants(self._runner.get_model(), _cache_of(self._runner), _derives)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt; the prompt is read once for all its samples."""
@@ -126,6 +127,8 @@ class VllmRollout:
         second level, and both return to the same addresses. Without it the weights stay: the next update overwrites them."""
         if self._level:
             self._wake_cache()  # before 0.32 vLLM refuses to put to sleep what sleeps in part
+        self._constants.note()
+        if self._level:
             self._llm.sleep(level=self._level)
             self.version = None if self._level == 2 else self.version
         elif self._cached:
@@ -133,9 +136,11 @@ class VllmRollout:
         self._asleep, self._cached = True, False
 
     def resume(self) -> None:
-        """The weights alone: the cache comes when there is something to sample, after the actor's weights have left."""
+        """The weights alone: the cache comes when there is something to sample, after the actor's weights have left. RunError
+        names what else did not come back."""
         if self._level:
             self._llm.wake_up(tags=["weights"])
+        self._check_wake("weights")
         self._asleep = False
 
     def device_bytes(self) -> int:
@@ -152,7 +157,17 @@ class VllmRollout:
             self._llm.wake_up(tags=["kv_cache"])
         else:
             self._cache.resume()
+        self._check_wake("cache")
         self._cached = True
+
+    def _check_wake(self, what: str) -> None:
+        remedy = f"set backend.options.sleep_level={self._level - 1}" if self._level else "set rollout.engine=torch"
+        event = f"waking the {what} of an engine that slept at level {self._level}"
+        self._constants.check(event, remedy, given_up=self.version is None)
+
+    def _check_update(self, version: int) -> None:
+        remedy = "this version of the engine cannot be updated with this model: set rollout.engine=torch, or install another"
+        self._constants.check(f"the update to version {version}", remedy, updated=True)
 
     def _packed_bytes(self) -> int:
         """Of weights that the engine keeps in a layout of its own, where no tensor shows them."""
@@ -201,7 +216,10 @@ class VllmWeightsRollout(VllmRollout):
         """RunError names the tensors that are missing, unknown or not what was sent."""
         awake(self._asleep, "a weight update")
         started = time.perf_counter()
+        self._constants.note()
+        checking = time.perf_counter() - started
         shipment = self._ledger.shipment(version)
+        self.version = None  # until what arrived has been proved
         try:
             with self._updating():
                 self._runner.reload_weights(weights_iterator=shipment.watch(weights))
@@ -213,10 +231,13 @@ class VllmWeightsRollout(VllmRollout):
             raise RunError(f"weight sync: the engine refused version {version} at {last}: {error!r}") from error
         self._ledger.serve_tied_heads()
         self._forget()
+        began = time.perf_counter()
         shipment.verify()
+        self._check_update(version)
         self.version = version
-        seconds = time.perf_counter() - started
-        return Receipt(version, shipment.tensors, shipment.bytes, seconds, shipment.seconds)
+        done = time.perf_counter()
+        checking += shipment.seconds + done - began
+        return Receipt(version, shipment.tensors, shipment.bytes, done - started, checking)
 
     def _packed_bytes(self) -> int:
         return self._ledger.packed_bytes()
@@ -245,6 +266,15 @@ def _sleep_level(llm: LLM, backend: Backend) -> int:
 
 def _runner(llm: LLM) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def _derives(holder: Any) -> bool:
+    """Whether tensors that this layer or object holds may change with an update: vLLM has layers rearrange their weights after
+    loading, and what serves additions is written by an update of those."""
+    if "lora" in type(holder).__module__.split("."):
+        return True
+    rearranges = isinstance(holder, nn.Module) and hasattr(holder, "process_weights_after_loading")
+    return holds_weights(holder) or (rearranges and next(holder.parameters(), None) is not None)
 
 
 def _cache_of(runner: Any) -> Iterator[Tensor]:
@@ -404,6 +434,7 @@ class _Ledger:
         self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
         self.needed = {place for name, _ in model.named_parameters() for place in self._places_of(name)}
         self.tied = self._tied_heads()
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._shapes = {self.place(name): list(shape) for name, shape in shapes.items()}
 
     def place(self, name: str) -> _Place:
@@ -429,6 +460,10 @@ class _Ledger:
         if sizes and place.index == 0 and len(tensor) == sum(sizes) and len(sizes) > 1:  # fused in the checkpoint already
             return torch.cat([_rows_of(layer, index, one) for index, one in enumerate(tensor.split(sizes))])
         return _rows_of(layer, place.index, tensor)
+
+    def as_held(self, place: _Place, tensor: Tensor) -> Tensor:
+        """In the numbers it is served in. A processor with AMX has biases of a bfloat16 model in float32."""
+        return tensor.to(self._dtypes.get(f"{place.layer}.{place.parameter}", self.dtype))
 
     def title(self, place: _Place) -> str:
         """The tensor's name in the engine, with fused layers taken apart."""
@@ -508,11 +543,9 @@ class _Shipment:
             yield name, tensor.detach()
 
     def verify(self) -> None:
-        started = time.perf_counter()
         with torch.inference_mode():
             held = self._held()
         compare(self._sent, held)
-        self.seconds += time.perf_counter() - started
 
     def _note(self, name: str, tensor: Tensor) -> None:
         ledger, place = self._ledger, self._ledger.admit(name, tensor)
@@ -522,7 +555,7 @@ class _Shipment:
         self._names[place] = name
         self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
         packed = place.layer in ledger.packed and place.parameter == "weight"
-        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(tensor)
+        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(ledger.as_held(place, tensor))
         for head in ledger.heads_fed_by(place):
             self._sent[_served(head)] = _product(tensor, self._version)
 

@@ -65,7 +65,7 @@ class Encoder(Protocol):
 class Rollout(Protocol):
     @property
     def version(self) -> int | None:
-        """Of the weights it serves: 0 before the first `load_weights`, None once a pause has given them up."""
+        """Of the weights it serves: 0 before the first `load_weights`, None after a failed one or a pause that gave them up."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:

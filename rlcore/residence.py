@@ -150,7 +150,11 @@ def awake(asleep: bool, what: str) -> None:
 
 
 def holding(version: int | None) -> int:
-    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up."""
+    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up, or an update
+    that failed."""
     if version is None:
-        raise PhaseError("sampling was asked of an engine that gave up its weights when it was paused; send it weights first")
+        raise PhaseError(
+            "sampling was asked of an engine that gave up its weights when it was paused, or whose last update failed;"
+            " send it weights first"
+        )
     return version

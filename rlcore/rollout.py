@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlcore import lora as low_rank
 from rlcore.backend import Backend
@@ -17,12 +17,13 @@ from rlcore.errors import RunError
 from rlcore.precision import wide_tables
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
-from rlcore.residence import Parked, awake
+from rlcore.residence import Parked, awake, holding
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
-from rlcore.weight_sync import Fingerprint, compare, fingerprint
+from rlcore.weight_sync import Constants, Fingerprint, compare, fingerprint
 
 _ROWS = 256  # sequences continued at a time
 _ATTENTION = "rlcore_cached"
+_REMEDY = "something in this process writes to the sampler's model: an adapter, a hook or a debugger"
 
 
 class TorchOptions(Strict):
@@ -60,11 +61,12 @@ class TorchRollout:
         self._adapter = adapter
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
-        self.version = 0
+        self.version: int | None = 0
         self._lora = lora
         self._beat = beat
         self._asleep = False
         self._parked = Parked(self._model.parameters)
+        self._constants = Constants(self._model, _remade(self._model))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
@@ -74,18 +76,22 @@ class TorchRollout:
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
         awake(self._asleep, "sampling")
+        holding(self.version)
         for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
             with torch.inference_mode():
                 groups = self._groups([prompts[place] for place in places], places, sampling)
             yield from zip(places, groups, strict=True)
 
     def pause(self) -> None:
+        self._constants.note()
         self._asleep = True
         self._parked.pause()
 
     def resume(self) -> None:
-        self._asleep = False
+        """RunError names what did not come back as it was."""
         self._parked.resume()
+        self._constants.check("waking the engine", _REMEDY)
+        self._asleep = False
 
     def device_bytes(self) -> int:
         return self._parked.device_bytes()
@@ -93,7 +99,10 @@ class TorchRollout:
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
         awake(self._asleep, "a weight update")
-        started, checking, size = time.perf_counter(), 0.0, 0
+        started, size = time.perf_counter(), 0
+        self._constants.note()
+        checking = time.perf_counter() - started
+        self.version = None  # until what arrived has been proved
         if self._lora:
             weights = self._make_room(dict(weights), self._lora)
         held, sent = self._weights(), {}
@@ -112,6 +121,7 @@ class TorchRollout:
                     target.copy_(tensor)
         began = time.perf_counter()
         compare(sent, *self._held())
+        self._constants.check(f"the update to version {version}", _REMEDY, updated=True)
         checking += time.perf_counter() - began
         self.version = version
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
@@ -246,6 +256,13 @@ def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
 
 def _seed(seed: int, place: int) -> int:
     return (seed * 1_000_003 + place) % 2**63
+
+
+def _remade(model: nn.Module) -> Iterator[Tensor]:
+    """Tables of positions that transformers computes anew in the forward pass, for as long a sequence as it has seen."""
+    for layer in model.modules():
+        if any(kind in str(getattr(layer, "rope_type", "")) for kind in ("dynamic", "longrope")):
+            yield from layer.buffers(recurse=False)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

@@ -1,14 +1,15 @@
-"""Did the weights arrive? Fingerprints of tensors, and what is said when two sides of a weight sync disagree."""
+"""Did the weights arrive, and is all else as it was? Fingerprints of tensors, and what is said when two of them disagree."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlcore.errors import RunError
 
@@ -19,6 +20,8 @@ _ROWS = 32  # rows a block: 1 MiB, so that the shifted copy stays in a processor
 _DEVICE_ROWS = 1024  # where no such cache is, but every call costs a launch
 _ROW_MULTIPLIER = 0x1E3779B97F4A7C15  # odd, as all multipliers here: no change of one word can vanish modulo 2**64
 _NAMED = 3  # tensors an error message names
+_DEPTH = 4  # containers and objects that are looked into below a layer's attribute
+_REGISTERED = frozenset(vars(nn.Module()))  # attributes that torch itself gives a module: its parameters, buffers, hooks
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
@@ -60,6 +63,135 @@ def compare(
             + "; ".join(f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names)
             + "; samples drawn from it would not be the policy's, so the run stops here"
         )
+
+
+class Constants:
+    """What a model computes with besides its weights: no update sends it, so none may change it, and no sleep.
+
+    Buffers are held to what they were when the model had been loaded. Tensors that a layer holds without having registered
+    them (in attributes, and in containers and plain objects there) may be scratch of sampling: they are held to what they were
+    before the update or sleep, and over an update only where the layer does not make them from its weights. A tensor that
+    shares memory with a weight has to go on doing so. All of these have been lost in silence. vLLM's reload wrote over a buffer
+    that no checkpoint has (vLLM #44371, KL to the trainer 0.008 -> 1.52) and over one that shares memory (vLLM #42481); a sleep
+    that gives up weights gave up more than anybody brought back (NeMo-RL #2631; attributes in vllm-ascend #13012, tensors of
+    plain objects in #13352).
+    """
+
+    def __init__(
+        self, model: nn.Module, varying: Iterable[Tensor] = (), derives: Callable[[Any], bool] | None = None
+    ) -> None:  # fmt: skip
+        """`varying`: tensors that sampling writes. `derives` says of a layer, or of an object that one holds, whether it may
+        make tensors from weights; by default a layer with parameters of its own."""
+        self._model, self._derives = model, derives or holds_weights
+        storages = {_storage(tensor) for tensor in varying}
+        everything = list(self._held())
+        first = {id(one.tensor): (name, one) for name, one in reversed(everything)}  # of several names of a tensor
+        held = {name: one for name, one in reversed(first.values()) if _storage(one.tensor) not in storages}
+        made = {id(one.tensor) for _, one in everything if one.derived}
+        self._attributes = {name for name, one in held.items() if not one.registered}
+        self._derived = {name for name in self._attributes if id(held[name].tensor) in made}
+        self._loaded = self._read(held.keys() - self._attributes)
+        self._noted: dict[str, Any] | None = None
+
+    def note(self) -> None:
+        """Before an update or a sleep. What was noted before one that has not ended well stays."""
+        if self._noted is None:
+            self._noted = self._read(self._attributes)
+
+    def check(self, event: str, remedy: str, updated: bool = False, given_up: bool = False) -> None:
+        """RunError names what is not as it was. In an update (`updated`) layers may have made tensors anew; when a sleep has
+        given up all weights (`given_up`), buffers alone can be there before the next update."""
+        before = dict(self._loaded)
+        if self._noted and not given_up:
+            before |= {name: reading for name, reading in self._noted.items() if not (updated and name in self._derived)}
+        now = self._read(before.keys())
+        faults = {
+            "gone": [name for name in before if name not in now],
+            "different": [name for name in before if name in now and now[name] != before[name]],
+        }
+        if any(faults.values()):
+            raise RunError(
+                f"weight sync: {event} left the engine without tensors that it was loaded with and that no update sends: "
+                + "; ".join(f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names)
+                + f"; samples drawn from it would not be the policy's, so the run stops here; {remedy}"
+            )
+        if not given_up:
+            self._noted = None
+
+    def _held(self) -> Iterator[tuple[str, _Held]]:
+        for name, buffer in self._model.named_buffers():
+            yield name, _Held(buffer, registered=True)
+        yield from _attributes(self._model, self._derives)
+
+    def _read(self, names: Collection[str]) -> dict[str, Any]:
+        owners = {_storage(weight): name for name, weight in self._model.named_parameters() if weight.numel()}
+        with torch.inference_mode():
+            return {name: _reading(one.tensor, owners) for name, one in self._held() if name in names}
+
+
+def holds_weights(holder: Any) -> bool:
+    return isinstance(holder, nn.Module) and next(holder.parameters(recurse=False), None) is not None
+
+
+class _Held(NamedTuple):
+    """A tensor of a model that is no parameter."""
+
+    tensor: Tensor
+    registered: bool = False
+    derived: bool = False  # may be made from weights
+
+
+def _attributes(model: nn.Module, derives: Callable[[Any], bool]) -> Iterator[tuple[str, _Held]]:
+    memory: dict[tuple[int, int], list[tuple[str, _Held]]] = {}
+    for layer, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _REGISTERED:
+                for path, held in _below(value, derives, _DEPTH, memory):
+                    name = f"{layer}.{key}{path}".removeprefix(".")
+                    yield name, held._replace(derived=held.derived or derives(module))
+
+
+def _below(
+    value: Any, derives: Callable[[Any], bool], depth: int, memory: dict[tuple[int, int], list[tuple[str, _Held]]]
+) -> list[tuple[str, _Held]]:
+    """The tensors in a value, each with its path there. Layers have their own turn."""
+    if isinstance(value, Tensor):
+        return [("", _Held(value))]
+    parts = _parts(value) if depth else ()
+    if not parts:
+        return []
+    if (id(value), depth) not in memory:
+        memory[id(value), depth] = []  # while it is being looked into
+        made = derives(value)
+        memory[id(value), depth] = [
+            (key + path, held._replace(derived=held.derived or made))
+            for key, one in parts for path, held in _below(one, derives, depth - 1, memory)
+        ]  # fmt: skip
+    return memory[id(value), depth]
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", one) for key, one in value.items()]
+    if isinstance(value, list | tuple):
+        return [(f"[{place}]", one) for place, one in enumerate(value)]
+    if isinstance(value, nn.Module | ModuleType | type) or not hasattr(value, "__dict__"):
+        return []
+    return [(f".{key}", one) for key, one in vars(value).items()]
+
+
+def _reading(tensor: Tensor, owners: Mapping[int, str]) -> Any:
+    """What must not change: the bytes, or which part of which weight they are."""
+    if tensor.is_meta:
+        return "meta", tensor.dtype, tensor.shape
+    if owner := owners.get(_storage(tensor)):
+        return owner, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return fingerprint(tensor)
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for all tensors that share memory, also while it is away."""
+    return tensor.untyped_storage()._cdata
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -6,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from rlcore import registry, rollout
 from rlcore.config import RolloutConfig
 from rlcore.errors import ConfigError, RunError
+from rlcore.residence import PhaseError
 from rlcore.types import Row, Sampling
 
 QUESTIONS = ["How many circles?", "What is 4 + 5? Answer with a single number inside the tags."]
@@ -22,10 +26,10 @@ def picture(color, size=112):
     return image
 
 
-def start(backend, folder, family, **options):
+def start(backend, folder, family, dtype=torch.float32, **options):
     adapter = registry.load("adapters", family)(folder)
     config = RolloutConfig(engine="torch", options=options)
-    return adapter, rollout.build(adapter, folder, backend, config, torch.float32, 256, 0)
+    return adapter, rollout.build(adapter, folder, backend, config, dtype, 256, 0)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,83 @@ def test_a_faulty_update_names_the_tensor(backend, text, fault):
         weights[name] = tensor[1:]
     with pytest.raises(RunError, match=name.replace(".", r"\.")):
         sampler.load_weights(weights.items(), 1)
+
+
+def weights_of(folder, adapter, step, dtype=torch.float32):
+    """Of a policy that has moved."""
+    family = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
+    model = family.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(step * 0.01)
+    return [(adapter.published_name(name), parameter) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_updates_sleeps_and_samples_leave_the_rest_of_a_model_as_it_was(backend, text, vision, family, dtype):
+    folder = (text if family == "llama" else vision)[0]
+    adapter, sampler = start(backend, folder, family, dtype)
+    prompts = [adapter.encode(row("How many?", *([picture("red")] if family == "qwen2_5_vl" else [])))]
+    assert len(sampler._constants._loaded) >= 2
+    for version in (1, 2, 3):
+        sampler.load_weights(weights_of(folder, adapter, version, dtype), version)
+        sampler.generate(prompts, Sampling(1, 4))
+        sampler.pause()
+        sampler.resume()
+        sampler.generate(prompts, Sampling(1, 4))
+
+
+BUFFERS = {"llama": ["model.rotary_emb.inv_freq"]}
+BUFFERS["qwen2_5_vl"] = ["model.visual.rotary_pos_emb.inv_freq", "model.language_model.rotary_emb.inv_freq"]
+
+
+@pytest.mark.parametrize("event", ["the update to version 1", "waking the engine"])
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in BUFFERS.items() for name in names])
+def test_a_buffer_that_does_not_stay_as_it_was_is_named(backend, text, vision, family, name, event):
+    folder = (text if family == "llama" else vision)[0]
+    adapter, sampler = start(backend, folder, family)
+    buffer = sampler._model.get_buffer(name)
+
+    def spoiling(weights):
+        yield from weights
+        buffer.mul_(1.001)
+
+    with pytest.raises(RunError, match=rf"{event} left the engine without .* 1 different: {re.escape(name)};"):
+        if event == "waking the engine":
+            sampler.pause()
+            buffer.zero_()
+            sampler.resume()
+        else:
+            sampler.load_weights(spoiling(weights_of(folder, adapter, 1)), 1)
+    with pytest.raises(PhaseError):
+        sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))
+
+
+def test_positions_that_grow_with_what_was_read_are_no_fault(models, backend):
+    folder = models / "rollout_dynamic_llama"
+    registry.load("models", "tiny_llama")(folder, seed=0)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    settings["max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(settings))
+    adapter, sampler = start(backend, folder, "llama")
+    before = sampler._model.model.rotary_emb.inv_freq.clone()
+    sampler.generate([adapter.encode(row("How many circles are there in this picture?"))], Sampling(1, 40))
+    assert not torch.equal(before, sampler._model.model.rotary_emb.inv_freq)
+    sampler.load_weights(weights_of(folder, adapter, 1), 1)
+
+
+def test_after_an_update_that_failed_nothing_is_sampled(backend, text):
+    folder, adapter, _ = text
+    _, sampler = start(backend, folder, "llama")
+    with pytest.raises(RunError, match="missing"):
+        sampler.load_weights(weights_of(folder, adapter, 1)[:-1], 1)
+    assert sampler.version is None
+    with pytest.raises(PhaseError, match="whose last update failed; send it weights first"):
+        sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))
+    sampler.load_weights(weights_of(folder, adapter, 1), 1)
+    assert sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))[0].samples[0].policy_version == 1
 
 
 def test_unknown_options_are_named(backend, text):

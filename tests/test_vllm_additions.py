@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -108,3 +110,45 @@ def test_additions_that_landed_wrongly_are_named(served, monkeypatch):
         monkeypatch.setattr(vllm_additions, "save_file", late)
     with pytest.raises(RunError, match=r"1 different: .*lora_A"):
         engine.load_weights(actor.weights(), 5)
+
+
+@pytest.mark.parametrize("event", ["the update to version 7", "waking"])
+def test_what_no_update_sends_is_named_when_it_changes(served, event):
+    actor, engine, _ = served
+    engine.load_weights(actor.weights(), 6)
+    model = engine._model if hasattr(engine, "_model") else engine._runner.get_model()
+    name, buffer = next((name, buffer) for name, buffer in model.named_buffers() if buffer.numel() > 1)
+    kept = buffer.clone()
+
+    def spoiling(weights):
+        yield from weights
+        buffer.mul_(1.01)
+
+    with pytest.raises(RunError, match=rf"{event}.* left the engine without .* different: {re.escape(name)}"):
+        if event == "waking":
+            engine.pause()
+            buffer.zero_()
+            engine.resume()
+        else:
+            engine.load_weights(spoiling(actor.weights()), 7)
+    buffer.copy_(kept)
+    engine.resume()
+    engine.load_weights(actor.weights(), 7)
+
+
+def test_additions_that_a_sleep_loses_are_named(served):
+    actor, engine, prompt = served
+    if not hasattr(engine, "_runner"):
+        pytest.skip("the plain sampler's additions are weights, which leave the device by a copy of their own")
+    engine.load_weights(actor.weights(), 8)
+    engine.generate([prompt], Sampling(1, 2))
+    engine.pause()
+    layer = next(layer for name, layer in engine._runner.get_model().named_modules() if name.endswith("o_proj"))
+    kept = layer.lora_b_stacked[0].clone()
+    layer.lora_b_stacked[0].zero_()
+    with pytest.raises(RunError, match=r"waking .* 1 different: .*o_proj\.lora_b_stacked\[0\];"):
+        engine.resume()
+    layer.lora_b_stacked[0].copy_(kept)
+    engine.resume()
+    engine.load_weights(actor.weights(), 9)
+    engine.generate([prompt], Sampling(1, 2))

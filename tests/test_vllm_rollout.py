@@ -1,14 +1,18 @@
 import importlib.util
+import re
 
 import pytest
 import torch
 from PIL import Image
+from rlcore_backends.vllm_rollout import _derives, _Ledger, _product
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from rlcore import registry
 from rlcore.config import RolloutConfig
 from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.policy import ForwardSettings
+from rlcore.residence import PhaseError
 from rlcore.types import Group, Row, Sampling
 from rlcore.vision import VisionEncoder
 
@@ -234,6 +238,97 @@ def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
         with pytest.raises(RunError, match=r"different: language_model\.lm_head \(as served\)"):
             engine.load_weights(model.named_parameters(), 1)
     engine.load_weights(model.state_dict().items(), 2)
+
+
+CONSTANTS = {
+    "positions": "language_model.model.layers.0.self_attn.rotary_emb.cos_sin_cache",
+    "vision": "visual.rotary_pos_emb.cos_sin_cache",
+    "scale": "language_model.model.layers.1.self_attn.attn._q_scale",
+    "attribute": "language_model.model.layers.1.self_attn.attn._k_scale_cpu",
+}
+
+
+@vllm
+@pytest.mark.parametrize("fault", [0.0, 1.01])
+@pytest.mark.parametrize("name", CONSTANTS.values(), ids=CONSTANTS)
+def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, model, monkeypatch, prompts, name, fault):
+    """As vLLM's own did (vLLM #44371)."""
+    layer, _, leaf = name.rpartition(".")
+    layer = engine._runner.get_model().get_submodule(layer)
+    kept, reload_weights = getattr(layer, leaf).clone(), engine._runner.reload_weights
+
+    def reload_wrongly(weights_iterator):
+        reload_weights(weights_iterator=weights_iterator)
+        getattr(layer, leaf).mul_(fault)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "reload_weights", reload_wrongly)
+        words = rf"the update to version 1 left the engine without .* 1 different: {re.escape(name)}; .*rollout\.engine=torch"
+        with pytest.raises(RunError, match=words):
+            engine.load_weights(model.named_parameters(), 1)
+    with pytest.raises(PhaseError, match="whose last update failed"):
+        engine.generate(prompts, Sampling(1, 2))
+    if leaf == "cos_sin_cache":  # scales are written anew by every update
+        with pytest.raises(RunError, match=f"the update to version 2 .* 1 different: {re.escape(name)};"):
+            engine.load_weights(model.named_parameters(), 2)
+        getattr(layer, leaf).copy_(kept)
+    engine.load_weights(model.named_parameters(), 2)
+
+
+@vllm
+def test_a_weight_that_is_served_in_wider_numbers_is_what_was_sent(engine, model, monkeypatch):
+    """As biases of a bfloat16 model are where there is AMX."""
+    name, ledger = NAMES["norm"], engine._ledger
+    parameter = ledger.parameter(ledger.place(name).layer, "weight")
+    parameter.data = parameter.data.double()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_ledger", _Ledger(engine._runner.get_model(), ledger.dtype, {}))
+        engine.load_weights(model.named_parameters(), 1)
+        assert parameter.dtype == torch.float64
+        reload_weights = engine._runner.reload_weights
+
+        def reload_wrongly(weights_iterator):
+            reload_weights(weights_iterator=weights_iterator)
+            parameter.data[0] += 1e-12
+
+        patch.setattr(engine._runner, "reload_weights", reload_wrongly)
+        with pytest.raises(RunError, match=rf"1 different: {re.escape(name)};"):
+            engine.load_weights(model.named_parameters(), 2)
+    parameter.data = parameter.data.float()
+    engine.load_weights(model.named_parameters(), 2)
+
+
+def test_a_packed_matrix_is_told_from_one_that_differs_anywhere():
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    for column in range(8):
+        changed, nearly = weight.clone(), weight.clone()
+        changed[3, column] += 0.01
+        nearly[3, column] = torch.nextafter(nearly[3, column], torch.tensor(9.0))
+        for version in range(16):
+            sent = _product(weight, version)
+            assert sent == _product(weight.clone(), version) != _product(changed, version)
+            assert (sent == _product(nearly, version)) == (version % 8 != column), "to rounding, and one column to the bit"
+
+
+class Rearranged(nn.Module):
+    """A layer that makes tensors from the weights of others, as attention with a compressed cache does."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def process_weights_after_loading(self, dtype):
+        pass
+
+
+@vllm
+def test_which_layers_may_make_tensors_of_weights(engine):
+    layers = dict(engine._runner.get_model().named_modules())
+    attention = layers["language_model.model.layers.0.self_attn.attn"]
+    assert hasattr(attention, "process_weights_after_loading") and not _derives(attention) and not _derives(Rearranged())
+    assert _derives(Rearranged(nn.Linear(2, 2))) and not _derives(nn.ModuleList([nn.Linear(2, 2)]))
+    assert _derives(layers["language_model.model.layers.0.self_attn.qkv_proj"])
+    assert not _derives(layers["visual"]) and not _derives(layers["language_model.model.layers.0.self_attn.rotary_emb"])
 
 
 @vllm
