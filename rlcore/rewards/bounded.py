@@ -1,4 +1,4 @@
-"""Calls with a time limit that holds in every thread: they run in a process of their own, which is killed when one takes longer.
+"""Calls with a time limit that holds in every thread: they run in a process that is killed when one takes longer.
 
 The process starts with the first call and serves all that follow. It never outlives this one: an atexit handler ends it, and
 where none runs (SIGTERM, SIGKILL) the kernel does, by the signal that a pipe's closing sends, whatever it is computing then.
@@ -21,7 +21,12 @@ from typing import Any
 
 _START_SECONDS = 120  # for imports, on a machine that is busy with other things
 _MEMORY = 4 * 2**30  # bytes of address space
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlcore.rewards.bounded import serve; serve(*sys.argv[2:])"
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from rlcore.rewards.bounded import serve
+serve(*sys.argv[2:])
+"""
 
 
 class Bounded:
@@ -90,9 +95,9 @@ class Bounded:
 
     def _forked(self) -> None:
         """In the copy: the process belongs to the original, and must end with that one alone."""
+        self._release()
         if self._process is not None:
-            os.close(self._lifeline)
-            self._process.returncode = 0
+            self._process.returncode = 0  # not to be waited for here
         self._forget()
 
     def _forget(self) -> None:

@@ -11,9 +11,10 @@ from fractions import Fraction
 
 DEGREE = r"^\circ"
 _SPELLINGS = {
-    "\u2212": "-", "\u00b0": DEGREE, "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u03c0": r"\pi ", "\u221e": r"\infty ",
-    "\u2264": r"\le ", "\u2265": r"\ge ", "\u00b1": r"\pm ", "\n": " ", "\t": " ", "\u00a0": "~", "\u2009": r"\,", "\u202f": r"\,",
-    r"\varnothing": r"\emptyset", r"\langle": "(", r"\rangle": ")", r"\thinspace": r"\,", r"\displaystyle": "", "\\(": "", "\\)": "",
+    "\u2212": "-", "\u00b0": DEGREE, "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u00f7": "/", "\u00b1": r"\pm ",
+    "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\n": " ", "\t": " ",
+    "\u00a0": "~", "\u2009": r"\,", "\u202f": r"\,", r"\thinspace": r"\,", r"\displaystyle": "", r"\(": "", r"\)": "",
+    r"\varnothing": r"\emptyset", r"\langle": "(", r"\rangle": ")",
 }  # fmt: skip
 _NO_BREAK = r"\\[,;: ]|~"
 _SPACE = rf"(?:{_NO_BREAK}| )"
@@ -22,11 +23,13 @@ _GROUPED = re.compile(rf"(?<![\d.,])[1-9]\d{{0,2}}(?:(?:,\\!|\{{,\}}|,|{_SPACE})
 _ARGUMENT = r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|[^\s{}\\])"
 _TEXT = r"\\(?:text|mbox|operatorname)(?:bf|it|rm|sf|normal)?\s*\{|\\math(?:rm|bf|it|sf)\s*\{"
 _PERCENT = r"\\?%|\\text\{\s*percent\s*\}|(?<![a-z])percent(?![a-z])"
-_DEGREE = r"\^\s*\\(?:circ|degree)(?![a-z])|\^\s*\{\s*\\(?:circ|degree)\s*\}|\\(?:text)?degree(?![a-z])|\\text\{\s*degrees?\s*\}"
+_RING = r"\\(?:circ|degree)(?![a-z])"
+_DEGREE = rf"\^\s*{_RING}|\^\s*\{{\s*{_RING}\s*\}}|\\(?:text)?degree(?![a-z])|\\text\{{\s*degrees?\s*\}}"
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\[bB]igg?[lrm]?(?![A-Za-z])", ""),
     (r"\\math(?:rm|bf|it|sf)\s*\{([eid])\}", r"\1"),
     (_TEXT, r"\\text{"),
+    (rf"\\text\{{(?:{_SPACE})*\}}|^(?:{_SPACE})+|(?<!\\)\\$", ""),
     (r"(?<![\d}])\\text\{([A-Za-z])\}|\\text\{\s*([-+]?\d[\d.,]*)\s*\}", lambda found: found[1] or found[2]),
     (r"^\\text\{\s*([-+]?\d[^{}]*)\}$", r"\1"),
     (rf"\\[dtc]?frac(?![A-Za-z]){_ARGUMENT}{_ARGUMENT}", lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}"),
@@ -46,10 +49,11 @@ UNITS = {
     name: (dimension, Fraction(size))
     for dimension, size, names in (
         ("metre", "1/1000", "mm millimeter"), ("metre", "1/100", "cm centimeter"), ("metre", "1", "m meter metre"),
-        ("metre", "1000", "km kilometer"), ("foot", "1/12", "in inch inche"), ("foot", "1", "ft foot feet"), ("foot", "3", "yd yard"),
-        ("foot", "5280", "mi mile"), ("gram", "1/1000", "mg milligram"), ("gram", "1", "g gram"), ("gram", "1000", "kg kilogram"),
-        ("litre", "1/1000", "ml milliliter"), ("litre", "1", "l liter litre"), ("dollar", "1/100", "cent"), ("dollar", "1", "dollar"),
-        ("second", "1", "s sec second"), ("second", "60", "min minute"), ("second", "3600", "h hr hour"), ("second", "86400", "day"),
+        ("metre", "1000", "km kilometer"), ("foot", "1/12", "in inch inche"), ("foot", "1", "ft foot feet"),
+        ("foot", "3", "yd yard"), ("foot", "5280", "mi mile"), ("gram", "1/1000", "mg milligram"), ("gram", "1", "g gram"),
+        ("gram", "1000", "kg kilogram"), ("litre", "1/1000", "ml milliliter"), ("litre", "1", "l liter litre"),
+        ("dollar", "1/100", "cent"), ("dollar", "1", "dollar"), ("second", "1", "s sec second"), ("second", "60", "min minute"),
+        ("second", "3600", "h hr hour"), ("second", "86400", "day"),
     )
     for name in names.split()
 }  # fmt: skip

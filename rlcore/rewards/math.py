@@ -13,7 +13,8 @@ from rlcore.rewards.numbers import last_number, number, only_number
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| )")
 _ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*(\{)|(?![A-Za-z]))")
-_COMMENT = re.compile(r"(?<=\d)\s+\([^()]*[A-Za-z][^()]*\)\s*$")  # 42 (since 6*7=42)
+_COMMENT = re.compile(r"(?<=\d)\s+\((?=[^()]*[A-Za-z])[^()]*\)\s*$")  # 42 (since 6*7=42)
+_DENIED = re.compile(r"\b(?:not|isn't)\s+\\?\$?[-\u2212]?\d[\d.,]*")
 _FINAL = re.compile(r"####\s*(.+)")
 _REMOVED = ("\n", r"\!", r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
 _SYMBOLIC = Bounded("rlcore.rewards.symbolic")
@@ -34,7 +35,7 @@ def math_verify(response: str, answer: str, fields: Mapping[str, Any], *, timeou
     The rules are in `rlcore.rewards.symbolic`. TimeoutError after `timeout_seconds` (0 is no limit).
     """
     given = final_answer(response)
-    function, text = ("says", response) if given is None else ("equal", given)
+    function, text = ("says", _DENIED.sub("", response)) if given is None else ("equal", given)
     return float(_symbolic(function, text, answer, timeout_seconds))
 
 
@@ -54,7 +55,7 @@ def gsm8k(
     if extract == "strict":
         return float(given is not None and expected is not None and number(given) == expected)
     if given is None:
-        return float(expected is not None and last_number(response) == expected)
+        return float(expected is not None and last_number(_DENIED.sub("", response)) == expected)
     found = None if "%" in given + answer else only_number(given)
     if found is not None and expected is not None:
         return float(found == expected)
@@ -71,8 +72,10 @@ def final_answer(response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    """The content of the last \\boxed, \\fbox or \\framebox, however it is spaced: the empty text, which equals nothing, when it
-    never closes; None without a box."""
+    """The content of the last \\boxed, \\fbox or \\framebox, however it is spaced; None without one.
+
+    The empty text, which equals nothing, when it never closes: an earlier box is not the answer.
+    """
     boxes = list(_ANY_BOX.finditer(response))
     if not boxes:
         return None

@@ -15,7 +15,7 @@ _WRITTEN = re.compile(
 )
 _WORDS = re.compile(r"\\text\{[^{}\d]*\}(?:\s*\^\{?\d\}?)?|(?<![\\A-Za-z])[A-Za-z]{2,}")
 _FOUND = re.compile(
-    rf"(?P<denied>\b(?:not|isn't)\s+)?(?<![\d.])-?\\?\$?(?:{THOUSANDS}|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?"
+    rf"(?<![\d.])-?\\?\$?(?:{THOUSANDS}|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?"
     r"|-?\\[dtc]?frac\{-?\d+\}\{-?\d+\}"
 )
 
@@ -39,8 +39,8 @@ def only_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text, those after "not" left out."""
-    found = [match[0] for match in _FOUND.finditer(text.replace("\u2212", "-")) if not match["denied"]]
+    """The last number of a running text."""
+    found = _FOUND.findall(text.replace("\u2212", "-"))
     return number(found[-1]) if found else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from bdb import BdbQuit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real

@@ -6,15 +6,16 @@ That can take forever: rewards ask through `rlcore.rewards.bounded`, which has a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import parse, verify
-from sympy import Expr, FiniteSet, Float, I, Interval, MatrixBase, Rational, Symbol, Tuple, simplify
+from sympy import Expr, FiniteSet, Float, I, Interval, MatrixBase, Mul, Rational, Symbol, Tuple, UnevaluatedExpr, simplify
 
 from rlcore.rewards.latex import DEGREE, UNITS, Measured, exact, measured, separates, words
+from rlcore.rewards.numbers import number
 
 _SPELLING = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -33,6 +34,7 @@ def equal(given: str, answer: str) -> bool:
 def says(response: str, answer: str) -> bool:
     """Whether the expression that math-verify finds in a response without a box equals the answer."""
     found = [_exact(one) for one in parse(response, parsing_timeout=None)[:1] if not isinstance(one, str)]
+    found += [100 * one for one in found if isinstance(one, Mul) and one.has(UnevaluatedExpr) and one.args[0].is_Integer]  # 42%
     return any(_same(left, right) for left, right in product(found, _parsed(measured(answer).value)))
 
 
@@ -72,6 +74,9 @@ def _percent(given: Measured, answer: Measured) -> bool:
 def _values_equal(given: str, answer: str) -> bool:
     if re.sub(r"\s", "", given) == re.sub(r"\s", "", answer):
         return True
+    numbers = number(given), number(answer)
+    if None not in numbers and "," not in given + answer:
+        return numbers[0] == numbers[1]
     if "\\text" in given + answer and words(given) == words(answer):
         return bool(words(given))
     if _TEXT_ONLY.search(given) or _TEXT_ONLY.search(answer):
@@ -95,14 +100,18 @@ def _sides(text: str) -> list[str]:
     return [others[-1]] if re.fullmatch(r"\s*-?[\d.]*\s*", first) else [first, others[-1]]
 
 
-def _parsed(text: str) -> Iterator[Any]:
+@lru_cache(maxsize=256)  # the answers of a group's prompt
+def _parsed(text: str) -> list[Any]:
     """The text as sympy objects, one for each reading of its degrees; none where it is no mathematics."""
+    found = []
     for reading in _angles(exact(text)):
+        spelled = normalize_latex(reading, _SPELLING)
+        real = not _COMPLEX.search(spelled)
         try:
-            spelled = normalize_latex(reading, _SPELLING)
-            yield _exact(latex2sympy(spelled, is_real=not _COMPLEX.search(spelled), convert_degrees=False, normalization_config=None))
+            found.append(_exact(latex2sympy(spelled, is_real=real, convert_degrees=False, normalization_config=None)))
         except Exception:  # antlr, sympy and their glue raise what they like at what is no mathematics
             continue
+    return found
 
 
 def _exact(value: Any) -> Any:
@@ -133,7 +142,7 @@ def _constants_equal(left: Expr, right: Expr) -> bool:
     left, right = left.doit(), right.doit()
     if left == right:
         return left.is_finite is not False or left.is_infinite is True
-    if left.is_Rational and right.is_Rational or not (left.is_finite and right.is_finite):
+    if (left.is_Rational and right.is_Rational) or not (left.is_finite and right.is_finite):
         return False
     values = [abs(part.evalf(2 * _DIGITS)) for part in (left - right, left, right)]
     if values[0] <= max(values[1:]) * Rational(1, 10**_DIGITS):
