@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -155,12 +154,11 @@ def in_a_thread(function):
     return results[0]
 
 
-@pytest.mark.parametrize("call", [in_a_thread, lambda function: in_a_thread(lambda: in_a_thread(function))])
 @pytest.mark.parametrize("reward", [math_verify, gsm8k])
-def test_an_answer_that_takes_too_long_is_a_timeout_in_every_thread_and_the_next_one_is_scored(call, reward):
+def test_an_answer_that_takes_too_long_is_a_timeout_in_a_thread_and_the_next_one_is_scored(reward):
     assert reward(r"\boxed{2 + 2}", "4", {}) == 1.0
     start = time.monotonic()
-    error = call(lambda: reward(ENDLESS, "4", {}, timeout_seconds=1))
+    error = in_a_thread(lambda: reward(ENDLESS, "4", {}, timeout_seconds=1))
     assert isinstance(error, TimeoutError) and "answer '4' took longer than 1 s" in str(error)
     assert time.monotonic() - start < 30
     assert reward(r"\boxed{2 + 2}", "4", {}) == 1.0

@@ -87,12 +87,11 @@ def measured(text: str, grouped: bool = True) -> Measured:
 
 def clean(text: str, grouped: bool = True) -> str:
     """Without dollars, sizing and a final dot; fractions, roots, texts, degrees and percents spelled in one way; powers of ten
-    written out, numbers in other bases in base ten. grouped: thousands without separators, else commas are left."""
+    written out, numbers in other bases in base ten. grouped: thousands without separators, else each comma is a list's."""
     for written, read in _SPELLINGS.items():
         text = text.replace(written, read)
     text = text.replace(r"\$", "").replace("$", "").strip().removesuffix(".").strip()
-    if grouped or not separates(text):
-        text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text) if grouped else text.replace(",", ", ")
     text = text.replace(r"\!", "")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text).strip()

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt
 from rlcore.rewards.bounded import Bounded
 from rlcore.rewards.numbers import last_number, number, only_number
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| )")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| |$)")
 _ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*(\{)|(?![A-Za-z]))")
 _COMMENT = re.compile(r"(?<=\d)\s+\((?=[^()]*[A-Za-z])[^()]*\)\s*$")  # 42 (since 6*7=42)
 _DENIED = re.compile(r"\b(?:not|isn't)\s+\\?\$?[-\u2212]?\d[\d.,]*")
@@ -92,7 +92,7 @@ def last_boxed(text: str) -> str | None:
     if not boxes:
         return None
     start = boxes[-1].end()
-    return _balanced(text, start) if boxes[-1][1] else text[start:].split("$")[0].strip()
+    return _balanced(text, start) if boxes[-1][1] else text[start:].split("$")[0].strip() or None
 
 
 def strip_string(text: str) -> str:
