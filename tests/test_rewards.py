@@ -165,7 +165,8 @@ def test_an_answer_that_takes_too_long_is_a_timeout_in_a_thread_and_the_next_one
 
 
 def test_an_answer_that_takes_too_long_in_the_main_thread_is_a_timeout():
-    ((late, fine),) = functions({"name": "math_verify", "options": {"timeout_seconds": 1}}).score([group(ENDLESS, r"\boxed{5}")])
+    rewards = functions({"name": "math_verify", "options": {"timeout_seconds": 1}})
+    ((late, fine),) = rewards.score([group(ENDLESS, r"\boxed{5}")])
     assert late.status == "timeout" and late.value is None and fine.value == 1.0
 
 
@@ -497,7 +498,8 @@ SAME = [
     ("100,101,102", "102,101,100"), (r"\text{5 cm}", "5"), ("5", r"5\text{ cm}"), (r"50\text{ mm}", r"5\text{ cm}"),
     (r"3\text{ square feet}", r"3\text{ ft}^2"), (r"1\text{ m}^2", r"10000\text{ cm}^2"), (r"\$0.50", r"50\text{ cents}"),
     (r"60\text{ miles per hour}", r"60\text{ mph}"), ("\u22125", "-5"), ("1e3", "1000"), ("18.0", "18"), ("18", "18.0"),
-    (r"\frac \pi4", r"\frac{\pi}{4}"), (r"\sin 30^\circ", "0.5"), (r"180^\circ", r"\pi"), ("50\\%", r"\frac12"), ("50", "50\\%"),
+    (r"\frac \pi4", r"\frac{\pi}{4}"), (r"\sin 30^\circ", "0.5"), (r"180^\circ", r"\pi"), (r"50\%", r"\frac12"),
+    ("50", r"50\%"),
     ("42", "52_8"), ("52_8", "42"), (r"0.11_{2}", "0.75"), ("1A_{16}", "26"), (r"\sqrt{-1}", "i"), (r"x \le 3", r"(-\infty,3]"),
     ("June 20", r"\text{June 20}"), ("(A)", r"\text{A}"), (r"2 \text{ and } 3", "3, 2"), (r"\sqrt2 \approx 1.41", r"\sqrt{2}"),
     (r"6 \times 7 = 42", "42"), ("x = 42", "42"), (r"\varnothing", r"\emptyset"), (r"\{1, 2\}", "2, 1"),
@@ -506,10 +508,13 @@ OTHER = [
     ("12", r"12\text{ and }13"), (r"2 \text{ or } 7", r"2 \text{ or } 3"), ("", r"\text{ even}"), (r"\text{ }", r"\text{ }"),
     (r"\%", r"\%"), (r"\text{ odd}", r"\text{ even}"), ("x=5", "y=5"), ("0.5", r"0.5\%"), ("7, -2,", r"7, -2, \text{ and } -5"),
     ("52", "52_8"), ("52_9", "52_8"), ("40_0", "40_9"), (r"1_{2}", "x_{2}"), (r"5\text{ m}", r"5\text{ km}"),
-    (r"45\text{ units}^3", r"45\text{ units}^2"), (r"10\text{ a.m.}", r"10\text{ p.m.}"), ("6:05", "6:15"), ("3t", "3"), ("5c", "5"),
-    (r"3\text{x}", "3"), ("f'(x)", "f(x)"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), (r"e^{-40}", "0"), (".0000673", ".0000672"),
+    (r"45\text{ units}^3", r"45\text{ units}^2"), (r"10\text{ a.m.}", r"10\text{ p.m.}"), ("6:05", "6:15"), ("3t", "3"),
+    ("5c", "5"),
+    (r"3\text{x}", "3"), ("f'(x)", "f(x)"), (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), (r"e^{-40}", "0"),
+    (".0000673", ".0000672"),
     (r"\frac{1}{2005!}", r"\frac{1}{2004!}"), ("0.333333333333", r"\frac13"), (r"\{e^{-40}, 1\}", "0, 1"), ("1213", "12,13"),
-    (r"42 \approx 42.1", "42"), (r"\pm 2", "2"), ("(2,1)", "(1,2)"), ("(0,1]", "[0,1)"), ("2^10", "1024"), ("7^{40}", "7^{41}"),
+    (r"42 \approx 42.1", "42"), (r"\pm 2", "2"), ("(2,1)", "(1,2)"), ("(0,1]", "[0,1)"), ("2^10", "1024"),
+    ("7^{40}", "7^{41}"),
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def only_number(text: str) -> Fraction | None:
     """The one number beside words and units; None where there are several, or other mathematics."""
     if len(text) > _LONGEST:
         return None
-    return number(_WORDS.sub("|", clean(text)).strip("|:., "))
+    return number(_WORDS.sub("|", clean(text)).lstrip("|:, ").rstrip("|:., "))
 
 
 def last_number(text: str) -> Fraction | None:
