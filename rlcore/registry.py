@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
 
@@ -60,17 +60,20 @@ class _Options(Strict):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
-def checked_options(function: Callable[..., Any], options: Mapping[str, Any], prefix: str, given: int) -> dict[str, Any]:
+def checked_options(
+    function: Callable[..., Any], options: Mapping[str, Any], prefix: str, given: int, handed: Collection[str] = ()
+) -> dict[str, Any]:
     """Every option of the function as its annotations want it; a wrong name or value is a ConfigError under `prefix`.
 
-    given: how many leading parameters are not options.
+    given: how many leading parameters are not options; handed: the names of others that are not.
     """
     parameters = list(inspect.signature(function).parameters.values())
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
         hints = {}
-    taken = [p for p in parameters[given:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = [p for p in parameters[given:] if p.kind in kinds and p.name not in handed]
     fields: dict[str, Any] = {p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in taken}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     free = {name: value for name, value in options.items() if takes_any and name not in fields}

@@ -45,6 +45,7 @@ class Prompt:
     engine_token_ids: list[int]  # the same with one placeholder an image: engines expand it themselves
     vision: Vision | None = None  # the images
     position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
+    text: str = ""  # before the tokenizer: the chat template's, up to where the assistant answers
 
     @property
     def next_position(self) -> int:

@@ -213,6 +213,14 @@ def test_text_in_parts_reads_like_text(models):
     assert adapter.encode(in_parts).token_ids == adapter.encode(text_row()).token_ids
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_has_the_text_that_its_tokens_are(name, models):
+    _, adapter = made(name, models)
+    for row in (text_row(), *([image_row(2)] if name == "tiny_qwen2_5_vl" else [])):
+        prompt = adapter.encode(row)
+        assert adapter.tokenizer(prompt.text, add_special_tokens=False)["input_ids"] == prompt.engine_token_ids
+
+
 def test_a_tokenizer_without_a_chat_template_reads_plain_text(models, tmp_path):
     folder, _ = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "plain")

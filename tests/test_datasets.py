@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import shared
 
 from rlcore import registry
 from rlcore.config import DatasetConfig
@@ -15,6 +16,7 @@ from rlcore.errors import ConfigError
 from rlcore.rewards.geo3k import geo3k as geo3k_reward
 from rlcore.rewards.math import gsm8k as gsm8k_reward
 from rlcore.rewards.math import math as math_reward
+from rlcore.rewards.math import math_verify
 from rlcore.rewards.tagged import tagged_answer
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
@@ -62,7 +64,8 @@ def test_every_geometry3k_image_decodes(split, count):
         assert image.mode == "RGB" and min(image.size) > 10
         assert [part["type"] for part in row.messages[0]["content"]] == ["image", "text"]
         right = f"<think>It is so.</think> \\boxed{{{row.answer}}}"
-        assert geo3k_reward(right, row.answer, row.fields, accuracy="math") == pytest.approx(1.0)
+        for accuracy in ("math", "math_verify"):
+            assert geo3k_reward(right, row.answer, row.fields, accuracy=accuracy) == pytest.approx(1.0)
 
 
 def test_a_gsm8k_row_is_its_question_number_and_solution(tmp_path):
@@ -75,6 +78,37 @@ def test_a_gsm8k_row_is_its_question_number_and_solution(tmp_path):
 def test_a_gsm8k_row_without_its_mark_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.jsonl:1: column 'answer' does not end with '#### <number>'"):
         one(tmp_path, "gsm8k", question="How much?", answer="It is 5.")
+
+
+@pytest.mark.parametrize("final", ["1/2", "5:30", "3 or 4", "1.5e3", "1 000", ".", "", "12,13", "5 apples", "5\nso 5"])
+def test_a_gsm8k_answer_that_would_be_cut_is_refused_by_name(tmp_path, final):
+    with pytest.raises(ConfigError, match=r"train\.jsonl:1: column 'answer' does not end with '#### <number>' but with '"):
+        one(tmp_path, "gsm8k", question="q", answer=f"work\n#### {final}")
+
+
+def test_each_gsm8k_answer_that_was_cut_is_refused(tmp_path):
+    for line in shared("cases", "gsm8k_answer_cut", "train.jsonl").read_text().splitlines():
+        with pytest.raises(ConfigError, match="does not end with"):
+            one(tmp_path, "gsm8k", **json.loads(line))
+
+
+@pytest.mark.parametrize(("final", "answer"), [("1,000", "1000"), ("$-5.50", "-5.50"), ("7.", "7"), (" .5 ", ".5"), ("1", "1")])
+def test_a_gsm8k_number_is_read_whole(tmp_path, final, answer):
+    row = one(tmp_path, "gsm8k", question="q", answer=f"#### 3\nno:\n####{final}")
+    assert row.answer == answer and gsm8k_reward(row.target, row.answer, {}) == 1.0
+
+
+def test_every_published_answer_equals_itself_and_its_solution_scores_one():
+    rows = [
+        (row, reward)
+        for name, folder, reward in (("math_lighteval", "MATH-lighteval", math_verify), ("gsm8k", "gsm8k", gsm8k_reward))
+        for split in ("train", "test")
+        for row in load(name, shared("data", folder, f"{split}.jsonl"))
+    ]
+    for row, reward in rows:
+        assert reward(f"\\boxed{{{row.answer}}}", row.answer, row.fields) == 1.0, row.id
+        assert reward(row.target, row.answer, row.fields) == 1.0, row.id
+    assert len(rows) == 384 + 640
 
 
 def test_a_math_answer_is_the_last_box_with_its_braces(tmp_path):

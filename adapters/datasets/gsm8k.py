@@ -11,22 +11,28 @@ from rlcore.records import Record, read_records
 from rlcore.types import Row
 
 INSTRUCTION = "Solve this step by step and end with the final number inside \\boxed{}."
-_FINAL = re.compile(r"####\s*\$?(-?[0-9.,]+)")
+_NUMBER = re.compile(r"\$?(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)))\.?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 def gsm8k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
-    """Columns question and answer. The row's answer is N without commas; its target the worked answer, then \\boxed{N}."""
+    """Columns question and answer. The row's answer is N without commas; its target the worked answer, then \\boxed{N}.
+
+    ConfigError names a row whose answer ends in anything but one decimal number.
+    """
     return [_row(record, instruction, system) for record in read_records(path)]
 
 
 def _row(record: Record, instruction: str, system: str | None) -> Row:
-    worked = record.text("answer")
-    found = list(_FINAL.finditer(worked))
-    if not found:
-        raise ConfigError(f"{record.where}: column 'answer' does not end with '#### <number>'")
-    answer = found[-1][1].replace(",", "").rstrip(".")
-    solution = _CALCULATION.sub("", worked[: found[-1].start()]).strip()
+    worked, mark, final = record.text("answer").rpartition("####")
+    found = _NUMBER.fullmatch(final.strip())
+    if not mark or not found:
+        raise ConfigError(
+            f"{record.where}: column 'answer' does not end with '#### <number>' but with {(mark + final).strip()[-60:]!r};"
+            " write one decimal number there, or read the file with `name: rows`"
+        )
+    answer = found[1].replace(",", "")
+    solution = _CALCULATION.sub("", worked).strip()
     return Row(
         id=record.id,
         messages=chat(record.text("question"), 0, system, instruction, record.where),

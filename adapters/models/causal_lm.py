@@ -62,7 +62,7 @@ class CausalLM:
         ConfigError names a row with images.
         """
         token_ids = self._template_ids(row)
-        return Prompt(row, token_ids, token_ids)
+        return Prompt(row, token_ids, token_ids, text=self._template_text(row))
 
     def encode_response(self, text: str) -> list[int]:
         """The tokens of a whole response: the text, then the token that ends a turn."""
@@ -110,12 +110,15 @@ class CausalLM:
 
     def _template_ids(self, row: Row) -> list[int]:
         """The prompt's tokens, an image as one placeholder."""
+        bare = self.processor.chat_template is None
+        return self.tokenizer(self._template_text(row), add_special_tokens=bare)["input_ids"]
+
+    def _template_text(self, row: Row) -> str:
         messages = self._messages(row)
         template = self.processor.chat_template
         if template is None:
-            return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return "\n".join(message["content"] for message in messages)
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
 
     def _messages(self, row: Row) -> list[Mapping[str, Any]]:
         """The row's messages as the chat template wants them: for text families each content is one string."""

@@ -37,7 +37,7 @@ class Qwen2_5_VL(CausalLM):
         """
         engine_token_ids = self._template_ids(row)
         if not row.images:
-            return Prompt(row, engine_token_ids, engine_token_ids)
+            return Prompt(row, engine_token_ids, engine_token_ids, text=self._template_text(row))
         processor = self.processor.image_processor
         counts = self._image_tokens(row)
         vision = processor(images=list(row.images), return_tensors="pt")
@@ -53,6 +53,7 @@ class Qwen2_5_VL(CausalLM):
             row, token_ids, engine_token_ids,
             vision={"pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]},
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
+            text=self._template_text(row),
         )
 
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:

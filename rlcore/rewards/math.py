@@ -3,66 +3,88 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| )")
-_NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+from rlcore.rewards.bounded import Bounded
+from rlcore.rewards.numbers import last_number, number, only_number
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?: *(\{)| |$)")
+_ANY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*(\{)|(?![A-Za-z]))")
+_COMMENT = re.compile(r"(?<=\d)\s+\((?=[^()]*[A-Za-z])[^()]*\)\s*$")  # 42 (since 6*7=42)
+_DENIED = re.compile(r"\b(?:not|isn't)\s+\\?\$?[-\u2212]?\d[\d.,]*")
 _FINAL = re.compile(r"####\s*(.+)")
 _REMOVED = ("\n", r"\!", r"\left", r"\right", r"^{\circ}", r"^\circ", r"\$")
+_SYMBOLIC = Bounded("rlcore.rewards.symbolic")
 
 
 def math(response: str, answer: str, fields: Mapping[str, Any]) -> float:
     """1.0 when the last box of the response equals the answer after `strip_string`, else 0.0.
 
-    The rule of the MATH data set (Hendrycks et al., arXiv 2103.03874).
+    The rule of the MATH data set (Hendrycks et al., arXiv 2103.03874), to the letter: docs/rewards.md says where it errs.
     """
     content = last_boxed(response)
     return float(content is not None and strip_string(content) == strip_string(answer))
 
 
 def math_verify(response: str, answer: str, fields: Mapping[str, Any], *, timeout_seconds: NonNegativeInt = 5) -> float:
-    """1.0 when the last box of the response (the whole of it where there is none) equals the answer symbolically, else 0.0.
+    """1.0 when the response's `final_answer` (the whole of it where there is none) equals the answer symbolically, else 0.0.
 
-    Equality of the strings is tried first, then the math-verify package. TimeoutError after `timeout_seconds` (0 is off;
-    outside the main thread there is no limit, as the package's clock is a signal).
+    The rules are in `rlcore.rewards.symbolic`. TimeoutError after `timeout_seconds` (0 is no limit).
     """
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    content = last_boxed(response)
-    if content is not None and strip_string(content) == strip_string(answer):
-        return 1.0
-    limit = timeout_seconds if threading.current_thread() is threading.main_thread() else 0
-    try:
-        gold = parse(_boxed(answer), parsing_timeout=limit, raise_on_error=True)
-        given = _attempt(parse, response if content is None else _boxed(content), parsing_timeout=limit)
-        return float(bool(given) and bool(_attempt(verify, gold, given, timeout_seconds=limit)))
-    except TimeoutException:
-        raise TimeoutError(f"comparing with the answer {answer!r} took longer than {timeout_seconds} s") from None
+    given = final_answer(response)
+    function, text = ("says", _DENIED.sub("", response)) if given is None else ("equal", given)
+    return float(_symbolic(function, text, answer, timeout_seconds))
 
 
 def gsm8k(
-    response: str, answer: str, fields: Mapping[str, Any], *, extract: Literal["flexible", "strict"] = "flexible"
+    response: str, answer: str, fields: Mapping[str, Any], *, extract: Literal["flexible", "strict"] = "flexible",
+    timeout_seconds: NonNegativeInt = 5,
 ) -> float:
-    """1.0 when the response's number equals the answer's, else 0.0; commas, $, % and trailing zeros do not matter.
+    """1.0 when the response's number equals the answer's, else 0.0; how the number is written does not matter.
 
-    The number is read from the last box, else from the last `#### N`, else (flexible) it is the last number of the text. strict
-    wants the box or line to hold the number alone. ValueError when the answer is no number.
+    It is read from the `final_answer`, else (flexible) it is the last number of the text. strict wants nothing beside it;
+    flexible takes words and units, and compares an expression as `math_verify` does. ValueError when the answer is no number
+    (nor several between commas), TimeoutError as `math_verify`.
     """
-    expected = number(answer)
-    if expected is None:
+    expected, given = number(answer), final_answer(response)
+    if expected is None and None in map(number, answer.split(",")):
         raise ValueError(f"the answer {answer!r} is not a number")
-    found = _final_number(response, extract == "flexible")
-    return float(found is not None and found == expected)
+    if extract == "strict":
+        return float(given is not None and expected is not None and number(given) == expected)
+    if given is None:
+        return float(expected is not None and last_number(_DENIED.sub("", response)) == expected)
+    found = None if "%" in given + answer else only_number(given)
+    if found is not None and expected is not None:
+        return float(found == expected)
+    return float(_symbolic("equal", given, answer, timeout_seconds))
+
+
+def final_answer(response: str) -> str | None:
+    """What the `last_box` holds, else what stands behind the last `####`; None without either."""
+    box = last_box(response)
+    if box is not None:
+        return box
+    lines = _FINAL.findall(response)
+    return _COMMENT.sub("", lines[-1]) if lines else None
+
+
+def last_box(response: str) -> str | None:
+    """The content of the last \\boxed, \\fbox or \\framebox, however it is spaced; None without one.
+
+    The empty text, which equals nothing, when it never closes: an earlier box is not the answer.
+    """
+    boxes = list(_ANY_BOX.finditer(response))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    return (_balanced(response, start) or "") if boxes[-1][1] else re.split(r"[$\n]", response[start:], maxsplit=1)[0].strip()
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} or \\fbox{...}; of `\\boxed x`, what stands before the next `$`.
+    """The content of the last \\boxed{...} or \\fbox{...} by MATH's rule; of `\\boxed x`, what stands before the next `$`.
 
     None without a box, or when the last one never closes. Escaped braces do not count.
     """
@@ -70,7 +92,7 @@ def last_boxed(text: str) -> str | None:
     if not boxes:
         return None
     start = boxes[-1].end()
-    return _balanced(text, start) if boxes[-1][1] else text[start:].split("$")[0].strip()
+    return _balanced(text, start) if boxes[-1][1] else text[start:].split("$")[0].strip() or None
 
 
 def strip_string(text: str) -> str:
@@ -95,13 +117,6 @@ def strip_string(text: str) -> str:
     return re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", text)
 
 
-def number(text: str) -> Decimal | None:
-    """The value of a text that is one number, whatever its commas, dollar or percent sign and final dots; else None."""
-    text = text.strip().rstrip(".").removesuffix("%").removesuffix("\\").strip()
-    found = _NUMBER.fullmatch(text.replace("\\$", "$"))
-    return _value(found[0]) if found else None
-
-
 def _balanced(text: str, start: int) -> str | None:
     """What stands between the brace opened just before `start` and its partner."""
     depth = 1
@@ -112,27 +127,10 @@ def _balanced(text: str, start: int) -> str | None:
     return None
 
 
-def _boxed(content: str) -> str:
-    return f"\\boxed{{{content}}}"
-
-
-def _attempt(function: Any, *arguments: Any, **options: Any) -> Any:
-    """None when sympy cannot make sense of a response: it is wrong, not an error. A timeout, no Exception, passes."""
+def _symbolic(function: str, given: str, answer: str, seconds: int) -> bool:
+    if not given.strip():
+        return False
     try:
-        return function(*arguments, raise_on_error=True, **options)
-    except Exception:
-        return None
-
-
-def _final_number(response: str, flexible: bool) -> Decimal | None:
-    lines = _FINAL.findall(response)
-    marked = last_boxed(response) or (lines[-1] if lines else None)
-    if marked is not None:
-        numbers = _NUMBER.findall(marked)
-        return _value(numbers[0]) if flexible and len(numbers) == 1 else number(marked)
-    numbers = _NUMBER.findall(response) if flexible else []
-    return _value(numbers[-1]) if numbers else None
-
-
-def _value(text: str) -> Decimal:
-    return Decimal(text.replace(",", "").replace("$", ""))
+        return _SYMBOLIC.call(function, given, answer, seconds=seconds)
+    except TimeoutError:
+        raise TimeoutError(f"comparing with the answer {answer!r} took longer than {seconds} s") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from bdb import BdbQuit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -14,9 +14,9 @@ from typing import Any
 from rlcore import registry
 from rlcore.config import RewardConfig
 from rlcore.errors import ConfigError
-from rlcore.types import Group, Row, Sample, Score
+from rlcore.types import Group, Prompt, Sample, Score
 
-RewardFunction = Callable[[str, str, Mapping[str, Any]], float]
+RewardFunction = Callable[..., float]  # (response, answer, fields), and prompt=text where it has such a parameter
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Term:
     name: str
     weight: float
     function: RewardFunction
+    wants_prompt: bool = False  # as the model was given it, a keyword argument
 
 
 class RewardFunctions:
@@ -40,13 +41,14 @@ class RewardFunctions:
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One score a sample, in order. Status "timeout" where a function raised TimeoutError, "error" for all else."""
-        return [[self._score(sample, group.prompt.row) for sample in group.samples] for group in groups]
+        return [[self._score(sample, group.prompt) for sample in group.samples] for group in groups]
 
-    def _score(self, sample: Sample, row: Row) -> Score:
-        parts: dict[str, float] = {}
+    def _score(self, sample: Sample, prompt: Prompt) -> Score:
+        row, parts = prompt.row, dict[str, float]()
         for term in self.terms:
+            given = {"prompt": prompt.text} if term.wants_prompt else {}
             try:
-                parts[term.name] = _number(term.function(sample.text, row.answer, row.fields))
+                parts[term.name] = _number(term.function(sample.text, row.answer, row.fields, **given))
             except BdbQuit:  # who looks into a reward has had enough
                 raise
             except Exception as error:
@@ -60,8 +62,9 @@ def _term(config: RewardConfig, key: str) -> Term:
     dotted = "." in config.name
     function = registry.load_dotted(config.name, f"{key}.name") if dotted else registry.load("rewards", config.name)
     _check_shape(function, config.name, key)
-    options = registry.checked_options(function, config.options, f"{key}.options.", given=3)
-    return Term(config.name, config.weight, partial(function, **options))
+    options = registry.checked_options(function, config.options, f"{key}.options.", given=3, handed=("prompt",))
+    wants_prompt = "prompt" in list(inspect.signature(function).parameters)[3:]
+    return Term(config.name, config.weight, partial(function, **options), wants_prompt)
 
 
 def _check_shape(function: Any, name: str, key: str) -> None:

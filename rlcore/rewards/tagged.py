@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from rlcore.rewards.math import number
+from rlcore.rewards.numbers import number
 
 OPEN, CLOSE = "<answer>", "</answer>"
 
