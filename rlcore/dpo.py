@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlcore import checkpoint
 from rlcore.backend import Backend
+from rlcore.chat import check_opening
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.errors import ConfigError
@@ -46,12 +47,15 @@ def train(
 
 
 def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
-    """ConfigError names the first row without a preferred or a rejected response, with equal ones, or too long for one pass."""
+    """ConfigError names the first row without a preferred or a rejected response, with one that repeats what the chat template
+    writes before it, with equal ones, or too long for one pass."""
     adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
     for row in rows:
-        if not row.target or not row.rejected:
-            missing = "preferred" if not row.target else "rejected"
-            raise ConfigError(f"{row.id}: no {missing} response; name the columns in data.train.options (target, rejected)")
+        opening = adapter.opening(row)
+        for name, text in (("preferred", row.target), ("rejected", row.rejected)):
+            if not text or not text.strip():
+                raise ConfigError(f"{row.id}: no {name} response; name the columns in data.train.options (target, rejected)")
+            check_opening(opening, text, row.id, f"{name} response")
         if row.target == row.rejected:
             raise ConfigError(f"{row.id}: the preferred and the rejected response are the same; remove the row")
         responses = [len(adapter.encode_response(text)) - 1 for text in (row.target, row.rejected)]

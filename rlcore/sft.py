@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlcore import checkpoint, metrics
 from rlcore.backend import Backend
+from rlcore.chat import check_opening
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
@@ -59,11 +60,13 @@ def result(folder: Path | None) -> Path | None:
 
 
 def check_targets(rows: Sequence[Row], policy: Policy) -> None:
-    """ConfigError names the first row that has no target, or one that no forward pass can hold."""
+    """ConfigError names the first row without a target, with one that no forward pass can hold, or that repeats what the chat
+    template writes before it."""
     adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
     for row in rows:
-        if not row.target:
+        if not row.target or not row.target.strip():
             raise ConfigError(f"{row.id}: no target to imitate; name the target column in data.train.options or remove sft")
+        check_opening(adapter.opening(row), row.target, row.id, "target")
         tokens = adapter.prompt_length(row) + len(adapter.encode_response(row.target)) - 1
         if tokens > cap:
             raise ConfigError(
