@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcore import registry
 from rlcore.chat import PLACEHOLDER, conversation
 from rlcore.config import DatasetConfig
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, PluginError, RlcoreError
 from rlcore.images import check_pictures, pictures
 from rlcore.records import Record, check_text, read_records
 from rlcore.types import Prompt, Row
@@ -38,10 +39,7 @@ def load_rows(config: DatasetConfig, key: str = "data.train") -> list[Row]:
     one row."""
     function = registry.load_dotted(config.name, key) if "." in config.name else registry.load("datasets", config.name)
     options = registry.checked_options(function, config.options, f"{key}.options.", given=1)
-    made = function(None if config.path is None else Path(config.path), **options)
-    if not isinstance(made, Iterable):
-        raise ConfigError(f"{key}: {config.name!r} gave a {type(made).__name__}; a data set is a list of rlcore.types.Row")
-    found = list(made)[: config.max_rows]
+    found = _made(function, config, options, key)[: config.max_rows]
     if not found:
         raise ConfigError(f"{key}: {config.name!r} holds no rows")
     for row in found:
@@ -158,6 +156,17 @@ def _row(
         images=shown,
         fields=record.without(prompt, answer, target, rejected, images, id),
     )
+
+
+def _made(function: Callable[..., Iterable[Row]], config: DatasetConfig, options: Mapping[str, Any], key: str) -> list[Row]:
+    """What the function gives; PluginError with the place where it failed."""
+    try:
+        return list(function(None if config.path is None else Path(config.path), **options))
+    except RlcoreError:
+        raise
+    except Exception as error:
+        place = extract_tb(error.__traceback__)[-1]
+        raise PluginError(f"{key}: {config.name!r} failed: {error!r} ({place.filename}:{place.lineno})") from error
 
 
 def _check_unshown(record: Record, messages: Sequence[Any], images: str | None) -> None:

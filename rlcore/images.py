@@ -121,12 +121,15 @@ def _open_image(value: Any, where: str, folder: Path) -> Image.Image:
 
 
 def _image_bytes(value: Any, where: str, folder: Path) -> bytes:
+    what = f"an object of {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: an image is bytes, a path, base64 or {{bytes, path}}, this is a {type(value).__name__}")
+        raise ConfigError(f"{where}: an image is bytes, a path, base64 or {{bytes, path}}, this is {what}")
+    if value.startswith(("http://", "https://")):
+        raise ConfigError(f"{where}: {value[:80]!r} is a web address, and none is fetched; download the images and give paths")
     if value.startswith("data:"):
         return _base64(value.partition(",")[2], where, "the data URL")
     if len(value) < 4096 and (Path(value).suffix or (folder / value).is_file()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -120,7 +121,9 @@ def _read_json(file: Path) -> Iterator[Record]:
                 if line.strip():
                     where = f"{file.name}:{number}"
                     yield _record(where, file, number, _parse(line, where))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}; save it as UTF-8") from None
+    except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
 
 
@@ -131,9 +134,21 @@ def _read_list(file: Path, text: str) -> Iterator[Record]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
-        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+        raise ConfigError(f"{where}: not valid JSON: {error}; a line holds one object; a .json file may be one list") from None
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"{_twice(name for name, _ in pairs)!r} stands twice in an object")
+    return values
+
+
+def _twice(names: Iterable[str]) -> str:
+    """The most frequent."""
+    return Counter(names).most_common(1)[0][0]
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
@@ -142,7 +157,11 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{file}: two columns are called {_twice(names)!r}; rename one")
+        for batch in table.iter_batches(batch_size=256):
             for values in _widened(batch).to_pylist():
                 number += 1
                 yield _record(f"{file.name} row {number}", file, number, values)

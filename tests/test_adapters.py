@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from run_files import settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -17,12 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlcore import lora, sharding
-from rlcore.config import ModelConfig
+from rlcore.config import ModelConfig, RunConfig
+from rlcore.dpo import check_pairs
 from rlcore.errors import ConfigError
 from rlcore.images import Pictures
 from rlcore.models import adapter_for, resolve
 from rlcore.packing import microbatches
+from rlcore.sft import check_targets
 from rlcore.types import Batch, Group, Prompt, Row, Sample
+from rlcore.worker import Policy
 
 TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
 MODELS = (*TEXT_MODELS, "tiny_qwen2_5_vl")
@@ -491,3 +495,45 @@ def test_the_prompt_length_asks_for_no_image(models, monkeypatch):
 
 def never(source):
     raise AssertionError("an image was made")
+
+
+@pytest.fixture
+def policy(models, backend, tmp_path):
+    """Of a model whose generation prompt opens a tag."""
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "thinking")
+    template = tmp_path / "thinking" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    return Policy(RunConfig.model_validate(settings(tmp_path / "thinking")), backend)
+
+
+def pair(target: str | None, rejected: str | None = None) -> Row:
+    return Row("a:7", text_row().messages, target=target, rejected=rejected)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>two</think> 2", r"a:7: the {} begins with '<think>', with which the chat template's generation prompt ends"),
+        ("two</think> 2<|im_end|>", r"a:7: the {} holds token 2, which ends a response, before its end"),
+        (" \n", r"a:7: no {}"),
+        (None, r"a:7: no {}"),
+    ],
+)
+def test_a_response_that_no_model_would_write_is_refused(text, said, policy):
+    good = "two</think> 2"
+    check_targets([pair(good)], policy)
+    check_pairs([pair(good, "three</think> 3")], policy)
+    with pytest.raises(ConfigError, match=said.format("target")):
+        check_targets([pair(good), pair(text)], policy)
+    with pytest.raises(ConfigError, match=said.format("preferred response")):
+        check_pairs([pair(text, good)], policy)
+    with pytest.raises(ConfigError, match=said.format("rejected response")):
+        check_pairs([pair(good, text)], policy)
+
+
+def test_freezing_everything_leaves_nothing_to_train(models, backend):
+    folder = made("tiny_llama", models)[0]
+    frozen = {"model": {"path": str(folder), "freeze": ["model"]}}
+    policy = Policy(RunConfig.model_validate(settings(folder) | frozen), backend)
+    with pytest.raises(ConfigError, match=r"model\.freeze: model is every weight: nothing is left to train; name fewer"):
+        policy.trainable(policy.load(folder))

@@ -19,7 +19,7 @@ from rlcore import registry
 from rlcore.chat import chat, check_opening, conversation
 from rlcore.config import DatasetConfig
 from rlcore.data import Prompts, PromptSource, encode_all, load_rows, rows
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, PluginError
 from rlcore.images import Pictures, decode_image, sizes
 from rlcore.records import read_records
 from rlcore.types import Prompt, Row
@@ -97,6 +97,8 @@ def test_a_folder_is_read_in_the_order_of_its_file_names(tmp_path):
         ("rows.parquet", b"PAR?", r"rows\.parquet: not a readable parquet file"),
         ("rows.jsonl", b"\n\n", r"rows\.jsonl: holds no rows"),
         ("rows.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"rows\.jsonl:1: not valid JSON: Exceeds the limit"),
+        ("rows.jsonl", b'{"a": 1, "a": 2}', r"rows\.jsonl:1: not valid JSON: 'a' stands twice in an object"),
+        ("rows.jsonl", '{"a": "é"}'.encode("latin-1"), r"rows\.jsonl: cannot be read: .*; save it as UTF-8"),
         ("rows.jsonl", b'{"a": ' + b"[" * 100_000, r"rows\.jsonl:1: not valid JSON: maximum recursion"),
     ],
 )
@@ -105,6 +107,13 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         list(read_records(tmp_path / name))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pyarrow.array(["x"])] * 3
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "answer", "answer"]), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"x\.parquet: two columns are called 'answer'; rename one"):
+        rows(tmp_path / "x.parquet")
 
 
 def test_a_folder_of_two_kinds_or_none_is_named(tmp_path):
@@ -318,7 +327,8 @@ def test_other_modes_become_rgb(mode, colour, shown, tmp_path):
         ("gone.png", "no image file .*gone.png"),
         ("data:image/png;base64,???", "the data URL does not hold valid base64"),
         ("words?", "'words\\?' is no file in .*, and does not hold valid base64"),
-        ({"bytes": None, "path": None}, "an image is bytes, a path"),
+        ({"bytes": None, "path": None}, "an image is bytes, a path, .* this is an object of bytes, path"),
+        ("https://example.org/a.png", "'https://example.org/a.png' is a web address, and none is fetched"),
         (5, "this is a int"),
     ],
 )
@@ -389,7 +399,6 @@ def test_repeated_ids_are_named(tmp_path):
     ("made", "said"),
     [
         ([{"prompt": "x"}], "gave a dict; a data set is a list of rlcore.types.Row"),
-        (None, "gave a NoneType; a data set is a list of rlcore.types.Row"),
         ([Row("a", ASKED, answer=2)], ": answer of the row 'a' is a int; it must be a text"),
         ([Row(7, ASKED)], ": id of the row 7 is a int; it must be a text"),
         ([Row("a", ASKED, target="\ud83d")], r": target of the row 'a' holds \\ud83d, half of a surrogate pair"),
@@ -400,6 +409,15 @@ def test_rows_that_a_function_of_ones_own_makes_wrong_are_named(made, said, monk
     monkeypatch.setattr(registry, "load", lambda group, name: lambda path: made)
     with pytest.raises(ConfigError, match=f"data.train: 'own' ?{said}"):
         load_rows(DatasetConfig(name="own"))
+
+
+def failing_rows(path):
+    return [Row(str(number), ASKED) for number in (0, 1 / 0)]
+
+
+def test_a_function_of_ones_own_that_fails_is_named_with_the_place():
+    with pytest.raises(PluginError, match=r"data\.eval: '.*failing_rows' failed: ZeroDivisionError.* \(.*test_data\.py:\d+\)$"):
+        load_rows(DatasetConfig(name=f"{__name__}.failing_rows"), "data.eval")
 
 
 def no_rows(path):
