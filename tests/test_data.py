@@ -14,13 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from run_files import write
 
-from rlcore import registry
+from rlcore import cli, registry
 from rlcore.chat import chat, check_opening, conversation
-from rlcore.config import DatasetConfig
+from rlcore.config import DatasetConfig, ModelConfig
 from rlcore.data import Prompts, PromptSource, encode_all, load_rows, rows
 from rlcore.errors import ConfigError, PluginError
 from rlcore.images import Pictures, decode_image, sizes
+from rlcore.models import resolve
 from rlcore.records import read_records
 from rlcore.types import Prompt, Row
 
@@ -520,3 +522,18 @@ def test_a_response_that_repeats_the_end_of_the_template_is_refused(opening, tex
 )  # fmt: skip
 def test_a_response_that_only_looks_like_the_end_of_the_template_is_not(opening, text):
     check_opening(opening, text, "a:1", "target")
+
+
+def test_a_plan_tells_the_rows_that_are_too_long(models, tmp_path, capsys):
+    short, long = {"prompt": "1+1?", "answer": "2"}, {"prompt": "long " * 100, "answer": "2"}
+    data = {
+        "train": {"path": str(jsonl(tmp_path, short, short))}, "max_prompt_tokens": 64,
+        "eval": {"path": str(jsonl(tmp_path, short, long, short, long, name="held.jsonl"))},
+    }  # fmt: skip
+    file = write(tmp_path, resolve(ModelConfig(path="tiny_llama"), models), data=data, evaluation={"every": 1})
+    assert cli.main(["plan", str(file)]) == 0
+    said = dict(re.findall(r"^(\w+ rows) +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert said["training rows"] == "2"
+    assert said["evaluation rows"] == "2 (2 more are longer than data.max_prompt_tokens and dropped)"
+    assert cli.main(["plan", str(file), "data.long_prompts=refuse"]) == 2
+    assert "held:2: 411 prompt tokens, the limit data.max_prompt_tokens is 64 (2 of 4 rows" in capsys.readouterr().err
