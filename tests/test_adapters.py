@@ -440,10 +440,11 @@ def test_a_broken_generation_config_is_named(models, tmp_path):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
     shutil.copytree(made("tiny_llama", models)[0], tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
-    tokenizer.add_tokens(["<extra_a>", "<extra_b>"])
-    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"up to token 577 \('<extra_b>'\), the model's 576 embedding rows to 575; give the"):
-        adapter_for(tmp_path / "model", ModelConfig(path="model"))
+    for last, token in ((576, "<extra_a>"), (577, "<extra_b>")):
+        tokenizer.add_tokens([token])
+        tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+        with pytest.raises(ConfigError, match=rf"up to token {last} \('{token}'\), the model's 576 embedding rows to 575; give"):
+            adapter_for(tmp_path / "model", ModelConfig(path="model"))
 
 
 def test_an_embedding_may_have_rows_without_a_token(models, tmp_path):
