@@ -443,7 +443,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
     for last, token in ((576, "<extra_a>"), (577, "<extra_b>")):
         tokenizer.add_tokens([token])
         tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
-        with pytest.raises(ConfigError, match=rf"up to token {last} \('{token}'\), the model's 576 embedding rows to 575; give"):
+        with pytest.raises(ConfigError, match=rf"up to token {last} \('{token}'\), the model's 576 embedding rows to 575"):
             adapter_for(tmp_path / "model", ModelConfig(path="model"))
 
 
