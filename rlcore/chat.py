@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,13 @@ def conversation(
     """Chat messages with the system text first, the instruction after the last text, and one image part an image.
 
     Every `<image>` in a text becomes an image part; without any, the images come first in the first user message.
-    ConfigError when their number is not `images`. Content without images is plain text.
+    ConfigError when their number is not `images`, and for messages that leave the assistant nothing to answer. Where there are
+    no images, or the messages have image parts already, `<image>` is text. Content without images is plain text.
     """
     parts = [_parts(message, where) for message in messages]
+    _check_turns(messages, parts, images, system, where)
+    if images and not any(_is_image(part) for content in parts for part in content):
+        parts = [[piece for part in content for piece in _split(part["text"])] for content in parts]
     if instruction:
         parts[-1] = _instruct(parts[-1], instruction)
     if not any(_is_image(part) for content in parts for part in content):
@@ -37,23 +42,63 @@ def conversation(
     return start + [{"role": message["role"], "content": _content(part)} for message, part in zip(messages, parts, strict=True)]
 
 
+def check_opening(opening: str, text: str, where: str, what: str) -> None:
+    """ConfigError for a response that begins with what the chat template's `opening` ends with, a tag or a turn's header: the
+    model would learn to write it twice."""
+    if twice := _repeated(opening.rstrip(), text.lstrip()):
+        raise ConfigError(
+            f"{where}: the {what} begins with {twice!r}, with which the chat template's generation prompt ends: it would be"
+            " there twice; remove it from the data, or from the chat template in the model's folder"
+        )
+
+
+def _repeated(opening: str, text: str) -> str:
+    """The longest start of the text that the opening ends with and that is a mark: whole words, three letters in a row, and a
+    sign. `<think>` and `Assistant:` are marks, `A`, `12` and `assistant` may be anything."""
+    for size in range(min(len(opening), len(text)), 0, -1):
+        start = text[:size]
+        whole = _between_words(opening, len(opening) - size) and _between_words(text, size)
+        if opening.endswith(start) and whole and re.search(r"[^\W\d]{3}", start) and re.search(r"[^\w\s]", start):
+            return start
+    return ""
+
+
+def _between_words(text: str, place: int) -> bool:
+    return not re.match(r"\w\w", text[max(place - 1, 0) : place + 1])
+
+
+def _check_turns(
+    messages: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[Any]], images: int, system: str | None, where: str
+) -> None:
+    """ConfigError when the last message is the assistant's or says nothing, or when there are two system texts."""
+    if not messages:
+        raise ConfigError(f"{where}: the prompt is a list without messages; fill it or remove the row")
+    if messages[-1]["role"] == "assistant":
+        remedy = "end it with the user's, and keep the assistant's answer in a column of its own (target)"
+        raise ConfigError(f"{where}: the prompt ends with the assistant's message, which leaves nothing to answer; {remedy}")
+    if not images and not any(_is_image(part) or part["text"].strip() for part in parts[-1]):
+        raise ConfigError(f"{where}: the last message of the prompt is empty; fill it or remove the row")
+    if system and messages[0]["role"] == "system":
+        raise ConfigError(f"{where}: the prompt has a system message of its own; remove it or the data set's option system")
+
+
 def _parts(message: Any, where: str) -> list[dict[str, str]]:
     """The content of a message as text and image parts."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ConfigError(f"{where}: a chat message is an object with role and content, this is {str(message)[:80]!r}")
     content = message.get("content")
     if isinstance(content, str):
-        return _split(content)
+        return [{"type": "text", "text": content}]
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        return [piece for part in content for piece in _split_part(part, where)]
+        return [_part(part, where) for part in content]
     raise ConfigError(f"{where}: the content of a message is a text or a list of parts, this is {str(content)[:80]!r}")
 
 
-def _split_part(part: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+def _part(part: Mapping[str, Any], where: str) -> dict[str, str]:
     if part.get("type") == "image":
-        return [{"type": "image"}]
+        return {"type": "image"}
     if part.get("type") == "text" and isinstance(part.get("text"), str):
-        return _split(part["text"])
+        return {"type": "text", "text": part["text"]}
     raise ConfigError(f"{where}: a message's part is {{type: text, text: ...}} or {{type: image}}, this is {str(part)[:80]!r}")
 
 

@@ -227,11 +227,10 @@ def _show(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = _load(options)
-    _prepared(config)
+    backend = _prepared(config)
     from rlcore import plan
-    from rlcore.data import load_rows
 
-    print(plan.describe(config, len(load_rows(config.data.train))))
+    print(plan.describe(config, *plan.read(config, backend)))
 
 
 def _train(module: str, options: argparse.Namespace) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcore import registry
-from rlcore.chat import conversation
+from rlcore.chat import PLACEHOLDER, conversation
 from rlcore.config import DatasetConfig
-from rlcore.errors import ConfigError
-from rlcore.images import pictures
-from rlcore.records import Record, read_records
+from rlcore.errors import ConfigError, PluginError, RlcoreError
+from rlcore.images import check_pictures, pictures
+from rlcore.records import Record, check_text, read_records
 from rlcore.types import Prompt, Row
 
 if TYPE_CHECKING:
@@ -34,12 +35,16 @@ def rows(
 
 
 def load_rows(config: DatasetConfig, key: str = "data.train") -> list[Row]:
-    """The rows a run file asks for. `key` is the section, for messages; ids are unique and there is at least one row."""
+    """The rows a run file asks for. `key` is the section, for messages; ids are unique, images decode, and there is at least
+    one row."""
     function = registry.load_dotted(config.name, key) if "." in config.name else registry.load("datasets", config.name)
     options = registry.checked_options(function, config.options, f"{key}.options.", given=1)
-    found = list(function(None if config.path is None else Path(config.path), **options))[: config.max_rows]
+    found = _made(function, config, options, key)[: config.max_rows]
     if not found:
         raise ConfigError(f"{key}: {config.name!r} holds no rows")
+    for row in found:
+        _check_row(row, f"{key}: {config.name!r}")
+    check_pictures(row.images for row in found)
     name, count = Counter(row.id for row in found).most_common(1)[0]
     if count > 1:
         raise ConfigError(f"{key}: {count} rows have the id {name!r}; ids must be unique")
@@ -69,8 +74,11 @@ def fitting(
 class Prompts(Sequence[Prompt]):
     """Rows as one model reads them, in order, encoded when looked at; the latest `cache_bytes` of them are kept."""
 
-    def __init__(self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20) -> None:
+    def __init__(
+        self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
+    ) -> None:
         self.rows = rows
+        self.dropped_long = dropped_long  # rows that are not here because their prompt is too long
         self._adapter = adapter
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -96,8 +104,9 @@ class Prompts(Sequence[Prompt]):
 def encode_all(
     rows: Sequence[Row], adapter: Adapter, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> Prompts:
-    """Each row that fits, once, in order; for evaluation. What was dropped is len(rows) - len(result)."""
-    return Prompts(fitting(rows, adapter, max_prompt_tokens, long_prompts), adapter)
+    """Each row that fits, once, in order; for evaluation."""
+    kept = fitting(rows, adapter, max_prompt_tokens, long_prompts)
+    return Prompts(kept, adapter, dropped_long=len(rows) - len(kept))
 
 
 class PromptSource:
@@ -135,7 +144,9 @@ def _row(
 ) -> Row:
     shown = pictures(record.value(images), record.where, record.folder) if images else ()
     asked = record.value(prompt)
-    messages = asked if isinstance(asked, list) and asked else [{"role": "user", "content": record.text(prompt)}]
+    messages = asked if isinstance(asked, list) else [{"role": "user", "content": record.text(prompt)}]
+    if not shown:
+        _check_unshown(record, messages, images)
     return Row(
         id=record.text(id) if id else record.id,
         messages=conversation(messages, len(shown), system, instruction, record.where),
@@ -145,6 +156,42 @@ def _row(
         images=shown,
         fields=record.without(prompt, answer, target, rejected, images, id),
     )
+
+
+def _made(function: Callable[..., Iterable[Row]], config: DatasetConfig, options: Mapping[str, Any], key: str) -> list[Row]:
+    """What the function gives; PluginError with the place where it failed."""
+    try:
+        return list(function(None if config.path is None else Path(config.path), **options))
+    except RlcoreError:
+        raise
+    except Exception as error:
+        place = extract_tb(error.__traceback__)[-1]
+        raise PluginError(f"{key}: {config.name!r} failed: {error!r} ({place.filename}:{place.lineno})") from error
+
+
+def _check_unshown(record: Record, messages: Sequence[Any], images: str | None) -> None:
+    """ConfigError for a row without images whose prompt seems to show one: it would be read as text."""
+    texts = [message.get("content") for message in messages if isinstance(message, dict)]
+    column = images or next((name for name in ("images", "image") if record.values.get(name)), None)
+    if column is None or not any(isinstance(text, str) and PLACEHOLDER in text for text in texts):
+        return
+    problem = f"{column!r} has no image for it; fill it" if images else f"the option images does not name {column!r}; set it"
+    raise ConfigError(
+        f"{record.where}: the prompt holds {PLACEHOLDER} and {problem}, or, where the tag is meant as text, give the prompt as"
+        f" [{{role: user, content: [{{type: text, text: ...}}]}}]"
+    )
+
+
+def _check_row(row: Any, what: str) -> None:
+    """ConfigError for what a data set of one's own may make and no run can use; files are checked where they are read."""
+    if not isinstance(row, Row):
+        raise ConfigError(f"{what} gave a {type(row).__name__}; a data set is a list of rlcore.types.Row")
+    texts = {"id": row.id, "answer": row.answer, "target": row.target, "rejected": row.rejected}
+    for name, text in texts.items():
+        if not isinstance(text, str) and not (text is None and name in ("target", "rejected")):
+            raise ConfigError(f"{what}: {name} of the row {row.id!r} is a {type(text).__name__}; it must be a text")
+    for name, value in {**texts, "messages": row.messages, "fields": row.fields}.items():
+        check_text(value, f"{what}: {name} of the row {row.id!a}")
 
 
 def _size(prompt: Prompt) -> int:

@@ -14,7 +14,7 @@ from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import start
 from rlcore.protocols import Adapter
-from rlcore.sft import Task, checked, loop, written
+from rlcore.sft import Task, checked, loop, response_length, written
 from rlcore.types import Batch, Group, Prompt, Row
 from rlcore.watch import Watch
 from rlcore.worker import Policy
@@ -46,16 +46,17 @@ def train(
 
 
 def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
-    """ConfigError names the first row without a preferred or a rejected response, with equal ones, or too long for one pass."""
+    """ConfigError names the first row without a preferred or a rejected response, with one that no model would write, with
+    equal ones, or too long for one pass."""
     adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
     for row in rows:
-        if not row.target or not row.rejected:
-            missing = "preferred" if not row.target else "rejected"
-            raise ConfigError(f"{row.id}: no {missing} response; name the columns in data.train.options (target, rejected)")
+        for name, text in (("preferred", row.target), ("rejected", row.rejected)):
+            if not text or not text.strip():
+                raise ConfigError(f"{row.id}: no {name} response; name the columns in data.train.options (target, rejected)")
         if row.target == row.rejected:
             raise ConfigError(f"{row.id}: the preferred and the rejected response are the same; remove the row")
-        responses = [len(adapter.encode_response(text)) - 1 for text in (row.target, row.rejected)]
-        needed = adapter.prompt_length(row) + sum(responses)
+        named = (("preferred response", row.target), ("rejected response", row.rejected))
+        needed = adapter.prompt_length(row) + sum(response_length(row, text, name, adapter) - 1 for name, text in named)
         if needed > cap:
             raise ConfigError(
                 f"{row.id}: prompt and both responses need {needed} tokens in one forward pass, more than"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlcore import registry
 from rlcore.config import ModelConfig, nearest
 from rlcore.errors import ConfigError
+from rlcore.records import tried
 
 if TYPE_CHECKING:
     from rlcore.protocols import Adapter
@@ -35,7 +36,7 @@ def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
     if not folder.is_dir():
         known = ", ".join(sources) or "none"
         found = f"{config.path!r} is neither a folder nor an installed model source"
-        raise ConfigError(f"{section}.path: {found}; sources: {known}")
+        raise ConfigError(f"{section}.path: {found}; sources: {known}{tried(folder)}")
     if config.options:
         raise ConfigError(f"{section}.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
     _check_complete(folder, section)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from rlcore.backend import Backend
 from rlcore.config import RunConfig
+from rlcore.data import Prompts, encode_all, load_rows
+from rlcore.models import adapter_for, resolve
 from rlcore.packing import plan as microbatches
+from rlcore.worker import MODEL_CACHE
 
 CAP = "train.max_tokens_per_microbatch"
 
 
-def describe(config: RunConfig, rows: int) -> str:
+def read(config: RunConfig, backend: Backend) -> tuple[Prompts, Prompts | None]:
+    """The rows that train and those of the evaluations, as the model reads them."""
+    backend.prepare()
+    data, adapter = config.data, adapter_for(resolve(config.model, MODEL_CACHE), config.model)
+
+    def prompts(key: str) -> Prompts:
+        rows = load_rows(getattr(data, key), f"data.{key}")
+        return encode_all(rows, adapter, data.max_prompt_tokens, data.long_prompts)
+
+    return prompts("train"), prompts("eval") if config.evaluation and data.eval else None
+
+
+def describe(config: RunConfig, training: Prompts, held_out: Prompts | None) -> str:
     """Prompts, samples, optimizer steps and micro-batches, each with the arithmetic behind it."""
     train, group = config.train, config.algorithm.group_size
+    passes = train.steps * train.prompts_per_step / len(training)
     prompts = train.prompts_per_step
     longest_prompt, longest_response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     share = prompts // train.minibatches_per_step
@@ -20,14 +37,14 @@ def describe(config: RunConfig, rows: int) -> str:
     most = len(microbatches(full, cap))
     longest = longest_prompt + longest_response
     lines = [
-        ("training rows", f"{rows}"),
+        ("training rows", _rows(training)),
         ("prompts a step", f"{prompts} (train.prompts_per_step)"),
         ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
         ("optimizer steps a step", _optimizer_steps(config) + f", {share * group} samples each"),
         ("micro-batches an optimizer step", f"at most {most}{_each(ranks)}, none above {cap} tokens ({CAP})"),
         ("longest sample", f"{longest} tokens = {longest_prompt} prompt + {longest_response} response"),
         ("steps", f"{train.steps} (train.steps)"),
-        ("prompts in all", f"{train.steps * prompts} = {train.steps * prompts / rows:.2f} passes over the training rows"),
+        ("prompts in all", f"{train.steps * prompts} = {passes:.2f} passes over the training rows"),
         ("samples in all", f"{train.steps * prompts * group}"),
         ("optimizer steps in all", f"{train.steps * train.epochs_per_step * train.minibatches_per_step}"),
     ]  # fmt: skip
@@ -38,8 +55,15 @@ def describe(config: RunConfig, rows: int) -> str:
         lines.insert(0, ("warm start", f"{config.sft.steps} supervised steps x {config.sft.rows_per_step} rows = {examples}"))
     if config.evaluation:
         lines.append(("evaluation", _evaluations(config)))
+    if held_out is not None:
+        lines.append(("evaluation rows", _rows(held_out)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _rows(prompts: Prompts) -> str:
+    dropped = f" ({prompts.dropped_long} more are longer than data.max_prompt_tokens and dropped)"
+    return f"{len(prompts)}{dropped if prompts.dropped_long else ''}"
 
 
 def _optimizer_steps(config: RunConfig) -> str:

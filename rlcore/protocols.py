@@ -110,6 +110,10 @@ class Adapter(Protocol):
 
     def encode(self, row: Row) -> Prompt: ...
 
+    def opening(self, row: Row) -> str:
+        """The text between the row's last message and the response: a turn's header, and a tag that it leaves open."""
+        ...
+
     def encode_response(self, text: str) -> list[int]:
         """The tokens of a whole response, end-of-turn token included."""
         ...

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlcore import checkpoint, metrics
 from rlcore.backend import Backend
+from rlcore.chat import check_opening
 from rlcore.config import RunConfig
 from rlcore.console import Console
 from rlcore.data import PromptSource
@@ -59,17 +60,30 @@ def result(folder: Path | None) -> Path | None:
 
 
 def check_targets(rows: Sequence[Row], policy: Policy) -> None:
-    """ConfigError names the first row that has no target, or one that no forward pass can hold."""
+    """ConfigError names the first row without a target, with one that no model would write, or too long for one pass."""
     adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
     for row in rows:
-        if not row.target:
+        if not row.target or not row.target.strip():
             raise ConfigError(f"{row.id}: no target to imitate; name the target column in data.train.options or remove sft")
-        tokens = adapter.prompt_length(row) + len(adapter.encode_response(row.target)) - 1
+        tokens = adapter.prompt_length(row) + response_length(row, row.target, "target", adapter) - 1
         if tokens > cap:
             raise ConfigError(
                 f"{row.id}: prompt and target need {tokens} tokens, more than train.max_tokens_per_microbatch {cap};"
                 " raise that limit or remove the row"
             )
+
+
+def response_length(row: Row, text: str, what: str, adapter: Adapter) -> int:
+    """The tokens of a response to imitate; ConfigError when it repeats what the chat template writes before it, or goes on
+    after the end of its turn."""
+    check_opening(adapter.opening(row), text, row.id, what)
+    token_ids = adapter.encode_response(text)
+    if ends := adapter.stop_token_ids.intersection(token_ids[:-1]):
+        raise ConfigError(
+            f"{row.id}: the {what} holds token {min(ends)}, which ends a response, before its end, where it is added; remove it"
+            " from the data"
+        )
+    return len(token_ids)
 
 
 def fit(

@@ -82,6 +82,8 @@ class Policy:
             self._freeze(model, part, tower)
         if config.lora:
             model = lora.attach(model, config.lora, self.adapter.head(model), _frozen(model))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"model.freeze: {', '.join(config.freeze)} is every weight: nothing is left to train; name fewer")
         if self.config.train.gradient_checkpointing:
             _checkpoint_layers(model)
         return model

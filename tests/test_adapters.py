@@ -10,15 +10,23 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from run_files import settings
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlcore.config import ModelConfig
+from rlcore import lora, sharding
+from rlcore.config import ModelConfig, RunConfig
+from rlcore.dpo import check_pairs
 from rlcore.errors import ConfigError
+from rlcore.images import Pictures
 from rlcore.models import adapter_for, resolve
 from rlcore.packing import microbatches
+from rlcore.sft import check_targets
 from rlcore.types import Batch, Group, Prompt, Row, Sample
+from rlcore.worker import Policy
 
 TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
 MODELS = (*TEXT_MODELS, "tiny_qwen2_5_vl")
@@ -343,3 +351,198 @@ def test_a_folder_without_a_tokenizer_says_so(models, tmp_path):
         shutil.copy(folder / name, tmp_path)
     with pytest.raises(ConfigError, match=r"no usable tokenizer or processor files .*copy tokenizer\.json"):
         adapter_for(tmp_path, ModelConfig(path=str(tmp_path)))
+
+
+HEADS = {"tied": (True, False), "untied": (False, False), "tied, with a head of its own": (True, True)}
+
+
+def filled(adapter, folder: Path) -> torch.nn.Module:
+    """The outline with the folder's weights. What is tied stays so, as it does where weights are dealt over ranks."""
+    model = adapter.outline(folder, torch.float32)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        sharding.read(model, model, adapter.published_name, folder, torch.device("cpu"))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return model
+
+
+@pytest.fixture(params=HEADS)
+def headed(request, models, tmp_path):
+    """Makes a model folder by family: tied, untied, or one whose config says tied where the weights hold another head."""
+    tied, own = HEADS[request.param]
+
+    def make(name: str) -> tuple[Path, bool]:
+        folder = tmp_path / "headed"
+        shutil.copytree(resolve(ModelConfig(path=name, options={"tied": tied}), models), folder)
+        if own:
+            weights = load_file(folder / "model.safetensors")
+            embedding = weights["model.embed_tokens.weight"]
+            weights["lm_head.weight"] = embedding + torch.randn(embedding.shape, generator=seeded(0))
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder, tied and not own
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_outline_that_is_filled_is_the_loaded_model(name, headed, tmp_path):
+    folder, shared_head = headed(name)
+    adapter = adapter_for(folder, ModelConfig(path=str(folder)))
+    loaded, outline = adapter.load(folder, torch.float32), filled(adapter, folder)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(model, kind)()) for model in (outline, loaded))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ("lm_head.weight" in dict(outline.named_parameters())) is not shared_head
+    assert all((adapter.head(model) is model.get_input_embeddings().weight) is shared_head for model in (outline, loaded))
+    for number, model in enumerate((outline, loaded)):
+        saved = tmp_path / str(number)
+        lora.save_merged(model, saved)
+        again = type(model).from_pretrained(saved)
+        assert torch.equal(again.lm_head.weight, adapter.head(model))
+        assert again.config.tie_word_embeddings is shared_head
+
+
+def test_an_embedding_stored_twice_is_tied(models, tmp_path):
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "twice")
+    weights = load_file(tmp_path / "twice" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "twice" / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_for(tmp_path / "twice", ModelConfig(path="twice"))
+    for model in (adapter.load(tmp_path / "twice", torch.float32), adapter.outline(tmp_path / "twice", torch.float32)):
+        assert adapter.head(model) is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"eos_token_id": [2, 0], "temperature": 0.6, "top_p": 0.9, "do_sample": false}',  # transformers does not save this
+        '{"eos_token_id": [2, 0],\n "do_sample": true, "temperature": 0.6, "of_another_program": 1}',
+        None,
+    ],
+)
+@pytest.mark.parametrize("way", ["load", "outline"])
+def test_the_generation_config_is_saved_as_it_came(way, text, models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(made("tiny_llama", models)[0], folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if text is not None:
+        (folder / "generation_config.json").write_text(text)
+    adapter = adapter_for(folder, ModelConfig(path="model"))
+    model = filled(adapter, folder) if way == "outline" else adapter.load(folder, torch.float32)
+    lora.save_merged(model, tmp_path / "saved")
+    adapter.save_processor(tmp_path / "saved")
+    saved = tmp_path / "saved" / "generation_config.json"
+    assert (saved.read_text() if saved.exists() else None) == text
+    assert adapter_for(tmp_path / "saved", ModelConfig(path="saved")).stop_token_ids == adapter.stop_token_ids
+
+
+def test_a_broken_generation_config_is_named(models, tmp_path):
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "model")
+    for text in ("{", "[]"):
+        (tmp_path / "model" / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"model\.path: .*generation_config\.json is not a JSON object: .*; restore"):
+            adapter_for(tmp_path / "model", ModelConfig(path="model"))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    for last, token in ((576, "<extra_a>"), (577, "<extra_b>")):
+        tokenizer.add_tokens([token])
+        tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+        with pytest.raises(ConfigError, match=rf"up to token {last} \('{token}'\), the model's 576 embedding rows to 575"):
+            adapter_for(tmp_path / "model", ModelConfig(path="model"))
+
+
+def test_an_embedding_may_have_rows_without_a_token(models, tmp_path):
+    folder, adapter = made("tiny_llama", models)
+    model = adapter.load(folder, torch.float32)
+    model.resize_token_embeddings(640)
+    model.save_pretrained(tmp_path)
+    adapter.save_processor(tmp_path)
+    assert adapter_for(tmp_path, ModelConfig(path="model")).encode(text_row()).token_ids == adapter.encode(text_row()).token_ids
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}", "No system role"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_chat_template_that_refuses_a_row_is_named_with_what_it_says(start, said, models, tmp_path):
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(start + template.read_text())
+    adapter = adapter_for(tmp_path / "model", ModelConfig(path="model"))
+    for look in (adapter.prompt_length, adapter.encode, adapter.opening):
+        with pytest.raises(ConfigError, match=rf"text: .* chat template does not take .*\(system, user\): .*{said}"):
+            look(text_row())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_opening_is_what_the_template_writes_for_the_assistant(name, models):
+    _, adapter = made(name, models)
+    assert adapter.opening(text_row()) == "<|im_start|>assistant\n"
+    assert adapter.opening(text_row("<|im_start|>assistant\n")) == "<|im_start|>assistant\n"
+
+
+def test_without_a_chat_template_there_is_no_opening(models, tmp_path):
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    assert adapter_for(tmp_path / "plain", ModelConfig(path="plain")).opening(text_row("Think. <think>")) == ""
+
+
+def test_the_prompt_length_asks_for_no_image(models, monkeypatch):
+    _, adapter = made("tiny_qwen2_5_vl", models)
+    row = image_row(2)
+    drawn = Row(row.id, row.messages, images=Pictures(never, (0, 1), SIZES[:2]))
+    assert adapter.prompt_length(drawn) == adapter.prompt_length(row)
+
+
+def never(source):
+    raise AssertionError("an image was made")
+
+
+@pytest.fixture
+def policy(models, backend, tmp_path):
+    """Of a model whose generation prompt opens a tag."""
+    shutil.copytree(made("tiny_llama", models)[0], tmp_path / "thinking")
+    template = tmp_path / "thinking" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    return Policy(RunConfig.model_validate(settings(tmp_path / "thinking")), backend)
+
+
+def pair(target: str | None, rejected: str | None = None) -> Row:
+    return Row("a:7", text_row().messages, target=target, rejected=rejected)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>two</think> 2", r"a:7: the {} begins with '<think>', with which the chat template's generation prompt ends"),
+        ("two</think> 2<|im_end|>", r"a:7: the {} holds token 2, which ends a response, before its end"),
+        (" \n", r"a:7: no {}"),
+        (None, r"a:7: no {}"),
+    ],
+)
+def test_a_response_that_no_model_would_write_is_refused(text, said, policy):
+    good = "two</think> 2"
+    check_targets([pair(good)], policy)
+    check_pairs([pair(good, "three</think> 3")], policy)
+    with pytest.raises(ConfigError, match=said.format("target")):
+        check_targets([pair(good), pair(text)], policy)
+    with pytest.raises(ConfigError, match=said.format("preferred response")):
+        check_pairs([pair(text, good)], policy)
+    with pytest.raises(ConfigError, match=said.format("rejected response")):
+        check_pairs([pair(good, text)], policy)
+
+
+def test_freezing_everything_leaves_nothing_to_train(models, backend):
+    folder = made("tiny_llama", models)[0]
+    frozen = {"model": {"path": str(folder), "freeze": ["model"]}}
+    policy = Policy(RunConfig.model_validate(settings(folder) | frozen), backend)
+    with pytest.raises(ConfigError, match=r"model\.freeze: model is every weight: nothing is left to train; name fewer"):
+        policy.trainable(policy.load(folder))

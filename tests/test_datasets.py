@@ -116,7 +116,7 @@ def test_a_math_answer_is_the_last_box_with_its_braces(tmp_path):
     assert row.answer == r"\frac{1}{2}" and row.fields == {"level": "Level 1", "type": "t"}
 
 
-@pytest.mark.parametrize("solution", ["no box", r"\boxed{never closed", r"\boxed{}"])
+@pytest.mark.parametrize("solution", ["no box", r"\boxed{never closed", r"\boxed{}", r"\boxed{ }"])
 def test_a_math_solution_without_a_box_is_named(tmp_path, solution):
     with pytest.raises(ConfigError, match=r"train\.jsonl:1: column 'solution' holds no"):
         one(tmp_path, "math_lighteval", problem="p", level="1", type="t", solution=solution)

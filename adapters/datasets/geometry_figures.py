@@ -88,7 +88,7 @@ def _row(
         messages=chat(figure.question, 1, instruction=instruction),
         answer=str(figure.answer),
         target=target,
-        images=Pictures(draw, ((figure, size),)),
+        images=Pictures(draw, ((figure, size),), ((size, size),)),
         fields={"kind": kind},
     )
 

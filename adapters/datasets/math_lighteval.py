@@ -21,7 +21,7 @@ def math_lighteval(path: Path | None, *, instruction: str = INSTRUCTION, system:
 def _row(record: Record, instruction: str, system: str | None) -> Row:
     solution = record.text("solution")
     answer = last_boxed(solution)
-    if not answer:
+    if not answer or not answer.strip():
         raise ConfigError(f"{record.where}: column 'solution' holds no \\boxed{{...}} with an answer")
     return Row(
         id=record.id,

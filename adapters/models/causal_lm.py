@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError
@@ -19,6 +20,8 @@ from rlcore.packing import Packed
 from rlcore.precision import lookup, wide_tables
 from rlcore.sequence_parallel import Slice
 from rlcore.types import Prompt, Row
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 class CausalLM:
@@ -31,7 +34,9 @@ class CausalLM:
     def __init__(self, folder: Path) -> None:
         self.processor = _open_processor(self.processor_class, folder)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.stop_token_ids = _stop_token_ids(self.tokenizer.eos_token_id, folder)
+        _check_vocabulary(self.tokenizer, folder)
+        self._generation_config = _generation_config(folder)
+        self.stop_token_ids = _stop_token_ids(self.tokenizer.eos_token_id, self._generation_config, folder)
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
@@ -39,18 +44,22 @@ class CausalLM:
             model, report = self.model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
         _check_tensors(report, folder)
-        return wide_tables(_whole_attention(model, folder))
+        return _ready(model, folder)
 
     def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """`load`, with parameters that have shapes but no memory."""
+        """`load`, with parameters that have shapes but no memory. A head that is stored beside the embedding that it should be
+        tied to, with other values, stays a head of its own, as `load` leaves it."""
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
-        model.tie_weights()
-        return wide_tables(_whole_attention(model.eval(), folder))
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if _stored_apart(folder, self.published_name(target), self.published_name(source)):
+                del model.all_tied_weights_keys[target]
+        model.tie_weights(recompute_mapping=False)
+        return _ready(model.eval(), folder)
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, without touching pixels."""
@@ -105,20 +114,38 @@ class CausalLM:
         return name
 
     def save_processor(self, folder: Path) -> None:
-        """The tokenizer (and processor) files, beside weights that `save_pretrained` wrote."""
+        """The tokenizer (and processor) files, beside weights that `save_pretrained` wrote; generation_config.json as it came,
+        or none where none came."""
         self.processor.save_pretrained(folder)
+        path = folder / GENERATION_CONFIG
+        path.unlink(missing_ok=True)
+        if self._generation_config is not None:
+            path.write_bytes(self._generation_config)
+
+    def opening(self, row: Row) -> str:
+        """What the chat template writes after the row's last message, for the assistant to go on from; empty without one."""
+        return self._template_text(row).removeprefix(self._template_text(row, generation=False))
 
     def _template_ids(self, row: Row) -> list[int]:
-        """The prompt's tokens, an image as one placeholder."""
-        bare = self.processor.chat_template is None
-        return self.tokenizer(self._template_text(row), add_special_tokens=bare)["input_ids"]
+        """The prompt's tokens, an image as one placeholder. A chat template writes the special tokens itself."""
+        text = self._template_text(row)
+        return self.tokenizer(text, add_special_tokens=self.processor.chat_template is None)["input_ids"]
 
-    def _template_text(self, row: Row) -> str:
-        messages = self._messages(row)
-        template = self.processor.chat_template
+    def _template_text(self, row: Row, generation: bool = True) -> str:
+        """The row's messages through the chat template, or a line each without one; ConfigError with what the template says."""
+        messages, template = self._messages(row), self.processor.chat_template
         if template is None:
             return "\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as error:  # a template is a program, and raises whatever it likes
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"{row.id}: the model's chat template does not take these messages ({roles}): {_one_line(error)}; change the"
+                " messages (or the data set's option system), or the template in the model's folder"
+            ) from error
 
     def _messages(self, row: Row) -> list[Mapping[str, Any]]:
         """The row's messages as the chat template wants them: for text families each content is one string."""
@@ -130,14 +157,17 @@ class CausalLM:
         return [{**message, "content": _text(message["content"])} for message in row.messages]
 
 
-def _whole_attention(model: Any, folder: Path) -> Any:
-    """ConfigError for a model whose layers see a window only."""
+def _ready(model: Any, folder: Path) -> Any:
+    """The model, able to be saved, its configuration true of its head; ConfigError when its layers see a window only."""
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         raise ConfigError(
             f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
             " your longest sample, set use_sliding_window to false in its config.json"
         )
-    return model
+    model.generation_config = GenerationConfig()  # `save_pretrained` refuses many that folders hold; see `save_processor`
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return wide_tables(model)
 
 
 def image_parts(row: Row) -> int:
@@ -165,6 +195,17 @@ def _check_tensors(report: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def _stored_apart(folder: Path, first: str, second: str, rows: int = 4096) -> bool:
+    """Whether the weight files hold both tensors, with different values. So many rows of them are read at a time."""
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    places = {name: file for file in files for name in file.keys()}
+    if not {first, second} <= places.keys():
+        return False
+    one, other = (places[name].get_slice(name) for name in (first, second))
+    starts = range(0, one.get_shape()[0], rows)
+    return not all(torch.equal(one[start : start + rows], other[start : start + rows]) for start in starts)
+
+
 def _open_processor(processor_class: Any, folder: Path) -> Any:
     try:
         return processor_class.from_pretrained(folder)
@@ -175,10 +216,29 @@ def _open_processor(processor_class: Any, folder: Path) -> Any:
         ) from error
 
 
-def _stop_token_ids(tokenizer_eos: int | None, folder: Path) -> frozenset[int]:
+def _check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """ConfigError for a tokenizer with tokens that the embedding has no row for. Rows without a token are common."""
+    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    token, last = max(tokenizer.get_vocab().items(), key=itemgetter(1))
+    if last >= rows:
+        raise ConfigError(
+            f"model.path: the tokenizer in {folder} goes up to token {last} ({token!r}), the model's {rows} embedding rows to"
+            f" {rows - 1}; give the tokenizer that the weights came with, or weights that were resized for this one"
+        )
+
+
+def _generation_config(folder: Path) -> bytes | None:
+    path = folder / GENERATION_CONFIG
+    return path.read_bytes() if path.is_file() else None
+
+
+def _stop_token_ids(tokenizer_eos: int | None, generation_config: bytes | None, folder: Path) -> frozenset[int]:
     """The tokenizer's end-of-sequence token and those of generation_config.json."""
-    path = folder / "generation_config.json"
-    listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    try:
+        listed = json.loads(generation_config or b"{}").get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        path = folder / GENERATION_CONFIG
+        raise ConfigError(f"model.path: {path} is not a JSON object: {error}; restore the model's own or remove it") from None
     listed = listed if isinstance(listed, list) else [listed]
     tokens = frozenset(token for token in (tokenizer_eos, *listed) if token is not None)
     if not tokens:

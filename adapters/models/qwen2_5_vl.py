@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rlcore.attention import NAME as PACKED_ATTENTION
 from rlcore.errors import ConfigError, RunError
+from rlcore.images import sizes
 from rlcore.packing import Packed
 from rlcore.precision import lookup
 from rlcore.sequence_parallel import Slice
@@ -141,11 +142,11 @@ class Qwen2_5_VL(CausalLM):
         """How many tokens each image takes."""
         processor = self.processor.image_processor
         counts = []
-        for index, image in enumerate(row.images):
+        for index, (width, height) in enumerate(sizes(row.images)):
             try:
-                patches = processor.get_number_of_image_patches(image.height, image.width, {})
+                patches = processor.get_number_of_image_patches(height, width, {})
             except (ValueError, ZeroDivisionError) as error:
-                size = f"{image.width}x{image.height} pixels"
+                size = f"{width}x{height} pixels"
                 raise ConfigError(f"{row.id}: image {index} ({size}) does not fit the processor: {error}") from None
             counts.append(patches // processor.merge_size**2)
         return counts
