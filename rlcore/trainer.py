@@ -115,7 +115,7 @@ def learn(
     interruption.hold()
     update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
-        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef
+        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef  # which a controller keeps above 0
     return Iteration(batch, kept.scores, outcome, sampled.replaced, sampled.receipt, update)
 
 
@@ -397,13 +397,13 @@ def outcome_of(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfi
     algorithm = config.algorithm
     flat = [score for group in scores for score in group]
     valid = torch.tensor([score.value is not None for score in flat])
-    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat])
+    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat], dtype=torch.float64)
     if algorithm.overlong_penalty:
         rewards += dapo.overlong_penalty(batch.lengths, config.rollout.max_new_tokens, algorithm) * valid
-    penalties = torch.zeros(len(batch.loss_mask))
+    penalties = torch.zeros(len(batch.loss_mask), dtype=torch.float64)
     if batch.ref_logprobs is not None and algorithm.kl_in == "reward":
         assert batch.old_logprobs is not None
-        penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator)
+        penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator).double()
     groups = torch.tensor([number for number, group in enumerate(scores) for _ in group])
     return Outcome(rewards, valid, groups, batch.lengths, penalties, batch.values)
 
