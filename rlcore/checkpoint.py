@@ -19,25 +19,38 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlcore import distributed
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RunError
 from rlcore.sharding import as_dealt, collected
 
 
 def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`."""
+    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`. RunError
+    when there is no room for it."""
     folder = run_folder / "checkpoints" / name
     draft = folder.with_name(f".{name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write(draft)
-    (draft / "state.json").write_text(json.dumps({**state, "random": random_states()}), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
-    replace_text(folder.parent / "latest", name)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        (draft / "state.json").write_text(json.dumps({**state, "random": random_states()}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        replace_text(folder.parent / "latest", name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be written: {error}; {_whole(folder.parent)}") from error
     return folder
+
+
+def _whole(checkpoints: Path) -> str:
+    """What there is to go on from when a checkpoint was not finished."""
+    pointer = checkpoints / "latest"
+    if not pointer.exists():
+        return "there is none before it; free some room and start again"
+    return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
 
 
 def latest(run_folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlcore import registry
 from rlcore.chat import conversation
-from rlcore.config import DatasetConfig
+from rlcore.config import DataConfig, DatasetConfig
 from rlcore.errors import ConfigError
 from rlcore.images import pictures
 from rlcore.records import Record, read_records
@@ -69,8 +69,11 @@ def fitting(
 class Prompts(Sequence[Prompt]):
     """Rows as one model reads them, in order, encoded when looked at; the latest `cache_bytes` of them are kept."""
 
-    def __init__(self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
+    ) -> None:
+        """`dropped_long`: rows that are not among them, because their prompts are too long."""
+        self.rows, self.dropped_long = rows, dropped_long
         self._adapter = adapter
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -96,8 +99,9 @@ class Prompts(Sequence[Prompt]):
 def encode_all(
     rows: Sequence[Row], adapter: Adapter, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> Prompts:
-    """Each row that fits, once, in order; for evaluation. What was dropped is len(rows) - len(result)."""
-    return Prompts(fitting(rows, adapter, max_prompt_tokens, long_prompts), adapter)
+    """Each row that fits, once, in order; for evaluation."""
+    fit = fitting(rows, adapter, max_prompt_tokens, long_prompts)
+    return Prompts(fit, adapter, dropped_long=len(rows) - len(fit))
 
 
 class PromptSource:
@@ -127,6 +131,17 @@ class PromptSource:
             random.Random(f"{self._seed}:{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1][offset]
+
+
+def left_out(key: str, found: Prompts | PromptSource, config: DataConfig) -> str | None:
+    """What is said of rows that are too long, if there are any; `key` is their section."""
+    dropped = found.dropped_long
+    if not dropped:
+        return None
+    return (
+        f"{key}: {dropped} of {dropped + len(found.rows)} rows are left out: their prompts are longer than"
+        f" data.max_prompt_tokens {config.max_prompt_tokens}"
+    )
 
 
 def _row(

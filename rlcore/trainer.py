@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -22,7 +24,7 @@ from rlcore.algorithms.kl import Controller, divergence
 from rlcore.backend import Backend
 from rlcore.config import AlgorithmConfig, RunConfig, SamplingConfig
 from rlcore.console import Console, grpo_line
-from rlcore.data import PromptSource, encode_all, load_rows
+from rlcore.data import Prompts, PromptSource, encode_all, left_out, load_rows
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
 from rlcore.placement import InlineReward, Placement, Scorer, results, start
@@ -33,6 +35,8 @@ from rlcore.worker import Policy
 
 T = TypeVar("T")
 EVALUATION_SEED = 1 << 40  # far from every step's
+SAMPLING = frozenset({"resharding_to_infer", "data", "image_embeds", "rollout", "reward"})
+"""Stages of drawing and scoring samples, which for the next step may happen during this one."""
 
 
 @dataclass(frozen=True)
@@ -207,17 +211,14 @@ class Evaluation:
         }
 
 
-def evaluate(
-    placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock
-) -> Evaluation:
+def evaluate(placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
     """Every held-out row once, under the evaluation's own sampling."""
     assert config.evaluation is not None
-    with clock.span("evaluate"):
-        placement.sync_weights()
-        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
-        drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
-        scored = scored_in_order(drawn, reward)
-        return Evaluation(scored.groups, scored.scores)
+    placement.sync_weights()
+    prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+    drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
+    scored = scored_in_order(drawn, reward)
+    return Evaluation(scored.groups, scored.scores)
 
 
 def train(
@@ -245,6 +246,8 @@ def train(
             placement.start_engines()
             begin()
             console.warn(policy.caution)
+            console.warn(left_out("data.train", source, config.data))
+            console.warn(left_out("data.eval", held_out, config.data) if held_out else None)
             if first:
                 sft.fit(placement, policy, policy.prompts(config.seed), warm, None, console)
                 placement.load("grpo", sft.result(warm))
@@ -258,7 +261,7 @@ class Run:
     """A run and what is known of it between two steps."""
 
     def __init__(
-        self, config: RunConfig, placement: Placement, reward: Scorer, source: PromptSource, held_out: Sequence[Prompt],
+        self, config: RunConfig, placement: Placement, reward: Scorer, source: PromptSource, held_out: Prompts | None,
         folder: Path, console: Console, interruption: Interruption, clock: metrics.Clock, done: int, kl_coef: float,
     ) -> None:
         """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
@@ -269,11 +272,13 @@ class Run:
         self.drawn = source.drawn  # prompts, after step `done`
         self.sample = Sampler(placement, reward, source, config, self.clock)
         self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
+        self.ahead_since = 0.0  # when that was begun
+        self.spans: list[metrics.Span] = []  # of the step that is under way and of the sampling ahead
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
 
     def go(self) -> None:
         """Every step from the first that is not done."""
-        self.placement.spans()  # what was loaded and warmed up before the first step is not of it
+        self._recorded()  # what was loaded and warmed up before the first step is not of it
         try:
             self.console.start("grpo", self.config.train.steps, self.done)
             if self.done == 0 and self.config.evaluation and self.config.evaluation.before:
@@ -294,6 +299,7 @@ class Run:
         config, start = self.config, time.perf_counter()
         try:
             sampled = self._sampled(number)
+            self._refuse_unscored(number, sampled)
             iteration = learn(self.placement, sampled, config, self.kl.coefficient, self.clock, self.interruption)
         except NonFinite as error:
             path = self.folder / f"nonfinite_step_{number:06d}.json"
@@ -307,21 +313,24 @@ class Run:
         if config.evaluation and self._due(config.evaluation.every, config.evaluation.at_end):
             evaluation = self._evaluation()
         if self._due(config.train.save_every, at_end=True):
-            with self.clock.span("save_checkpoint"):
+            with self._aside("save_checkpoint", SAMPLING if self.ahead else ()):
                 self._save()
         row, lines = self._row(iteration, start), [*records(iteration, config.algorithm)]
         if evaluation:
-            row, lines = row | evaluation.metrics(), [*lines, *evaluation_records(evaluation)]
+            row, lines = row | self._evaluated(evaluation), [*lines, *evaluation_records(evaluation)]
         self.sinks.write(number, row, lines)
         self.console.step(grpo_line(number, config.train.steps, row))
         self.console.show(iteration.batch.groups, iteration.scores)
         self._warn(row)
+        self.console.warn(failures([*iteration.scores, *iteration.replaced.scores]))
+        self.console.warn(failures(evaluation.scores, "evaluation: ") if evaluation else None)
 
     def _sampled(self, number: int) -> Sampled:
         """This step's samples; the next step's are begun where they may be one version behind."""
         if not self.config.placement.max_staleness:
             return self.sample(number, synced(self.placement, self.clock))
         sampled = (self.ahead or self._begun(number)).result()
+        self.ahead_since = time.perf_counter()
         self.ahead = self._begun(number + 1) if number < self.config.train.steps else None
         return sampled
 
@@ -330,18 +339,50 @@ class Run:
         receipt = synced(self.placement, self.clock)
         return begun(lambda: self.sample(number, receipt), f"sampling of step {number}")
 
+    def _refuse_unscored(self, number: int, sampled: Sampled) -> None:
+        """A step that has no score at all has nothing to learn, and neither will the next: the run stops where it is."""
+        scores = [score for group in [*sampled.kept.scores, *sampled.replaced.scores] for score in group]
+        if any(score.value is not None for score in scores):
+            return
+        if self.done > self.saved:
+            self._save()
+        raise RunError(
+            f"step {number}: the reward of each of its {len(scores)} samples failed; the first: {scores[0].detail}; mend the"
+            " reward or the rows, then go on with --resume or start again"
+        )
+
+    def _recorded(self) -> list[metrics.Span]:
+        """By every process since the last call."""
+        return [*self.clock.take(), *self.placement.spans()]
+
+    @contextmanager
+    def _aside(self, stage: str, beside: Collection[str] = ()) -> Iterator[None]:
+        """Work that is no part of a step: of what is recorded meanwhile, its own time is kept, and the stages `beside`."""
+        self.spans += self._recorded()
+        with self.clock.span(stage):
+            yield
+        self.spans += [span for span in self._recorded() if span.stage == stage or span.stage in beside]
+
     def _evaluation(self) -> Evaluation:
         """When the sampling that is under way has ended."""
+        assert self.held_out is not None
         if self.ahead:
             wait([self.ahead])
-        return evaluate(self.placement, self.reward, self.held_out, self.config, self.clock)
+        with self._aside("evaluate"):
+            return evaluate(self.placement, self.reward, self.held_out, self.config)
+
+    def _evaluated(self, evaluation: Evaluation) -> Metrics:
+        assert self.held_out is not None
+        return evaluation.metrics() | {"eval/dropped_long": float(self.held_out.dropped_long)}
 
     def _evaluate_before(self) -> None:
         evaluation = self._evaluation()
-        self.placement.spans()
-        row = evaluation.metrics() | {"timing/evaluate": sum(span.end - span.start for span in self.clock.take())}
+        spans, self.spans = self.spans, []
+        row = self._evaluated(evaluation) | {"timing/evaluate": sum(span.end - span.start for span in spans)}
         self.sinks.write(0, row, evaluation_records(evaluation))
-        self.console.say(f"before training  eval {row.get('eval/score', float('nan')):.3f} on {len(self.held_out)} rows")
+        score = f"eval {row['eval/score']:.3f}" if "eval/score" in row else "eval without a score"
+        self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
+        self.console.warn(failures(evaluation.scores, "evaluation: "))
 
     def _due(self, every: int, at_end: bool) -> bool:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.config.train.steps)
@@ -353,7 +394,7 @@ class Run:
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
         batch, outcome = iteration.batch, iteration.outcome
-        timing = metrics.timings([*self.clock.take(), *self.placement.spans()], start, time.perf_counter())
+        timing = self._timing(start)
         sampled = [*batch.groups, *iteration.replaced.groups]
         return {
             **metrics.score_metrics([*iteration.scores, *iteration.replaced.scores]),
@@ -371,6 +412,15 @@ class Run:
             **timing,
             **metrics.throughput(sampled, timing, devices=self.placement.devices),
         }
+
+    def _timing(self, start: float) -> Metrics:
+        """Of this step, to which its sampling belongs whenever it was done."""
+        parts: dict[bool, list[metrics.Span]] = {True: [], False: []}
+        for span in [*self.spans, *self._recorded()]:
+            ahead = self.ahead is not None and span.stage in SAMPLING and span.start >= self.ahead_since
+            parts[ahead].append(span)
+        self.spans = parts[True]
+        return metrics.timings(parts[False], start, time.perf_counter(), beside=self.spans)
 
     def _staleness(self, batch: Batch) -> Metrics:
         if not self.config.placement.max_staleness:
@@ -422,18 +472,38 @@ def records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str,
     batch = iteration.batch
     values = batch.sample_values(batch.advantages)
     regularized = bool(config.kl_coef or config.entropy_coef)
-    for (record, score), advantage in zip(_samples(batch.groups, iteration.scores), values, strict=True):
+    mates = [group for group in iteration.scores for _ in group]
+    for (record, score), group, advantage in zip(_samples(batch.groups, iteration.scores), mates, values, strict=True):
         reason = None
         if score.value is None:
             reason = f"reward {score.status}"
         elif config.mask_truncated and record["finish"] == "length":
             reason = "cut off at rollout.max_new_tokens"
         elif advantage == 0 and not regularized:
-            reason = "no advantage: every sample of the group scored the same"
+            reason = f"no advantage: {_equal_to(group)}"
         yield {"phase": "train", **record, "advantage": advantage, "not_trained": reason}
-    for record, _ in _samples(iteration.replaced.groups, iteration.replaced.scores):
-        reason = "no advantage: every sample of the group scored the same, so another prompt took its place"
+    mates = [group for group in iteration.replaced.scores for _ in group]
+    for (record, _), group in zip(_samples(iteration.replaced.groups, iteration.replaced.scores), mates, strict=True):
+        reason = f"no advantage: {_equal_to(group)}, so another prompt took its place"
         yield {"phase": "train", **record, "advantage": None, "not_trained": reason}
+
+
+def _equal_to(group: Sequence[Score]) -> str:
+    """What a reward was compared with when that gave it no advantage."""
+    scored = sum(score.value is not None for score in group)
+    if dapo.has_signal(group):
+        return "its reward is the mean of those it is compared with"
+    return "every sample of the group scored the same" if scored > 1 else f"{scored or 'no'} sample of the group has a score"
+
+
+def failures(scores: Sequence[Sequence[Score]], where: str = "") -> str | None:
+    """What is said of rewards that failed, if there are any."""
+    flat = [score for group in scores for score in group]
+    failed = [score for score in flat if score.value is None]
+    if not failed:
+        return None
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(score.status for score in failed).items())
+    return f"{where}{len(failed)} of {len(flat)} rewards failed ({counts}); the first: {failed[0].detail}"
 
 
 def evaluation_records(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -455,10 +525,10 @@ def _chosen(scored: Scored, wanted: Sequence[bool]) -> Scored:
     return Scored(list(compress(scored.groups, wanted)), list(compress(scored.scores, wanted)))
 
 
-def _held_out(policy: Policy) -> Sequence[Prompt]:
+def _held_out(policy: Policy) -> Prompts | None:
     data = policy.config.data
-    if policy.config.evaluation is None or data.eval is None:
-        return []
+    if data.eval is None:
+        return None
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rlcore import checkpoint, cli
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RunError
 from rlcore.interruption import Interruption
 from rlcore.metrics import Sinks
 
@@ -202,7 +202,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
         (folder / "weights").write_text("half of", encoding="utf-8")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match="step_000002 cannot be written: disk full; step_000001 is whole: free some room"):
         checkpoint.save(tmp_path, "step_000002", {"step": 2}, fail)
     assert checkpoint.latest(tmp_path).name == "step_000001"
     assert not (tmp_path / "checkpoints" / "step_000002").exists()
