@@ -13,7 +13,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlcore import distributed
-from rlcore.errors import ConfigError, RunError
+from rlcore.errors import ConfigError, RunError, Unwritten
 from rlcore.sharding import as_dealt, collected
 
 
@@ -40,9 +41,18 @@ def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
         replace_text(folder.parent / "latest", name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, Unwritten) as error:
         raise RunError(f"{folder} cannot be written: {error}; {_whole(folder.parent)}") from error
     return folder
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Says that a file could not be written as an Unwritten, which means the same in whatever process it happens."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Unwritten(str(error)) from error
 
 
 def _whole(checkpoints: Path) -> str:
@@ -55,9 +65,17 @@ def _whole(checkpoints: Path) -> str:
 
 def latest(run_folder: Path) -> Path:
     """The newest whole checkpoint; ConfigError when there is none."""
+    folder = newest(run_folder)
+    if folder is None:
+        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+    return folder
+
+
+def newest(run_folder: Path) -> Path | None:
+    """The same; None when there is none yet."""
     pointer = run_folder / "checkpoints" / "latest"
     if not pointer.exists():
-        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+        return None
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not (folder / "state.json").exists():
         raise ConfigError(f"--resume: {pointer} names {folder.name}, which is missing or not whole")

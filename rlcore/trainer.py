@@ -231,7 +231,8 @@ def train(
     if not config.reward:
         raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
     with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
-        saved = checkpoint.latest(folder) if resume else None
+        warm = folder / "sft" if config.sft else None
+        saved = _resumed(folder, warm) if resume else None
         checkpoint.seed_random_states(config.seed)
         policy = Policy(config, backend)
         source = policy.prompts(config.seed)
@@ -239,9 +240,8 @@ def train(
         if config.sft:
             sft.check_targets(source.rows, policy)
         rewards = RewardFunctions(config.reward)
-        warm = folder / "sft" if config.sft else None
         with start(policy, watch) as placement:
-            first = sft.missing(warm)
+            first = config.sft is not None and saved is None and sft.missing(warm, config.sft.steps)
             placement.load("sft" if first else "grpo", None if first else sft.result(warm))
             placement.start_engines()
             begin()
@@ -249,7 +249,7 @@ def train(
             console.warn(left_out("data.train", source, config.data))
             console.warn(left_out("data.eval", held_out, config.data) if held_out else None)
             if first:
-                sft.fit(placement, policy, policy.prompts(config.seed), warm, None, console)
+                _warm_up(placement, policy, warm, console, interruption)
                 placement.load("grpo", sft.result(warm))
             done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
             clock = metrics.Clock(watch.pulse)
@@ -530,6 +530,20 @@ def _held_out(policy: Policy) -> Prompts | None:
     if data.eval is None:
         return None
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+
+
+def _warm_up(placement: Placement, policy: Policy, folder: Path, console: Console, interruption: Interruption) -> None:
+    """From the warm start's own last checkpoint, if it has one."""
+    source = policy.prompts(policy.config.seed)
+    task = sft.imitation(placement, policy, source)
+    sft.Loop(task, placement.actor, source, policy.config, folder, console, interruption).go(checkpoint.newest(folder))
+
+
+def _resumed(folder: Path, warm: Path | None) -> Path | None:
+    """The checkpoint that the run goes on from; None when it has not left its warm start."""
+    if warm is not None and checkpoint.newest(warm) and not checkpoint.newest(folder):
+        return None
+    return checkpoint.latest(folder)
 
 
 def _restore(placement: Placement, source: PromptSource, saved: Path) -> tuple[int, float]:

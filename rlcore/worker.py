@@ -309,7 +309,7 @@ class Worker:
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        with self.residence.phase("save"):
+        with self.residence.phase("save"), checkpoint.writing():
             _there(self.actor).save(folder)
             checkpoint.save_generator(self.policy.settings.device, folder)
             if self.critic:

@@ -488,5 +488,5 @@ def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models
 
 def test_the_run_of_this_file_is_where_it_was_put(whole):
     assert isinstance(whole, Path) and {path.name for path in whole.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
+        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
     }  # fmt: skip
