@@ -100,9 +100,11 @@ class Passes:
         return [replace(step, shares=objective.shares(step), unit=objective.unit(step)) for step in chosen]
 
     def shares(self, groups: int, done: int) -> Iterator[Sequence[int]]:
-        """The groups of each optimizer step, shuffled anew each epoch; `done` steps came before. Shares differ by a group at most,
-        and there are always as many as the learning rate counts on: where there are fewer groups than shares some are empty,
-        which leaves weights and moments as they are."""
+        """The groups of each optimizer step, shuffled anew each epoch; `done` steps came before.
+
+        Shares differ by one group at most, and there are always as many as the learning rate's schedule counts on: where there
+        are fewer groups than shares some are empty, and an empty one leaves weights and moments as they are.
+        """
         for epoch in range(self.epochs):
             order = list(range(groups))
             if self.minibatches > 1:

@@ -212,7 +212,7 @@ def test_a_key_given_twice_is_an_error_and_not_a_silent_choice(tmp_path):
 
 
 def test_what_show_prints_reads_back_as_the_same_run(file, tmp_path):
-    config = configuration.load(file, ["optimizer.lr=1e-7", "sft.steps=2", "data.eval={name: gsm8k, path: ä.jsonl}"])
+    config = configuration.load(file, ["optimizer.lr=1e-7", "sft.steps=2", "data.train={name: gsm8k, path: ä.jsonl}"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(configuration.dump(config), encoding="utf-8")
     assert configuration.load(copy) == config

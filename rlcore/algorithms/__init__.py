@@ -7,7 +7,8 @@ dapo            arXiv 2503.14476: wider upper clip, groups without signal replac
 gspo            arXiv 2507.18071: one ratio a response, with the clip widths of its experiments
 cispo           arXiv 2506.13585: clipped weights, no lower limit
 rloo            arXiv 2402.14740: leave-one-out baseline, divergence (k1) in the reward, sums over tokens
-reinforce++     arXiv 2501.03262, divergence (k1) in the reward; and its form with the group's mean as baseline, which takes k2 as a loss
+reinforce++     arXiv 2501.03262: advantages over the whole batch, divergence (k1) in the reward; and its form with the group's
+                mean as baseline, which takes k2 as a loss
 ppo             arXiv 1707.06347, with a critic
 
 Imports nothing heavy: the run file's schema reads this table.

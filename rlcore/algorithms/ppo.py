@@ -11,7 +11,7 @@ from rlcore.types import Outcome, TokenLoss, ValueView
 
 
 def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Advantages, normalized over the batch, and returns, both [N] float64, by generalized advantage estimation (arXiv 1506.02438).
+    """[N] float64 advantages, normalized over the batch, and returns, by generalized advantage estimation (arXiv 1506.02438).
 
     A token's reward is minus its divergence penalty; the last also gets the response's reward. Nothing follows the last token.
     """
@@ -37,7 +37,8 @@ def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tenso
 def value_loss(tokens: ValueView, clip: float) -> TokenLoss:
     """Half the squared error against the returns; moving further than `clip` from the old value earns nothing."""
     moved = tokens.values - tokens.old_values
-    near = torch.where(moved.abs() > clip, tokens.old_values + moved.clamp(-clip, clip), tokens.values)  # else rounding moves it
+    clipped = tokens.old_values + moved.clamp(-clip, clip)
+    near = torch.where(moved.abs() > clip, clipped, tokens.values)  # the sum would round where nothing is clipped
     loss, clipped_loss = (tokens.values - tokens.returns).square() / 2, (near - tokens.returns).square() / 2
     worst = torch.maximum(loss, clipped_loss)
     return TokenLoss(worst, {

@@ -10,7 +10,7 @@ from rlcore.types import Outcome
 
 
 def advantages(outcome: Outcome) -> Tensor:
-    """[N] float64: the reward less the divergence penalties from this token on, normalized over all valid tokens of the batch."""
+    """[N] float64: the reward less the divergence penalties from this token on, normalized over the batch's valid tokens."""
     return normalized(outcome.rewards.double()[outcome.sequence] - _from_here_on(outcome), outcome)
 
 
@@ -23,7 +23,7 @@ def advantages_over_baseline(outcome: Outcome) -> Tensor:
 
 
 def normalized(values: Tensor, outcome: Outcome) -> Tensor:
-    """[N] -> [N] float64: mean 0 and standard deviation 1 (ddof 0) over valid tokens, 0 on the others and where all are equal."""
+    """[N] -> [N] float64: mean 0 and deviation 1 (ddof 0) over valid tokens, 0 on the others and where all are equal."""
     valid = outcome.valid[outcome.sequence]
     result = torch.zeros_like(values, dtype=torch.float64)
     if valid.any():
