@@ -498,8 +498,6 @@ class RunConfig(Strict):
     def _evaluation_has_rows(self) -> RunConfig:
         if self.evaluation is not None and self.data.eval is None:
             raise ValueError("evaluation: is set but data.eval names no rows; add data.eval or remove evaluation")
-        if self.evaluation is None and self.data.eval is not None:
-            raise ValueError("data.eval: names rows but evaluation is not set; add it (evaluation: {}) or remove data.eval")
         return self
 
 

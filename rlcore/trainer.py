@@ -247,7 +247,7 @@ def train(
             begin()
             console.warn(policy.caution)
             console.warn(left_out("data.train", source, config.data))
-            console.warn(left_out("data.eval", held_out, config.data) if held_out else None)
+            console.warn(left_out("data.eval", held_out, config.data) if held_out else _unread(config))
             if first:
                 _warm_up(placement, policy, warm, console, interruption)
                 placement.load("grpo", sft.result(warm))
@@ -527,9 +527,16 @@ def _chosen(scored: Scored, wanted: Sequence[bool]) -> Scored:
 
 def _held_out(policy: Policy) -> Prompts | None:
     data = policy.config.data
-    if data.eval is None:
+    if policy.config.evaluation is None or data.eval is None:
         return None
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+
+
+def _unread(config: RunConfig) -> str | None:
+    """What is said of held-out rows that nothing asks for; a run may leave its evaluation out for once."""
+    if config.data.eval is None:
+        return None
+    return "data.eval: no row of it is evaluated, because evaluation is not set; add it (evaluation: {}) or remove data.eval"
 
 
 def _warm_up(placement: Placement, policy: Policy, folder: Path, console: Console, interruption: Interruption) -> None:
