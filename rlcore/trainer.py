@@ -34,7 +34,8 @@ from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 T = TypeVar("T")
-EVALUATION_SEED = 1 << 40  # far from every step's
+EVALUATION_SEED = 1 << 31  # far from every step's; a host's generators read the lower 32 bits only
+REFILL_SEED = 1 << 24  # from one refill of a step to the next
 SAMPLING = frozenset({"resharding_to_infer", "data", "image_embeds", "rollout", "reward"})
 """Stages of drawing and scoring samples, which for the next step may happen during this one."""
 
@@ -162,7 +163,7 @@ def collect(
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
         prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
-        seed = config.seed + number + (refill << 32)
+        seed = config.seed + number + refill * REFILL_SEED
         drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
         scored = scored_in_order(drawn, reward)
         if not config.algorithm.max_refills:

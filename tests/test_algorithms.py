@@ -367,7 +367,7 @@ def test_a_name_stands_for_these_settings(name):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if AlgorithmConfig(name=name).kl_in == "reward"])
 def test_a_divergence_in_the_reward_pulls_along_its_own_gradient(name):
-    """Exactly, over three words: the policy gradient of minus the estimate is minus the gradient of the divergence. k3 fails."""
+    """Exactly, over three words: the policy gradient of the estimate is the gradient of the divergence. That of k3 is not."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, generator=random, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(3, generator=random, dtype=torch.float64).log_softmax(0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlcore import registry
 from rlcore.config import AlgorithmConfig, OptimizerConfig
@@ -42,13 +43,12 @@ def critic_of(adapter, folder, **settings):
 
 
 def test_a_value_is_read_from_the_state_before_its_token(adapter, tiny_llama, batch):
-    critic = critic_of(adapter, tiny_llama)
-    expected = []
+    critic, plain, expected = critic_of(adapter, tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama), []
     for group in batch.groups:
         for sample in group.samples:
             prompt, ids = list(group.prompt.token_ids), list(sample.token_ids)
             with torch.no_grad():
-                states = critic.forward.backbone.model(torch.tensor([prompt + ids])).last_hidden_state[0]
+                states = plain.model(torch.tensor([prompt + ids])).last_hidden_state[0]
                 values = critic.forward.head(states).flatten()
             expected.append(values[len(prompt) - 1 : len(prompt) - 1 + len(ids)])
     assert torch.allclose(critic.values(batch), torch.cat(expected), atol=1e-5)

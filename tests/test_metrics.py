@@ -104,10 +104,10 @@ def test_lengths_are_of_prompts_over_prompts_and_of_responses_over_samples():
 def test_a_full_disk_names_the_folder_and_the_step(tmp_path):
     sinks = Sinks(tmp_path, tensorboard=False)
     sinks.samples.close()
-    sinks.samples = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    sinks.samples = open("/dev/full", "a", encoding="utf-8")
     with pytest.raises(RunError, match=rf"^{tmp_path}: step 3 cannot be written: .*No space left .*; free some room, then"):
         sinks.write(3, {"a": 1.0}, [{"response": "x"}])
-    with pytest.raises(RunError, match="the last lines cannot be written: .*No space left"):
+    with pytest.raises(RunError, match=r"the last lines cannot be written: .*No space left"):
         sinks.close()
     assert sinks.metrics.closed and sinks.samples.closed
 
