@@ -101,7 +101,11 @@ def numbers(folder):
 def assert_same(folder, expected):
     assert numbers(folder) == numbers(expected)
     assert (folder / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
-    last = Path("checkpoints") / f"step_{STEPS:06d}"
+    assert_same_state(folder, expected)
+
+
+def assert_same_state(folder, expected, last=STEPS):
+    last = Path("checkpoints") / f"step_{last:06d}"
     for name in ("model/model.safetensors", "optimizer.safetensors", "state.json"):
         assert (folder / last / name).read_bytes() == (expected / last / name).read_bytes(), name
 
@@ -254,9 +258,7 @@ def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(tra
         assert checkpoint.latest(folder).name == saved
         assert cli.main([*training, str(folder), "--resume"]) == 0
         assert numbers(folder) == numbers(whole)
-        for name in ("model/model.safetensors", "optimizer.safetensors", "state.json"):
-            last = Path("checkpoints") / "step_000006" / name
-            assert (folder / last).read_bytes() == (whole / last).read_bytes(), name
+        assert_same_state(folder, whole, last=6)
 
 
 # one process a run folder
@@ -282,12 +284,12 @@ def test_a_run_that_lives_keeps_its_folder_to_itself(command, uninterrupted, tmp
         f"rlcore: --run-dir: {folder} is being written by pid {os.getpid()} on {socket.gethostname()}; wait for it or end it,"
         " or give another folder\n"
     )
-    assert_same(folder, uninterrupted)
+    assert_same_state(folder, uninterrupted)
 
 
 def test_death_gives_a_run_folder_back(tmp_path):
-    program = f"from rlcore.run_folder import *; Claim(Path({str(tmp_path)!r})).take(); print('taken', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    program = "import sys; from rlcore.run_folder import *; claim = Claim(Path(sys.argv[1])); claim.take(); print('taken'); input()"
+    holder = subprocess.Popen([sys.executable, "-uc", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"taken\n"
         with Claim(tmp_path) as claim, pytest.raises(ConfigError, match=f"is being written by pid {holder.pid} on "):
@@ -328,7 +330,7 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_can_be_gone_on_from(
     assert said.startswith(f"rlcore: {folder}/checkpoints/step_000004 cannot be written: ")
     assert said.endswith("; step_000002 is whole: free some room, then go on from it with --resume")
     assert cli.main([*command, str(folder), "--resume"]) == 0
-    assert_same(folder, uninterrupted)
+    assert_same_state(folder, uninterrupted)
 
 
 def content(text):
