@@ -288,7 +288,7 @@ def test_a_run_that_lives_keeps_its_folder_to_itself(command, uninterrupted, tmp
 
 
 def test_death_gives_a_run_folder_back(tmp_path):
-    program = "import sys; from rlcore.run_folder import *; claim = Claim(Path(sys.argv[1])); claim.take(); print('taken'); input()"
+    program = "import sys; from rlcore.run_folder import *; one = Claim(Path(sys.argv[1])); one.take(); print('taken'); input()"
     holder = subprocess.Popen([sys.executable, "-uc", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"taken\n"
