@@ -481,18 +481,18 @@ def records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str,
         elif config.mask_truncated and record["finish"] == "length":
             reason = "cut off at rollout.max_new_tokens"
         elif advantage == 0 and not regularized:
-            reason = f"no advantage: {_equal_to(group)}"
+            reason = f"no advantage: {_equal_to(group, config)}"
         yield {"phase": "train", **record, "advantage": advantage, "not_trained": reason}
     mates = [group for group in iteration.replaced.scores for _ in group]
     for (record, _), group in zip(_samples(iteration.replaced.groups, iteration.replaced.scores), mates, strict=True):
-        reason = f"no advantage: {_equal_to(group)}, so another prompt took its place"
+        reason = f"no advantage: {_equal_to(group, config)}, so another prompt took its place"
         yield {"phase": "train", **record, "advantage": None, "not_trained": reason}
 
 
-def _equal_to(group: Sequence[Score]) -> str:
+def _equal_to(group: Sequence[Score], config: AlgorithmConfig) -> str:
     """What a reward was compared with when that gave it no advantage."""
     scored = sum(score.value is not None for score in group)
-    if dapo.has_signal(group):
+    if dapo.has_signal(group) or config.advantage in ("batch", "gae"):
         return "its reward is the mean of those it is compared with"
     return "every sample of the group scored the same" if scored > 1 else f"{scored or 'no'} sample of the group has a score"
 

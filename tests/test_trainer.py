@@ -305,9 +305,15 @@ def test_rows_that_are_too_long_are_said_and_counted(start, tmp_path):
 
 
 def test_equal_rewards_move_no_weight(start, tiny_llama):
-    for name in ("grpo", "reinforce++"):
-        _, metrics, _, folder, _ = start("reward.0.name=test_trainer.nine_tenths", "optimizer.lr=0.1", f"algorithm.name={name}")
+    reasons = {
+        "grpo": "every sample of the group scored the same",
+        "reinforce++": "its reward is the mean of those it is compared with",
+    }
+    for name, reason in reasons.items():
+        settings = ("reward.0.name=test_trainer.nine_tenths", "optimizer.lr=0.1", f"algorithm.name={name}")
+        _, metrics, samples, folder, _ = start(*settings)
         assert [row["grad_norm"] for row in metrics] == [0.0] * STEPS
+        assert {sample["not_trained"] for sample in samples} == {f"no advantage: {reason}"}
         trained, first = folder / "checkpoints" / f"step_{STEPS:06d}" / "model", load_file(tiny_llama / "model.safetensors")
         assert all(torch.equal(weight, first[key]) for key, weight in load_file(trained / "model.safetensors").items())
         shutil.rmtree(folder)
