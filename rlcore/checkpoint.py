@@ -37,7 +37,7 @@ def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
-        (draft / "state.json").write_text(json.dumps({**state, "random": random_states()}), encoding="utf-8")
+        (draft / "state.json").write_text(json.dumps({"random": random_states(), **state}), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
         replace_text(folder.parent / "latest", name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlcore import checkpoint, metrics
 from rlcore.backend import Backend
@@ -109,6 +110,7 @@ class Loop:
         self.console, self.interruption = console, interruption
         self.done = self.saved = 0  # steps
         self.drawn = source.drawn  # prompts, after step `done`
+        self.random: Mapping[str, Any] = {}  # states, after step `done`
 
     def go(self, saved: Path | None) -> None:
         """Every step that is not done in the checkpoint `saved`."""
@@ -124,7 +126,7 @@ class Loop:
             self.interruption.release()
         except KeyboardInterrupt:
             if self.done > self.saved and not self.interruption.abandoned:
-                self._save()
+                self._save(random=self.random)
             raise
         finally:
             self.console.stop()
@@ -140,13 +142,15 @@ class Loop:
         every = config.train.save_every
         if number == task.steps or (every and number % every == 0):
             self._save()
+        self.random = checkpoint.random_states()
         self.sinks.write(number, row)
         if number % task.log_every == 0 or number == task.steps:
             shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
             self.console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
 
-    def _save(self) -> None:
-        state = {"step": self.done, "drawn": self.drawn}
+    def _save(self, **random: Any) -> None:
+        """`random`: the random states, where those of now are already the next step's."""
+        state = {"step": self.done, "drawn": self.drawn, **random}
         checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.actor.save)
         self.saved = self.done
 

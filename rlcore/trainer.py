@@ -6,9 +6,8 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -271,10 +270,11 @@ class Run:
         self.done = self.saved = done  # steps
         self.kl = Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
+        self.random: Mapping[str, Any] = {}  # states, after step `done`
         self.sample = Sampler(placement, reward, source, config, self.clock)
         self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
         self.ahead_since = 0.0  # when that was begun
-        self.spans: list[metrics.Span] = []  # of the step that is under way and of the sampling ahead
+        self.spans: list[metrics.Span] = []  # of the sampling ahead
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
 
     def go(self) -> None:
@@ -290,7 +290,7 @@ class Run:
             self.interruption.release()
         except KeyboardInterrupt:
             if self.done > self.saved and not self.interruption.abandoned:
-                self._save()
+                self._save(random=self.random)
             raise
         finally:
             self.console.stop()
@@ -314,8 +314,9 @@ class Run:
         if config.evaluation and self._due(config.evaluation.every, config.evaluation.at_end):
             evaluation = self._evaluation()
         if self._due(config.train.save_every, at_end=True):
-            with self._aside("save_checkpoint", SAMPLING if self.ahead else ()):
+            with self.clock.span("save_checkpoint"):
                 self._save()
+        self.random = checkpoint.random_states()
         row, lines = self._row(iteration, start), [*records(iteration, config.algorithm)]
         if evaluation:
             row, lines = row | self._evaluated(evaluation), [*lines, *evaluation_records(evaluation)]
@@ -346,7 +347,7 @@ class Run:
         if any(score.value is not None for score in scores):
             return
         if self.done > self.saved:
-            self._save()
+            self._save(random=self.random)
         raise RunError(
             f"step {number}: the reward of each of its {len(scores)} samples failed; the first: {scores[0].detail}; mend the"
             " reward or the rows, then go on with --resume or start again"
@@ -356,20 +357,12 @@ class Run:
         """By every process since the last call."""
         return [*self.clock.take(), *self.placement.spans()]
 
-    @contextmanager
-    def _aside(self, stage: str, beside: Collection[str] = ()) -> Iterator[None]:
-        """Work that is no part of a step: of what is recorded meanwhile, its own time is kept, and the stages `beside`."""
-        self.spans += self._recorded()
-        with self.clock.span(stage):
-            yield
-        self.spans += [span for span in self._recorded() if span.stage == stage or span.stage in beside]
-
     def _evaluation(self) -> Evaluation:
         """When the sampling that is under way has ended."""
         assert self.held_out is not None
         if self.ahead:
             wait([self.ahead])
-        with self._aside("evaluate"):
+        with self.clock.span("evaluate"):
             return evaluate(self.placement, self.reward, self.held_out, self.config)
 
     def _evaluated(self, evaluation: Evaluation) -> Metrics:
@@ -378,8 +371,8 @@ class Run:
 
     def _evaluate_before(self) -> None:
         evaluation = self._evaluation()
-        spans, self.spans = self.spans, []
-        row = self._evaluated(evaluation) | {"timing/evaluate": sum(span.end - span.start for span in spans)}
+        seconds = sum(span.end - span.start for span in self._recorded() if span.stage == "evaluate")
+        row = self._evaluated(evaluation) | {"timing/evaluate": seconds}
         self.sinks.write(0, row, evaluation_records(evaluation))
         score = f"eval {row['eval/score']:.3f}" if "eval/score" in row else "eval without a score"
         self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
@@ -388,8 +381,9 @@ class Run:
     def _due(self, every: int, at_end: bool) -> bool:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.config.train.steps)
 
-    def _save(self) -> None:
-        state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient}
+    def _save(self, **random: Any) -> None:
+        """`random`: the random states, where those of now are already the next step's."""
+        state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient, **random}
         checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.placement.actor.save)
         self.saved = self.done
 
@@ -416,8 +410,11 @@ class Run:
 
     def _timing(self, start: float) -> Metrics:
         """Of this step, to which its sampling belongs whenever it was done."""
+        spans = [*self.spans, *self._recorded()]
+        outside = [span for span in spans if span.stage in metrics.OUTSIDE_ITERATION]
+        spans = [span for span in spans if span in outside or not _part_of(outside, span)]
         parts: dict[bool, list[metrics.Span]] = {True: [], False: []}
-        for span in [*self.spans, *self._recorded()]:
+        for span in spans:
             ahead = self.ahead is not None and span.stage in SAMPLING and span.start >= self.ahead_since
             parts[ahead].append(span)
         self.spans = parts[True]
@@ -437,6 +434,14 @@ class Run:
                 f" more than rollout.max_mismatch {limit}; likely causes: a low rollout.top_p or top_k, or another precision in"
                 " the engine"
             )
+
+
+def _part_of(outside: Sequence[metrics.Span], span: metrics.Span) -> bool:
+    """Whether an evaluation or a save did it. What is sampled beside a save is for the next step; beside an evaluation, nothing
+    is sampled for a step."""
+    middle = (span.start + span.end) / 2
+    within = [one.stage for one in outside if one.start <= middle <= one.end]
+    return "evaluate" in within or (bool(within) and span.stage not in SAMPLING)
 
 
 def sampling(config: SamplingConfig, samples: int, seed: int) -> Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -209,11 +210,11 @@ def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
 
 
 def at_draw(call, act):
-    """`PromptSource.draw` that acts before its `call`-th call."""
+    """`PromptSource.draw` that acts before its `call`-th call; each of them draws a random number too, as a data set may."""
     real, calls = PromptSource.draw, []
 
     def draw(self, count):
-        calls.append(count)
+        calls.append(random.random())
         if len(calls) == call:
             act()
         return real(self, count)
@@ -245,7 +246,9 @@ def training(request, tmp_path, tiny_llama):
 def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(training, tmp_path, monkeypatch):
     """Interrupted in the fourth step, whose third is saved; dead in the fourth, which has the second to go on from."""
     whole = tmp_path / "whole"
-    assert cli.main([*training, str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSource, "draw", at_draw(0, die))
+        assert cli.main([*training, str(whole)]) == 0
     assert {path.name for path in (whole / "checkpoints").glob("step*")} == {f"step_{n:06d}" for n in (2, 4, 6)}
     for act, saved in ((send, "step_000003"), (die, "step_000002")):
         folder = tmp_path / act.__name__
@@ -256,7 +259,9 @@ def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(tra
             except MemoryError:
                 assert act is die
         assert checkpoint.latest(folder).name == saved
-        assert cli.main([*training, str(folder), "--resume"]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptSource, "draw", at_draw(0, die))
+            assert cli.main([*training, str(folder), "--resume"]) == 0
         assert numbers(folder) == numbers(whole)
         assert_same_state(folder, whole, last=6)
 
@@ -376,8 +381,6 @@ def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
 
 
 def test_random_states_come_back():
-    import random
-
     import numpy
     import torch
 
