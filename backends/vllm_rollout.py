@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _IMAGES_A_PROMPT = 16
+_LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams replace a lower one by it
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a dense product, relative
 
 
@@ -48,6 +49,7 @@ def build(
     lora: LoraConfig | None = None,
     beat: Callable[[], None] = unwatched,
     image_embeds: bool = False,
+    temperatures: Mapping[str, float] | None = None,
 ) -> VllmRollout:
     """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
     if importlib.util.find_spec("vllm") is None:
@@ -58,6 +60,7 @@ def build(
     defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
+    _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
     if lora:
         from . import vllm_additions
@@ -352,6 +355,16 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
     return shapes
+
+
+def _refuse_raised(temperatures: Mapping[str, float]) -> None:
+    """A temperature that vLLM would replace by a higher one, of which the trainer's log-probabilities know nothing."""
+    for key, temperature in temperatures.items():
+        if 0 < temperature < _LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"{key}: {temperature} is below {_LEAST_TEMPERATURE}, at which vLLM would sample instead; raise it to that, or"
+                " set rollout.engine=torch"
+            )
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

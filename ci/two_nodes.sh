@@ -67,6 +67,7 @@ launch() {
     local node=$1 seconds=$2
     shift 2
     rm -rf "$folder/run"
+    : > "$folder/$node.log" # here, not in the background: what the scenario before wrote must not be read as this one's
     (
         export NNODES=2 DEVICES_PER_NODE=1 MASTER_ADDR=${addresses[0]} WAIT_SECONDS=$seconds RAY_AUTH_TOKEN_PATH=$folder/token
         export RAY_TEMP_DIR=$folder/ray$node

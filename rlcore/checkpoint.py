@@ -13,38 +13,69 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlcore import distributed
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RunError, Unwritten
 from rlcore.sharding import as_dealt, collected
 
 
 def save(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`."""
+    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`. RunError
+    when there is no room for it."""
     folder = run_folder / "checkpoints" / name
     draft = folder.with_name(f".{name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write(draft)
-    (draft / "state.json").write_text(json.dumps({**state, "random": random_states()}), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
-    replace_text(folder.parent / "latest", name)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        (draft / "state.json").write_text(json.dumps({"random": random_states(), **state}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        replace_text(folder.parent / "latest", name)
+    except (OSError, Unwritten) as error:
+        raise RunError(f"{folder} cannot be written: {error}; {_whole(folder.parent)}") from error
     return folder
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Says that a file could not be written as an Unwritten, which means the same in whatever process it happens."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Unwritten(str(error)) from error
+
+
+def _whole(checkpoints: Path) -> str:
+    """What there is to go on from when a checkpoint was not finished."""
+    pointer = checkpoints / "latest"
+    if not pointer.exists():
+        return "there is none before it; free some room and start again"
+    return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
 
 
 def latest(run_folder: Path) -> Path:
     """The newest whole checkpoint; ConfigError when there is none."""
+    folder = newest(run_folder)
+    if folder is None:
+        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+    return folder
+
+
+def newest(run_folder: Path) -> Path | None:
+    """The same; None when there is none yet."""
     pointer = run_folder / "checkpoints" / "latest"
     if not pointer.exists():
-        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+        return None
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not (folder / "state.json").exists():
         raise ConfigError(f"--resume: {pointer} names {folder.name}, which is missing or not whole")

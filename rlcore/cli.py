@@ -23,6 +23,7 @@ from rlcore.config import RunConfig
 from rlcore.conformance import report as conformance
 from rlcore.conformance.report import SECTIONS
 from rlcore.errors import ConfigError, RlcoreError, WorkerDied
+from rlcore.run_folder import RECORD, Claim
 
 if TYPE_CHECKING:
     from rlcore.backend import Backend
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 LAUNCHER = "ray"
-RECORD = "config.yaml"  # a folder that holds one holds a run
+_HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with it, or another folder"
 ALONE = (
     "placement.kind=local", "placement.devices=1", "placement.pools={}", "placement.max_staleness=0", "placement.options={}",
     "placement.stall_seconds=0", "sharding.replicas=1", "sharding.sequence_parallel=1", "rollout.tensor_parallel=1",
@@ -237,16 +238,19 @@ def _train(module: str, options: argparse.Namespace) -> None:
     config = _load(options)
     backend = _prepared(config)
     folder = _run_folder(options)
-    train = importlib.import_module(module).train
-    from rlcore.console import Console
+    with Claim(folder) as claim:
+        if options.resume:
+            claim.take()
+        train = importlib.import_module(module).train
+        from rlcore.console import Console
 
-    _hush()
-    console = Console(config.logging.samples_on_console)
-    if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
-        remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
-        console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
-    run = partial(train, config, backend, folder, console=console, begin=partial(_begin, folder, config))
-    _restarting(run, folder, options.resume, config.placement.max_restarts, console)
+        _hush()
+        console = Console(config.logging.samples_on_console)
+        if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
+            remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
+            console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
+        run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config))
+        _restarting(run, folder, options.resume, config.placement.max_restarts, console)
     _closing(folder)
 
 
@@ -316,17 +320,21 @@ def _run_folder(options: argparse.Namespace) -> Path:
     if options.resume and not started:
         raise ConfigError(f"--resume: {folder} holds no run (no {RECORD})")
     if started and not options.resume:
-        raise ConfigError(f"--run-dir: {folder} already holds a run; give --resume to go on with it, or another folder")
+        raise ConfigError(_HOLDS_A_RUN.format(folder))
     return folder
 
 
-def _begin(folder: Path, config: RunConfig) -> None:
+def _begin(claim: Claim, config: RunConfig) -> None:
     """Make the run folder and its record, unless the run goes on in one."""
+    folder, going_on = claim.folder, claim.taken
+    claim.take()
+    recorded = (folder / RECORD).exists()
+    if recorded and not going_on:  # another run began while this one was loading
+        raise ConfigError(_HOLDS_A_RUN.format(folder))
     print(f"run folder: {folder}", flush=True)
-    if (folder / RECORD).exists():
+    if recorded:
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
         (folder / RECORD).write_text(configuration.dump(config), encoding="utf-8")
     except OSError as error:

@@ -25,6 +25,7 @@ from rlcore.algorithms import LIMITS, PRESETS
 from rlcore.errors import ConfigError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -145,7 +146,8 @@ class AlgorithmConfig(Strict):
     diff_clip: PositiveFloat | None = None
     """The log-ratio is at most this (ChatLearn)."""
     final_clip: PositiveFloat | None = None
-    """A token's policy loss is at most this (ChatLearn; dual clip, arXiv 1912.09729)."""
+    """A token's policy loss is at most this, whatever its advantage (ChatLearn). The bound of dual clip (arXiv 1912.09729) is a
+    multiple of |advantage| instead."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     """How token losses become one: mean over tokens; mean over responses of their mean, sum, or sum over a constant length."""
     aggregation_length: PositiveInt | None = None
@@ -157,7 +159,7 @@ class AlgorithmConfig(Strict):
     kl_target: PositiveFloat | None = None
     """Divergence a token that kl_coef is moved towards; unset keeps kl_coef."""
     kl_horizon: PositiveInt = 10_000
-    """Samples over which kl_coef follows."""
+    """Samples over which kl_coef follows: a step of as many moves it by all of the error, a fifth at most."""
     entropy_coef: float = 0.0
     correction: Literal["none", "token_tis", "sequence_tis", "icepop", "geometric"] = "none"
     """Of the ratio between trainer and engine: truncated weights by token or response, or tokens or responses left out."""
@@ -213,7 +215,7 @@ class AlgorithmConfig(Strict):
 
 class OptimizerConfig(Strict):
     lr: PositiveFloat = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
@@ -275,9 +277,18 @@ class DpoConfig(Strict):
     """How far the policy may leave the reference: the weight of the log-ratio."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The share of pairs taken to be labelled the wrong way round."""
+    """Of loss sigmoid: the share of pairs taken to be labelled the wrong way round."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
     log_every: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _smoothing_has_an_effect(self) -> DpoConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing} is a part of loss sigmoid, and {self.loss} has none; set it to 0 or"
+                " set dpo.loss=sigmoid"
+            )
+        return self
 
 
 class EvaluationConfig(SamplingConfig):

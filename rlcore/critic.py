@@ -77,7 +77,7 @@ class TorchCritic:
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups, towards `batch.returns`."""
         steps = self.passes.steps(batch, OBJECTIVE, self.learner.steps)
-        return named(combined([self.step(step).metrics(step.unit) for step in steps]))
+        return named(combined([(self.step(step), step.unit) for step in steps]))
 
     def step(self, batch: Batch) -> Tally:
         """One optimizer step, of which `batch` is this rank's part."""

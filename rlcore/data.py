@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlcore import registry
 from rlcore.chat import PLACEHOLDER, conversation
-from rlcore.config import DatasetConfig
+from rlcore.config import DataConfig, DatasetConfig
 from rlcore.errors import ConfigError, PluginError, RlcoreError
 from rlcore.images import check_pictures, pictures
 from rlcore.records import Record, check_text, read_records
@@ -77,8 +77,8 @@ class Prompts(Sequence[Prompt]):
     def __init__(
         self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
     ) -> None:
-        self.rows = rows
-        self.dropped_long = dropped_long  # rows that are not here because their prompt is too long
+        """`dropped_long`: rows that are not among them, because their prompts are too long."""
+        self.rows, self.dropped_long = rows, dropped_long
         self._adapter = adapter
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -136,6 +136,17 @@ class PromptSource:
             random.Random(f"{self._seed}:{epoch}").shuffle(order)
             self._order = (epoch, order)
         return self._order[1][offset]
+
+
+def left_out(key: str, found: Prompts | PromptSource, config: DataConfig) -> str | None:
+    """What is said of rows that are too long, if there are any; `key` is their section."""
+    dropped = found.dropped_long
+    if not dropped:
+        return None
+    return (
+        f"{key}: {dropped} of {dropped + len(found.rows)} rows are left out: their prompts are longer than"
+        f" data.max_prompt_tokens {config.max_prompt_tokens}"
+    )
 
 
 def _row(

@@ -10,11 +10,12 @@ from rlcore import checkpoint
 from rlcore.backend import Backend
 from rlcore.config import RunConfig
 from rlcore.console import Console
+from rlcore.data import left_out
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import start
 from rlcore.protocols import Adapter
-from rlcore.sft import Task, checked, loop, response_length, written
+from rlcore.sft import Loop, Task, checked, response_length, written
 from rlcore.types import Batch, Group, Prompt, Row
 from rlcore.watch import Watch
 from rlcore.worker import Policy
@@ -26,13 +27,14 @@ def train(
     """The `dpo` section as a run. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    with Interruption(), Watch(config.placement.stall_seconds, folder) as watch:
+    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
         saved = checkpoint.latest(folder) if resume else None
         policy, source = checked(config, backend, check_pairs)
         with start(policy, watch) as placement:
             placement.load("dpo")
             begin()
             console.warn(policy.caution)
+            console.warn(left_out("data.train", source, config.data))
             count, reference, encoder = config.dpo.pairs_per_step, placement.reference, placement.encoder
             assert reference is not None
 
@@ -42,7 +44,7 @@ def train(
                 return replace(pairs, ref_logprobs=reference.logprobs(pairs))
 
             task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
-            loop(task, placement.actor, source, config, folder, saved, console)
+            Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
 
 
 def check_pairs(rows: Sequence[Row], policy: Policy) -> None:

@@ -24,6 +24,10 @@ class RunError(RlcoreError):
     """The run failed: weights that did not arrive, an engine that answers wrongly."""
 
 
+class Unwritten(RunError):
+    """A file that could not be written, most often for want of room."""
+
+
 class WorkerDied(RunError):
     """A worker's process is gone; what the others then say (a connection that broke) is only the consequence."""
 

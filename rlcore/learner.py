@@ -92,10 +92,16 @@ class Learner:
         )
 
 
-def combined(steps: Sequence[Metrics]) -> Metrics:
-    """Of several optimizer steps: the largest of names that end in `max`, the means of the others."""
-    values = {name: [step[name] for step in steps if name in step] for name in steps[0]}
-    return {name: max(each) if name.endswith("max") else sum(each) / len(each) for name, each in values.items()}
+def combined(steps: Sequence[tuple[Tally, float]]) -> Metrics:
+    """Of several optimizer steps, each with its `unit`: means, maxima and effective sample sizes over all they saw together, so
+    that what no update changes is the same in however many shares; `grad_norm` over the steps that had something to learn from,
+    and the last `lr`."""
+    total = Tally()
+    for tally, _ in steps:
+        total += tally
+    norms = [tally.common["grad_norm"] for tally, unit in steps if unit] or [0.0]
+    last = steps[-1][0].common["lr"]
+    return total.metrics(sum(unit for _, unit in steps)) | {"grad_norm": sum(norms) / len(norms), "lr": last}
 
 
 class Tally:
@@ -119,7 +125,7 @@ class Tally:
                 self.weights[f"{name} {kind}"] += part
 
     def __iadd__(self, other: Tally) -> Tally:
-        """With what another rank saw of the same step."""
+        """With what another rank, or another step, saw."""
         for name, value in other.highest.items():
             self._raise(name, value)
         for mine, theirs in ((self.sums, other.sums), (self.weights, other.weights)):

@@ -12,7 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from rlcore import jemalloc
+from rlcore.algorithms import dapo
+from rlcore.errors import RunError
 from rlcore.pulse import Pulse
 from rlcore.types import Group, Metrics, Receipt, Score
 
@@ -56,22 +58,23 @@ class Clock:
             self.spans.append(Span(stage, start, time.perf_counter()))
 
     def take(self) -> list[Span]:
-        """The spans since the last call."""
-        spans, self.spans = self.spans, []
+        """The spans since the last call. Other threads may go on recording."""
+        spans = self.spans[:]
+        del self.spans[: len(spans)]
         return spans
 
 
-def timings(spans: Sequence[Span], start: float, end: float) -> Metrics:
-    """`timing/*` in seconds of an iteration from `start` to `end`.
+def timings(spans: Sequence[Span], start: float, end: float, beside: Sequence[Span] = ()) -> Metrics:
+    """`timing/*` in seconds of an iteration from `start` to `end`; `beside` are spans of another one that lie in this one too.
 
     `timing/<stage>`: the slowest worker's total. `timing/all`: the iteration without checkpointing and evaluation.
     `timing/non_overlap_<stage>`: the part of that stage that no other stage covers. `timing/other`: `all` minus the union
     of all spans, never negative. Of a stage that began in the iteration before, as sampling ahead does, `timing/<stage>` is the
-    whole, and the other two are what lies in this one.
+    whole, and the other two are what lies in this one, where the sampling for the next one covers time as well.
     """
     outside = [span for span in spans if span.stage in OUTSIDE_ITERATION]
-    spans = [span for span in spans if span in outside or not _within(span, outside)]
-    inside = [replace(span, start=max(span.start, start)) for span in spans if span.stage not in OUTSIDE_ITERATION]
+    inside = [_from(start, span) for span in spans if span.stage not in OUTSIDE_ITERATION]
+    others = [_from(start, span) for span in beside]
     result: Metrics = {"timing/all": end - start - _union(outside)}
     for stage in dict.fromkeys(span.stage for span in spans):
         by_worker: dict[int, float] = {}
@@ -81,9 +84,9 @@ def timings(spans: Sequence[Span], start: float, end: float) -> Metrics:
         result[f"timing/{stage}"] = max(by_worker.values())
     for stage in NON_OVERLAP:
         if any(span.stage == stage for span in inside):
-            others = [span for span in inside if span.stage != stage]
-            result[f"timing/non_overlap_{stage}"] = _union(inside) - _union(others)
-    result["timing/other"] = max(0.0, result["timing/all"] - _union(inside))
+            rest = [span for span in inside if span.stage != stage]
+            result[f"timing/non_overlap_{stage}"] = _union(inside + others) - _union(rest + others)
+    result["timing/other"] = max(0.0, end - start - _union(inside + others + outside))
     return result
 
 
@@ -131,17 +134,16 @@ def images(groups: Sequence[Group]) -> Metrics:
 
 def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
     """`grpo/score/*` over samples that have a value, `reward/<part>` each reward's mean, `reward/{timeout,error}` counts,
-    and the share of groups whose samples all got the same score."""
+    and the share of groups that have no two scores that differ."""
     flat = [score for group in scores for score in group]
     valued = [score.value for score in flat if score.value is not None]
     names = dict.fromkeys(name for score in flat for name in score.parts)
-    complete = [{score.value for score in group} for group in scores]
     return {
         **spread("grpo/score", valued),
         **{f"reward/{name}": statistics.fmean(score.parts[name] for score in flat if name in score.parts) for name in names},
         "reward/timeout": float(sum(score.status == "timeout" for score in flat)),
         "reward/error": float(sum(score.status == "error" for score in flat)),
-        "grpo/groups_without_signal": sum(len(values) == 1 for values in complete) / len(scores),
+        "grpo/groups_without_signal": sum(not dapo.has_signal(group) for group in scores) / len(scores),
     }
 
 
@@ -182,20 +184,32 @@ class Sinks:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, metrics: Metrics, samples: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.samples.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
-        self.samples.flush()
-        self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.metrics.flush()
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
-            self.tensorboard.flush()
+        """RunError when there is no room."""
+        with self._writing(f"step {step}"):
+            self.samples.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+            self.samples.flush()
+            self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.metrics.flush()
+            if self.tensorboard is not None:
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.flush()
 
     def close(self) -> None:
-        self.metrics.close()
-        self.samples.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        with self._writing("the last lines"), ExitStack() as closing:
+            for sink in (self.metrics, self.samples, self.tensorboard):
+                if sink is not None:
+                    closing.callback(sink.close)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: {what} cannot be written: {error}; free some room, then go on with --resume from the last"
+                " checkpoint"
+            ) from error
 
 
 def _keep_before(path: Path, step: int) -> None:
@@ -208,9 +222,9 @@ def _keep_before(path: Path, step: int) -> None:
     os.replace(draft, path)
 
 
-def _within(span: Span, others: Sequence[Span]) -> bool:
-    """Whether most of it lies in one of the others: the sampling of an evaluation is no part of the step's."""
-    return any(min(span.end, other.end) - max(span.start, other.start) > (span.end - span.start) / 2 for other in others)
+def _from(start: float, span: Span) -> Span:
+    """What lies after `start`."""
+    return replace(span, start=max(span.start, start), end=max(span.end, start))
 
 
 def _union(spans: Iterable[Span]) -> float:

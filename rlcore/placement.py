@@ -97,7 +97,7 @@ class Pool:
         ranks = [[part for part, _ in parts] for parts in zip(*dealt, strict=True)]
         tallies = self.parts(method, ranks, self.sequence)
         of_steps = zip(*tallies, strict=True)
-        return combined([_joined(one).metrics(step.unit) for step, one in zip(steps, of_steps, strict=True)])
+        return combined([(_joined(one), step.unit) for step, one in zip(steps, of_steps, strict=True)])
 
 
 def even(count: int, parts: int) -> list[range]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -98,14 +98,18 @@ class Passes:
         return [replace(step, shares=objective.shares(step), unit=objective.unit(step)) for step in chosen]
 
     def shares(self, groups: int, done: int) -> Iterator[Sequence[int]]:
-        """The groups of each optimizer step: equal shares of them, shuffled anew each epoch; `done` steps came before."""
-        size = math.ceil(groups / self.minibatches)
+        """The groups of each optimizer step, shuffled anew each epoch; `done` steps came before.
+
+        Shares differ by one group at most, and there are always as many as the learning rate's schedule counts on: where there
+        are fewer groups than shares some are empty, and an empty one leaves weights and moments as they are.
+        """
         for epoch in range(self.epochs):
             order = list(range(groups))
             if self.minibatches > 1:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + done + epoch * self.minibatches)
                 order = torch.randperm(groups, generator=generator).tolist()
-            yield from (order[first : first + size] for first in range(0, groups, size))
+            bounds = [groups * number // self.minibatches for number in range(self.minibatches + 1)]
+            yield from (order[first:end] for first, end in pairwise(bounds))
 
 
 class TorchActor(TorchReference):
@@ -126,7 +130,7 @@ class TorchActor(TorchReference):
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups."""
         steps = self.passes.steps(batch, self.objective, self.learner.steps)
-        return combined([self.step(step).metrics(step.unit) for step in steps])
+        return combined([(self.step(step), step.unit) for step in steps])
 
     def step(self, batch: Batch) -> Tally:
         """One optimizer step, of which `batch` is this rank's part."""

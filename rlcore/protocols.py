@@ -163,11 +163,12 @@ class Engine(Protocol):
     def __call__(
         self, *, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
         max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = unwatched,
-        image_embeds: bool = False,
+        image_embeds: bool = False, temperatures: Mapping[str, float] | None = None,
     ) -> Rollout:
         """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`. The engine calls `beat` at
         each of its steps, so that a long answer is not taken for one that never comes. With `image_embeds`, prompts come with
-        their images read."""
+        their images read. `temperatures` are what it will be asked for, by setting: ConfigError for one at which it would not
+        sample."""
         ...
 
 

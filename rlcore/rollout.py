@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def build(
     lora: LoraConfig | None = None,
     beat: Callable[[], None] = unwatched,
     image_embeds: bool = False,
+    temperatures: Mapping[str, float] | None = None,
 ) -> TorchRollout:
     """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")

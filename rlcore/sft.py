@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlcore import checkpoint, metrics
 from rlcore.backend import Backend
 from rlcore.chat import check_opening
 from rlcore.config import RunConfig
 from rlcore.console import Console
-from rlcore.data import PromptSource
+from rlcore.data import PromptSource, left_out
 from rlcore.errors import ConfigError
 from rlcore.interruption import Interruption
 from rlcore.placement import Placement, start
@@ -28,14 +29,16 @@ def train(
     """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
-    with Interruption(), Watch(config.placement.stall_seconds, folder) as watch:
+    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
         saved = checkpoint.latest(folder) if resume else None
         policy, source = checked(config, backend, check_targets)
         with start(policy, watch) as placement:
             placement.load("sft")
             begin()
             console.warn(policy.caution)
-            fit(placement, policy, source, folder, saved, console)
+            console.warn(left_out("data.train", source, config.data))
+            task = imitation(placement, policy, source)
+            Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
 
 
 def checked(
@@ -49,9 +52,10 @@ def checked(
     return policy, source
 
 
-def missing(folder: Path | None) -> bool:
-    """Whether a warm start is asked for and not done: it is made once a run, then read from its folder."""
-    return folder is not None and not (folder / "checkpoints" / "latest").exists()
+def missing(folder: Path | None, steps: int) -> bool:
+    """Whether a warm start of so many steps is asked for and not done: it is made once a run, then read from its folder."""
+    saved = checkpoint.newest(folder) if folder else None
+    return folder is not None and (saved is None or checkpoint.read_state(saved)["step"] < steps)
 
 
 def result(folder: Path | None) -> Path | None:
@@ -86,21 +90,16 @@ def response_length(row: Row, text: str, what: str, adapter: Adapter) -> int:
     return len(token_ids)
 
 
-def fit(
-    placement: Placement, policy: Policy, source: PromptSource, folder: Path, saved: Path | None, console: Console
-) -> None:
+def imitation(placement: Placement, policy: Policy, source: PromptSource) -> Task:
     """Minimizes the mean negative log-probability of the target tokens."""
-    config = policy.config.sft
+    config, encoder = policy.config.sft, placement.encoder
     assert config is not None
-
-    encoder = placement.encoder
 
     def batch() -> Batch:
         prompts = source.draw(config.rows_per_step)
         return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, policy.adapter))
 
-    task = Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
-    loop(task, placement.actor, source, policy.config, folder, saved, console)
+    return Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
 
 
 @dataclass(frozen=True)
@@ -114,34 +113,67 @@ class Task:
     shown: tuple[str, ...]  # metrics on the console
 
 
-def loop(
-    task: Task, actor: Actor, source: PromptSource, config: RunConfig, folder: Path, saved: Path | None,
-    console: Console,
-) -> None:
-    """The steps that are not done yet, and a checkpoint at the end; what an interrupt stops keeps its metrics."""
-    done = 0
-    if saved:
+class Loop:
+    """The steps of a task, its numbers and its checkpoints. An interrupt saves the last finished step and leaves."""
+
+    def __init__(
+        self, task: Task, actor: Actor, source: PromptSource, config: RunConfig, folder: Path, console: Console,
+        interruption: Interruption,
+    ) -> None:
+        self.task, self.actor, self.source, self.config, self.folder = task, actor, source, config, folder
+        self.console, self.interruption = console, interruption
+        self.done = self.saved = 0  # steps
+        self.drawn = source.drawn  # prompts, after step `done`
+        self.random: Mapping[str, Any] = {}  # states, after step `done`
+
+    def go(self, saved: Path | None) -> None:
+        """Every step that is not done in the checkpoint `saved`."""
+        if saved:
+            self._restore(saved)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sinks = metrics.Sinks(self.folder, self.config.logging.tensorboard, self.done + 1 if self.done else 0)
+        try:
+            self.console.start(self.task.name, self.task.steps, self.done)
+            for number in range(self.done + 1, self.task.steps + 1):
+                self.interruption.release()
+                self._step(number)
+            self.interruption.release()
+        except KeyboardInterrupt:
+            if self.done > self.saved and not self.interruption.abandoned:
+                self._save(random=self.random)
+            raise
+        finally:
+            self.console.stop()
+            self.sinks.close()
+
+    def _step(self, number: int) -> None:
+        task, config, began = self.task, self.config, time.perf_counter()
+        batch = task.batch()
+        self.interruption.hold()
+        row = self.actor.update(batch) | (metrics.images(batch.groups) if config.model.images_are_read_once else {})
+        row["timing/all"] = time.perf_counter() - began
+        self.done, self.drawn = number, self.source.drawn
+        every = config.train.save_every
+        if number == task.steps or (every and number % every == 0):
+            self._save()
+        self.random = checkpoint.random_states()
+        self.sinks.write(number, row)
+        if number % task.log_every == 0 or number == task.steps:
+            shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
+            self.console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
+
+    def _save(self, **random: Any) -> None:
+        """`random`: the random states, where those of now are already the next step's."""
+        state = {"step": self.done, "drawn": self.drawn, **random}
+        checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.actor.save)
+        self.saved = self.done
+
+    def _restore(self, saved: Path) -> None:
+        self.actor.load(saved)
         state = checkpoint.read_state(saved)
-        actor.load(saved)
-        done, source.drawn = state["step"], state["drawn"]
-    folder.mkdir(parents=True, exist_ok=True)
-    sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
-    console.start(task.name, task.steps, done)
-    try:
-        for number in range(done + 1, task.steps + 1):
-            began = time.perf_counter()
-            batch = task.batch()
-            row = actor.update(batch) | (metrics.images(batch.groups) if config.model.images_are_read_once else {})
-            row["timing/all"] = time.perf_counter() - began
-            sinks.write(number, row)
-            if number % task.log_every == 0 or number == task.steps:
-                shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
-                console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
-        state = {"step": task.steps, "drawn": source.drawn}
-        checkpoint.save(folder, f"step_{task.steps:06d}", state, actor.save)
-    finally:
-        console.stop()
-        sinks.close()
+        self.done = self.saved = state["step"]
+        self.source.drawn = self.drawn = state["drawn"]
+        checkpoint.restore_random_states(state["random"])
 
 
 def targets(prompts: Sequence[Prompt], adapter: Adapter) -> list[Group]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -22,7 +23,7 @@ from rlcore.algorithms.kl import Controller, divergence
 from rlcore.backend import Backend
 from rlcore.config import AlgorithmConfig, RunConfig, SamplingConfig
 from rlcore.console import Console, grpo_line
-from rlcore.data import PromptSource, encode_all, load_rows
+from rlcore.data import Prompts, PromptSource, encode_all, left_out, load_rows
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.interruption import Interruption
 from rlcore.placement import InlineReward, Placement, Scorer, results, start
@@ -32,7 +33,10 @@ from rlcore.watch import Watch
 from rlcore.worker import Policy
 
 T = TypeVar("T")
-EVALUATION_SEED = 1 << 40  # far from every step's
+EVALUATION_SEED = 1 << 31  # far from every step's; a host's generators read the lower 32 bits only
+REFILL_SEED = 1 << 24  # from one refill of a step to the next
+SAMPLING = frozenset({"resharding_to_infer", "data", "image_embeds", "rollout", "reward"})
+"""Stages of drawing and scoring samples, which for the next step may happen during this one."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def learn(
     interruption.hold()
     update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
-        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef
+        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef  # which a controller keeps above 0
     return Iteration(batch, kept.scores, outcome, sampled.replaced, sampled.receipt, update)
 
 
@@ -158,7 +162,7 @@ def collect(
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
         prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
-        seed = config.seed + number + (refill << 32)
+        seed = config.seed + number + refill * REFILL_SEED
         drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
         scored = scored_in_order(drawn, reward)
         if not config.algorithm.max_refills:
@@ -207,17 +211,14 @@ class Evaluation:
         }
 
 
-def evaluate(
-    placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig, clock: metrics.Clock
-) -> Evaluation:
+def evaluate(placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
     """Every held-out row once, under the evaluation's own sampling."""
     assert config.evaluation is not None
-    with clock.span("evaluate"):
-        placement.sync_weights()
-        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
-        drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
-        scored = scored_in_order(drawn, reward)
-        return Evaluation(scored.groups, scored.scores)
+    placement.sync_weights()
+    prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+    drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
+    scored = scored_in_order(drawn, reward)
+    return Evaluation(scored.groups, scored.scores)
 
 
 def train(
@@ -230,7 +231,8 @@ def train(
     if not config.reward:
         raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
     with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
-        saved = checkpoint.latest(folder) if resume else None
+        warm = folder / "sft" if config.sft else None
+        saved = _resumed(folder, warm) if resume else None
         checkpoint.seed_random_states(config.seed)
         policy = Policy(config, backend)
         source = policy.prompts(config.seed)
@@ -238,15 +240,16 @@ def train(
         if config.sft:
             sft.check_targets(source.rows, policy)
         rewards = RewardFunctions(config.reward)
-        warm = folder / "sft" if config.sft else None
         with start(policy, watch) as placement:
-            first = sft.missing(warm)
+            first = config.sft is not None and saved is None and sft.missing(warm, config.sft.steps)
             placement.load("sft" if first else "grpo", None if first else sft.result(warm))
             placement.start_engines()
             begin()
             console.warn(policy.caution)
+            console.warn(left_out("data.train", source, config.data))
+            console.warn(left_out("data.eval", held_out, config.data) if held_out else _unread(config))
             if first:
-                sft.fit(placement, policy, policy.prompts(config.seed), warm, None, console)
+                _warm_up(placement, policy, warm, console, interruption)
                 placement.load("grpo", sft.result(warm))
             done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
             clock = metrics.Clock(watch.pulse)
@@ -258,7 +261,7 @@ class Run:
     """A run and what is known of it between two steps."""
 
     def __init__(
-        self, config: RunConfig, placement: Placement, reward: Scorer, source: PromptSource, held_out: Sequence[Prompt],
+        self, config: RunConfig, placement: Placement, reward: Scorer, source: PromptSource, held_out: Prompts | None,
         folder: Path, console: Console, interruption: Interruption, clock: metrics.Clock, done: int, kl_coef: float,
     ) -> None:
         """`done` and `kl_coef`: the last step, and the coefficient of the divergence after it."""
@@ -267,13 +270,16 @@ class Run:
         self.done = self.saved = done  # steps
         self.kl = Controller(config.algorithm, kl_coef)
         self.drawn = source.drawn  # prompts, after step `done`
+        self.random: Mapping[str, Any] = {}  # states, after step `done`
         self.sample = Sampler(placement, reward, source, config, self.clock)
         self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
+        self.ahead_since = 0.0  # when that was begun
+        self.spans: list[metrics.Span] = []  # of the sampling ahead
         self.sinks = metrics.Sinks(folder, config.logging.tensorboard, done + 1 if done else 0)
 
     def go(self) -> None:
         """Every step from the first that is not done."""
-        self.placement.spans()  # what was loaded and warmed up before the first step is not of it
+        self._recorded()  # what was loaded and warmed up before the first step is not of it
         try:
             self.console.start("grpo", self.config.train.steps, self.done)
             if self.done == 0 and self.config.evaluation and self.config.evaluation.before:
@@ -284,7 +290,7 @@ class Run:
             self.interruption.release()
         except KeyboardInterrupt:
             if self.done > self.saved and not self.interruption.abandoned:
-                self._save()
+                self._save(random=self.random)
             raise
         finally:
             self.console.stop()
@@ -294,6 +300,7 @@ class Run:
         config, start = self.config, time.perf_counter()
         try:
             sampled = self._sampled(number)
+            self._refuse_unscored(number, sampled)
             iteration = learn(self.placement, sampled, config, self.kl.coefficient, self.clock, self.interruption)
         except NonFinite as error:
             path = self.folder / f"nonfinite_step_{number:06d}.json"
@@ -309,19 +316,23 @@ class Run:
         if self._due(config.train.save_every, at_end=True):
             with self.clock.span("save_checkpoint"):
                 self._save()
+        self.random = checkpoint.random_states()
         row, lines = self._row(iteration, start), [*records(iteration, config.algorithm)]
         if evaluation:
-            row, lines = row | evaluation.metrics(), [*lines, *evaluation_records(evaluation)]
+            row, lines = row | self._evaluated(evaluation), [*lines, *evaluation_records(evaluation)]
         self.sinks.write(number, row, lines)
         self.console.step(grpo_line(number, config.train.steps, row))
         self.console.show(iteration.batch.groups, iteration.scores)
         self._warn(row)
+        self.console.warn(failures([*iteration.scores, *iteration.replaced.scores]))
+        self.console.warn(failures(evaluation.scores, "evaluation: ") if evaluation else None)
 
     def _sampled(self, number: int) -> Sampled:
         """This step's samples; the next step's are begun where they may be one version behind."""
         if not self.config.placement.max_staleness:
             return self.sample(number, synced(self.placement, self.clock))
         sampled = (self.ahead or self._begun(number)).result()
+        self.ahead_since = time.perf_counter()
         self.ahead = self._begun(number + 1) if number < self.config.train.steps else None
         return sampled
 
@@ -330,30 +341,55 @@ class Run:
         receipt = synced(self.placement, self.clock)
         return begun(lambda: self.sample(number, receipt), f"sampling of step {number}")
 
+    def _refuse_unscored(self, number: int, sampled: Sampled) -> None:
+        """A step that has no score at all has nothing to learn, and neither will the next: the run stops where it is."""
+        scores = [score for group in [*sampled.kept.scores, *sampled.replaced.scores] for score in group]
+        if any(score.value is not None for score in scores):
+            return
+        if self.done > self.saved:
+            self._save(random=self.random)
+        raise RunError(
+            f"step {number}: the reward of each of its {len(scores)} samples failed; the first: {scores[0].detail}; mend the"
+            " reward or the rows, then go on with --resume or start again"
+        )
+
+    def _recorded(self) -> list[metrics.Span]:
+        """By every process since the last call."""
+        return [*self.clock.take(), *self.placement.spans()]
+
     def _evaluation(self) -> Evaluation:
         """When the sampling that is under way has ended."""
+        assert self.held_out is not None
         if self.ahead:
             wait([self.ahead])
-        return evaluate(self.placement, self.reward, self.held_out, self.config, self.clock)
+        with self.clock.span("evaluate"):
+            return evaluate(self.placement, self.reward, self.held_out, self.config)
+
+    def _evaluated(self, evaluation: Evaluation) -> Metrics:
+        assert self.held_out is not None
+        return evaluation.metrics() | {"eval/dropped_long": float(self.held_out.dropped_long)}
 
     def _evaluate_before(self) -> None:
         evaluation = self._evaluation()
-        self.placement.spans()
-        row = evaluation.metrics() | {"timing/evaluate": sum(span.end - span.start for span in self.clock.take())}
+        seconds = sum(span.end - span.start for span in self._recorded() if span.stage == "evaluate")
+        row = self._evaluated(evaluation) | {"timing/evaluate": seconds}
         self.sinks.write(0, row, evaluation_records(evaluation))
-        self.console.say(f"before training  eval {row.get('eval/score', float('nan')):.3f} on {len(self.held_out)} rows")
+        score = f"eval {row['eval/score']:.3f}" if "eval/score" in row else "eval without a score"
+        self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
+        self.console.warn(failures(evaluation.scores, "evaluation: "))
 
     def _due(self, every: int, at_end: bool) -> bool:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.config.train.steps)
 
-    def _save(self) -> None:
-        state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient}
+    def _save(self, **random: Any) -> None:
+        """`random`: the random states, where those of now are already the next step's."""
+        state = {"step": self.done, "drawn": self.drawn, "kl_coef": self.kl.coefficient, **random}
         checkpoint.save(self.folder, f"step_{self.done:06d}", state, self.placement.actor.save)
         self.saved = self.done
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
         batch, outcome = iteration.batch, iteration.outcome
-        timing = metrics.timings([*self.clock.take(), *self.placement.spans()], start, time.perf_counter())
+        timing = self._timing(start)
         sampled = [*batch.groups, *iteration.replaced.groups]
         return {
             **metrics.score_metrics([*iteration.scores, *iteration.replaced.scores]),
@@ -372,6 +408,18 @@ class Run:
             **metrics.throughput(sampled, timing, devices=self.placement.devices),
         }
 
+    def _timing(self, start: float) -> Metrics:
+        """Of this step, to which its sampling belongs whenever it was done."""
+        spans = [*self.spans, *self._recorded()]
+        outside = [span for span in spans if span.stage in metrics.OUTSIDE_ITERATION]
+        spans = [span for span in spans if span in outside or not _part_of(outside, span)]
+        parts: dict[bool, list[metrics.Span]] = {True: [], False: []}
+        for span in spans:
+            ahead = self.ahead is not None and span.stage in SAMPLING and span.start >= self.ahead_since
+            parts[ahead].append(span)
+        self.spans = parts[True]
+        return metrics.timings(parts[False], start, time.perf_counter(), beside=self.spans)
+
     def _staleness(self, batch: Batch) -> Metrics:
         if not self.config.placement.max_staleness:
             return {}
@@ -388,6 +436,14 @@ class Run:
             )
 
 
+def _part_of(outside: Sequence[metrics.Span], span: metrics.Span) -> bool:
+    """Whether an evaluation or a save did it. What is sampled beside a save is for the next step; beside an evaluation, nothing
+    is sampled for a step."""
+    middle = (span.start + span.end) / 2
+    within = [one.stage for one in outside if one.start <= middle <= one.end]
+    return "evaluate" in within or (bool(within) and span.stage not in SAMPLING)
+
+
 def sampling(config: SamplingConfig, samples: int, seed: int) -> Sampling:
     return Sampling(samples, config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed)
 
@@ -397,13 +453,13 @@ def outcome_of(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfi
     algorithm = config.algorithm
     flat = [score for group in scores for score in group]
     valid = torch.tensor([score.value is not None for score in flat])
-    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat])
+    rewards = torch.tensor([0.0 if score.value is None else score.value for score in flat], dtype=torch.float64)
     if algorithm.overlong_penalty:
         rewards += dapo.overlong_penalty(batch.lengths, config.rollout.max_new_tokens, algorithm) * valid
-    penalties = torch.zeros(len(batch.loss_mask))
+    penalties = torch.zeros(len(batch.loss_mask), dtype=torch.float64)
     if batch.ref_logprobs is not None and algorithm.kl_in == "reward":
         assert batch.old_logprobs is not None
-        penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator)
+        penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator).double()
     groups = torch.tensor([number for number, group in enumerate(scores) for _ in group])
     return Outcome(rewards, valid, groups, batch.lengths, penalties, batch.values)
 
@@ -422,18 +478,38 @@ def records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str,
     batch = iteration.batch
     values = batch.sample_values(batch.advantages)
     regularized = bool(config.kl_coef or config.entropy_coef)
-    for (record, score), advantage in zip(_samples(batch.groups, iteration.scores), values, strict=True):
+    mates = [group for group in iteration.scores for _ in group]
+    for (record, score), group, advantage in zip(_samples(batch.groups, iteration.scores), mates, values, strict=True):
         reason = None
         if score.value is None:
             reason = f"reward {score.status}"
         elif config.mask_truncated and record["finish"] == "length":
             reason = "cut off at rollout.max_new_tokens"
         elif advantage == 0 and not regularized:
-            reason = "no advantage: every sample of the group scored the same"
+            reason = f"no advantage: {_equal_to(group, config)}"
         yield {"phase": "train", **record, "advantage": advantage, "not_trained": reason}
-    for record, _ in _samples(iteration.replaced.groups, iteration.replaced.scores):
-        reason = "no advantage: every sample of the group scored the same, so another prompt took its place"
+    mates = [group for group in iteration.replaced.scores for _ in group]
+    for (record, _), group in zip(_samples(iteration.replaced.groups, iteration.replaced.scores), mates, strict=True):
+        reason = f"no advantage: {_equal_to(group, config)}, so another prompt took its place"
         yield {"phase": "train", **record, "advantage": None, "not_trained": reason}
+
+
+def _equal_to(group: Sequence[Score], config: AlgorithmConfig) -> str:
+    """What a reward was compared with when that gave it no advantage."""
+    scored = sum(score.value is not None for score in group)
+    if dapo.has_signal(group) or config.advantage in ("batch", "gae"):
+        return "its reward is the mean of those it is compared with"
+    return "every sample of the group scored the same" if scored > 1 else f"{scored or 'no'} sample of the group has a score"
+
+
+def failures(scores: Sequence[Sequence[Score]], where: str = "") -> str | None:
+    """What is said of rewards that failed, if there are any."""
+    flat = [score for group in scores for score in group]
+    failed = [score for score in flat if score.value is None]
+    if not failed:
+        return None
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(score.status for score in failed).items())
+    return f"{where}{len(failed)} of {len(flat)} rewards failed ({counts}); the first: {failed[0].detail}"
 
 
 def evaluation_records(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -455,11 +531,32 @@ def _chosen(scored: Scored, wanted: Sequence[bool]) -> Scored:
     return Scored(list(compress(scored.groups, wanted)), list(compress(scored.scores, wanted)))
 
 
-def _held_out(policy: Policy) -> Sequence[Prompt]:
+def _held_out(policy: Policy) -> Prompts | None:
     data = policy.config.data
     if policy.config.evaluation is None or data.eval is None:
-        return []
+        return None
     return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+
+
+def _unread(config: RunConfig) -> str | None:
+    """What is said of held-out rows that nothing asks for; a run may leave its evaluation out for once."""
+    if config.data.eval is None:
+        return None
+    return "data.eval: no row of it is evaluated, because evaluation is not set; add it (evaluation: {}) or remove data.eval"
+
+
+def _warm_up(placement: Placement, policy: Policy, folder: Path, console: Console, interruption: Interruption) -> None:
+    """From the warm start's own last checkpoint, if it has one."""
+    source = policy.prompts(policy.config.seed)
+    task = sft.imitation(placement, policy, source)
+    sft.Loop(task, placement.actor, source, policy.config, folder, console, interruption).go(checkpoint.newest(folder))
+
+
+def _resumed(folder: Path, warm: Path | None) -> Path | None:
+    """The checkpoint that the run goes on from; None when it has not left its warm start."""
+    if warm is not None and checkpoint.newest(warm) and not checkpoint.newest(folder):
+        return None
+    return checkpoint.latest(folder)
 
 
 def _restore(placement: Placement, source: PromptSource, saved: Path) -> tuple[int, float]:

@@ -168,11 +168,11 @@ class Batch:
 class Outcome:
     """What advantages are made of: S responses and what they earned."""
 
-    rewards: Tensor  # [S] float32; 0 where invalid
+    rewards: Tensor  # [S] float64; 0 where invalid
     valid: Tensor  # [S] bool
     groups: Tensor  # [S] int64, the number of each response's group
     lengths: Tensor  # [S] int64
-    penalties: Tensor  # [N] float32, taken from the reward token by token: kl_coef x divergence
+    penalties: Tensor  # [N] float64, taken from the reward token by token: kl_coef x divergence
     values: Tensor | None = None  # [N] float32, what a critic expected
 
     @cached_property
@@ -186,8 +186,8 @@ class Outcome:
 
     @property
     def penalized(self) -> Tensor:
-        """[S]: rewards less the penalties of all tokens."""
-        return self.rewards.index_add(0, self.sequence, -self.penalties)
+        """[S] float64: rewards less the penalties of all tokens."""
+        return self.rewards.double().index_add(0, self.sequence, -self.penalties.double())
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ class Worker:
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        with self.residence.phase("save"):
+        with self.residence.phase("save"), checkpoint.writing():
             _there(self.actor).save(folder)
             checkpoint.save_generator(self.policy.settings.device, folder)
             if self.critic:
@@ -390,8 +390,8 @@ def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
     """The engine that the run file or the backend chooses, started; weights reach it by `load_weights`."""
     config, backend = policy.config, policy.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
-    sampling = [config.rollout] + ([config.evaluation] if config.evaluation else [])
-    response = max(settings.max_new_tokens for settings in sampling)
+    sampling = {"rollout": config.rollout} | ({"evaluation": config.evaluation} if config.evaluation else {})
+    response = max(settings.max_new_tokens for settings in sampling.values())
     longest, context = config.data.max_prompt_tokens + response, context_length(policy.folder)
     if context is not None and longest > context:
         raise ConfigError(
@@ -403,4 +403,5 @@ def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
         adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
         dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions, beat=beat,
         image_embeds=config.model.images_are_read_once,
+        temperatures={f"{section}.temperature": settings.temperature for section, settings in sampling.items()},
     )

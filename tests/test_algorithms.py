@@ -14,6 +14,7 @@ from rlcore.algorithms.kl import Controller, divergence
 from rlcore.algorithms.loss import objective, policy_loss
 from rlcore.algorithms.ppo import value_loss
 from rlcore.config import AlgorithmConfig
+from rlcore.learner import Tally
 from rlcore.types import Batch, Group, Outcome, Prompt, Row, Sample, Score, TokenView, ValueView
 
 LIMIT = 12  # tokens of the longest response
@@ -33,6 +34,8 @@ VARIANTS = {
     "reinforce++_baseline, k2": {"name": "reinforce++_baseline", "kl_coef": 0.2},
     "ppo, in the reward": {"name": "ppo", "kl_coef": 0.2, "gae_gamma": 0.97},
     **{f"grpo, {kind}": {"correction": kind} for kind in ("token_tis", "sequence_tis", "icepop")},
+    "grpo, token_tis beside a divergence": {"correction": "token_tis", "kl_coef": 0.2},
+    "grpo, icepop of a clipped loss": {"correction": "icepop", "correction_low": 0.8, "final_clip": 0.3},
     "grpo, geometric": {"correction": "geometric", "correction_low": 0.95, "correction_high": 1.05},
     "gspo, sequence_tis": {"name": "gspo", "correction": "sequence_tis"},
     "grpo, truncated left out": {"mask_truncated": True},
@@ -255,6 +258,126 @@ def test_values_learn_the_returns_and_the_clip_holds_them_back():
     assert values.grad.tolist() == pytest.approx([-0.5, 0.0])
 
 
+def test_a_value_that_is_not_held_back_is_not_counted_as_clipped():
+    """Near 0 the old value plus the difference is not the new value in float32."""
+    random = torch.Generator().manual_seed(0)
+    old = torch.randn(10_000, generator=random)
+    values = torch.randn(10_000, generator=random) * 1e-3
+    near = (values - old).abs() < 5
+    result = value_loss(ValueView(values[near], old[near], torch.randn(int(near.sum()), generator=random)), clip=5)
+    assert result.means["critic/clipfrac"].sum() == 0
+
+
+EXACT = {
+    **{f"group, {std}": {"advantage": "group", "advantage_std": std} for std in ("population", "sample", "none")},
+    **{kind: {"advantage": kind} for kind in ("leave_one_out", "batch", "batch_over_group")},
+    "gae": {"advantage": "gae", "gae_lambda": 1.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
+def test_equal_rewards_have_no_advantage_whatever_their_value_and_number(settings, dtype):
+    """A mean of equal numbers rounds, in float64 too. What compares within a group is given groups that differ."""
+    config, random = AlgorithmConfig(**settings), np.random.default_rng(0)
+    beside = 0.0 if config.advantage in ("group", "leave_one_out", "batch_over_group") else None
+    for size in (1, 2, 3, 5, 6, 7, 11, 30, 38, 64, 100):
+        for value in (0.1, 0.3, 0.7, 0.9, 1.1, 3.3, 10.1, 1000.1, -0.9, 1e-9, 1 / 3, *random.normal(0, 10, 5)):
+            rewards = torch.tensor([value] * size + [value if beside is None else beside] * size, dtype=dtype)
+            lengths = torch.from_numpy(random.integers(1, 5, 2 * size))
+            tokens, groups = int(lengths.sum()), torch.tensor([0, 1]).repeat_interleave(size)
+            outcome = Outcome(
+                rewards, rewards == rewards, groups, lengths, torch.zeros(tokens, dtype=dtype), torch.zeros(tokens)
+            )
+            given, _ = advantages(outcome, config)
+            assert given.dtype == torch.float32 and not given.any(), (size, value)
+
+
+def test_a_single_sample_is_not_divided_by_its_own_deviation():
+    outcome = Outcome(torch.tensor([0.9]), torch.tensor([True]), torch.tensor([0]), torch.tensor([3]), torch.zeros(3))
+    assert advantages(outcome, AlgorithmConfig(name="reinforce++", group_size=1))[0].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_scores_that_are_equal_teach_nothing_with_a_penalty_on_length_either(name):
+    case = Case()
+    case.lengths[:], case.rewards[:], case.valid[:] = LIMIT, 0.9, True
+    case.old = case.new = case.engine = case.ref = [np.full(LIMIT, -1.0)] * len(case.lengths)
+    case.values = [np.full(LIMIT, 0.25)] * len(case.lengths)
+    config = AlgorithmConfig(
+        name=name, group_size=SAMPLES, overlong_penalty=0.7, gae_lambda=1, kl_coef=0.1 if name != "gspo" else 0
+    )
+    assert not our_batch(case, config).advantages.any()
+
+
+def test_scores_are_compared_in_double_precision():
+    """Two scores that float32 cannot tell apart."""
+    case = Case()
+    case.rewards[:], case.rewards[:2], case.valid[:] = 1000.0, (1000.0, 1000.0 + 1e-5), True
+    given = our_batch(case, AlgorithmConfig(group_size=SAMPLES, advantage_std="none")).advantages
+    assert 0 < given.max() < 1e-5
+
+
+REPORTED = {"large gaps": 3.0, "small gaps": 0.3}
+
+
+@pytest.mark.parametrize("gap", REPORTED.values(), ids=REPORTED)
+def test_what_is_reported_off_policy_has_its_definition(gap):
+    random = np.random.default_rng(3)
+    new, old, engine = (random.normal(-2, 1, 40) for _ in range(3))
+    old, engine = new + 0.1 * gap * old, new + gap * engine + gap  # the engine's are not only spread but shifted
+    view = TokenView(
+        flat([new]), torch.ones(40), torch.arange(40) // 4, flat([engine]), flat([random.normal(0, 1, 40)]),
+        old_logprobs=flat([old]),
+    )  # fmt: skip
+    tally = Tally()
+    tally.add(policy_loss(view, AlgorithmConfig()))
+    told = tally.metrics(40)
+    weights = np.exp(old - engine)
+    assert told["actor/ppo_kl"] == pytest.approx(np.mean(old - new), rel=1e-4)
+    assert told["actor/ratio_max"] == pytest.approx(np.exp(new - old).max(), rel=1e-4)
+    assert told["mismatch/mean"] == pytest.approx(np.abs(old - engine).mean(), rel=1e-4)
+    assert told["mismatch/max"] == pytest.approx(np.abs(old - engine).max(), rel=1e-4)
+    assert told["mismatch/k3"] == pytest.approx(np.mean(weights - 1 - np.log(weights)), rel=1e-4)
+    assert told["mismatch/ess"] == pytest.approx(weights.sum() ** 2 / (40 * (weights**2).sum()), rel=1e-4)
+
+
+PAPERS = {
+    "grpo": ("group", "sample", "clip", 0.2, 0.2, "token_mean", "loss", "low_var_kl", 0, 0.0),
+    "dr_grpo": ("group", "none", "clip", 0.2, 0.2, "constant", "loss", "low_var_kl", 0, 0.0),
+    "dapo": ("group", "sample", "clip", 0.2, 0.28, "token_mean", "loss", "low_var_kl", 3, 1.0),
+    "gspo": ("group", "sample", "sequence_clip", 3e-4, 4e-4, "sequence_mean", "loss", "low_var_kl", 0, 0.0),
+    "cispo": ("group", "sample", "clipped_weight", 1.0, 4.0, "token_mean", "loss", "low_var_kl", 0, 0.0),
+    "rloo": ("leave_one_out", "sample", "clip", 0.2, 0.2, "sequence_sum", "reward", "kl", 0, 0.0),
+    "reinforce++": ("batch", "sample", "clip", 0.2, 0.2, "token_mean", "reward", "kl", 0, 0.0),
+    "reinforce++_baseline": ("batch_over_group", "sample", "clip", 0.2, 0.2, "token_mean", "loss", "mse", 0, 0.0),
+    "ppo": ("gae", "sample", "clip", 0.2, 0.2, "token_mean", "reward", "kl", 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_name_stands_for_these_settings(name):
+    config = AlgorithmConfig(name=name)
+    assert PAPERS[name] == (
+        config.advantage, config.advantage_std, config.surrogate, config.clip_low, config.clip_high, config.aggregation,
+        config.kl_in, config.kl_estimator, config.max_refills, config.overlong_penalty,
+    )  # fmt: skip
+    assert (config.correction, config.diff_clip, config.final_clip, config.kl_coef) == ("none", None, None, 0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if AlgorithmConfig(name=name).kl_in == "reward"])
+def test_a_divergence_in_the_reward_pulls_along_its_own_gradient(name):
+    """Exactly, over three words: the policy gradient of the estimate is the gradient of the divergence. That of k3 is not."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, generator=random, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(3, generator=random, dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    cost = divergence(logprobs.detach(), ref, AlgorithmConfig(name=name).kl_estimator)
+    (taken,) = torch.autograd.grad((logprobs.exp().detach() * cost * logprobs).sum(), logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+    assert torch.allclose(taken, exact)
+
+
 def test_estimators_agree_where_the_policies_do():
     same = torch.tensor([-1.0, -3.0])
     for kind in ("kl", "abs", "mse", "low_var_kl"):
@@ -267,6 +390,14 @@ def test_the_coefficient_follows_the_divergence_by_at_most_a_fifth():
     assert controller.coefficient == pytest.approx(0.1 * (1 + 0.2 * 0.5))
     controller.observe(0.0, samples=50)
     assert controller.coefficient == pytest.approx(0.1 * 1.1 * 0.9)
+    short = Controller(AlgorithmConfig(kl_coef=0.1, kl_target=0.01, kl_horizon=1), 0.1)
+    short.observe(0.0, samples=50)
+    assert short.coefficient == pytest.approx(0.1 * 0.8), "a short horizon moves it by a fifth, not below 0"
+    short.observe(1.0, samples=50)
+    assert short.coefficient == pytest.approx(0.1 * 0.8 * 1.2)
+    for _ in range(5000):
+        short.observe(0.0, samples=50)
+    assert short.coefficient > 0, "from 0 it could not rise again"
     fixed = Controller(AlgorithmConfig(kl_coef=0.1), 0.1)
     fixed.observe(1.0, samples=50)
     assert fixed.coefficient == 0.1

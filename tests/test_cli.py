@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -108,6 +109,15 @@ def test_an_engine_that_is_not_installed_names_the_file_that_installs_it(refused
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else real(name, *rest))
     assert refused("rollout.engine=vllm") == (
         "rollout.engine: vllm is not installed; pip install -r requirements/cpu.txt or set rollout.engine=torch"
+    )
+
+
+@pytest.mark.parametrize("key", ["rollout.temperature", "evaluation.temperature"])
+def test_a_temperature_that_an_engine_would_raise_is_refused_before_it_is_loaded(refused, key):
+    data = {"train": ARITHMETIC, "eval": ARITHMETIC, "max_prompt_tokens": 64}
+    settings = ("rollout.engine=vllm", "evaluation={max_new_tokens: 4}", f"{key}=0.005")
+    assert refused(*settings, data=data) == (
+        f"{key}: 0.005 is below 0.01, at which vLLM would sample instead; raise it to that, or set rollout.engine=torch"
     )
 
 
@@ -379,22 +389,60 @@ def test_the_time_of_the_warm_start_is_not_the_first_steps(start):
     assert row["timing/update"] < row["timing/all"]
 
 
-def test_every_metric_of_one_process_is_there(whole):
-    row = lines(whole / "metrics.jsonl")[-1]
-    stages = (
-        "all", "rollout", "reward", "adv", "reference_model", "old_log_p", "update", "resharding_to_infer", "save_checkpoint",
-        "evaluate", "other", "non_overlap_reward", "non_overlap_adv", "non_overlap_reference_model",
-    )  # fmt: skip
-    names = [f"timing/{stage}" for stage in stages]
-    names += [f"actor/{name}" for name in ("entropy", "kl_loss", "pg_loss", "pg_clipfrac", "ppo_kl")]
-    spreads = ("response_length", "prompt_length", "grpo/score", "grpo/rewards", "grpo/advantages")
-    names += [f"{name}/{kind}" for name in spreads for kind in ("mean", "max", "min")]
-    names += [
-        "grad_norm", "grpo/lr", "mismatch/mean", "mismatch/max", "mismatch/k3", "sync/bytes", "sync/seconds", "reward/error",
-        "reward/timeout", "data/dropped_long", "e2e_tps", "update_tps", "vllm_tps", "decode_tps", "tps_throughput",
-        "memory/peak_rss_gib", "eval/score", "eval/rows",
-    ]  # fmt: skip
-    assert [name for name in names if name not in row] == []
+def spread(values):
+    values = list(values)
+    return [sum(values) / len(values), max(values), min(values)]
+
+
+def test_the_numbers_of_a_step_are_those_of_its_samples(whole):
+    for row in lines(whole / "metrics.jsonl")[1:]:
+        here = [sample for sample in lines(whole / "samples.jsonl") if sample["step"] == row["step"]]
+        samples = [sample for sample in here if sample["phase"] == "train"]
+        scored = [sample for sample in samples if sample["status"] == "value"]
+        groups = [samples[first : first + 4] for first in (0, 4)]
+
+        def told(name, row=row):
+            return [row[f"{name}/{kind}"] for kind in ("mean", "max", "min")]
+
+        assert told("grpo/score") == told("grpo/rewards") == pytest.approx(spread(sample["score"] for sample in scored))
+        assert told("grpo/advantages") == pytest.approx(spread(sample["advantage"] for sample in samples))
+        assert told("response_length") == pytest.approx(spread(sample["response_tokens"] for sample in samples))
+        assert told("prompt_length") == pytest.approx(spread(group[0]["prompt_tokens"] for group in groups))
+        assert row["response_length/clip_ratio"] == sum(sample["finish"] == "length" for sample in samples) / 8
+        equal = [len({sample["score"] for sample in group} - {None}) < 2 for group in groups]
+        assert row["grpo/groups_without_signal"] == sum(equal) / 2
+        assert row["reward/math"] == pytest.approx(sum(sample["parts"]["math"] for sample in scored) / len(scored))
+        assert row["reward/error"] == 8 - len(scored) and row["reward/timeout"] == 0
+        held_out = [sample["score"] for sample in here if sample["phase"] == "eval"]
+        rows = [[score for score in held_out[first : first + 2] if score is not None] for first in range(0, 10, 2)]
+        assert row["eval/score"] == pytest.approx(spread(sum(one) / len(one) for one in rows if one)[0])
+        assert row["eval/error"] == sum(score is None for score in held_out)
+        tokens = sum(sample["prompt_tokens"] + sample["response_tokens"] for sample in samples)
+        for name, stage in (("e2e", "all"), ("update", "update"), ("vllm", "rollout")):
+            assert row[f"{name}_tps"] == pytest.approx(tokens / row[f"timing/{stage}"])
+        assert row["decode_tps"] == pytest.approx(sum(sample["response_tokens"] for sample in samples) / row["timing/rollout"])
+
+
+def test_the_times_of_a_step_fit_in_it(whole):
+    """One process does one thing at a time."""
+    for row in lines(whole / "metrics.jsonl")[1:]:
+        stages = [f"timing/{name}" for name in ("resharding_to_infer", "data", "rollout", "reward", "adv", "reference_model")]
+        parts = [row[name] for name in [*stages, "timing/old_log_p", "timing/update", "timing/other"]]
+        assert min(parts) >= 0 and min(row["timing/evaluate"], row["timing/update"], row["timing/rollout"]) > 0
+        assert sum(parts) == pytest.approx(row["timing/all"], abs=0.01)
+        assert ("timing/save_checkpoint" in row) == (row["step"] == 2)
+        for stage in ("reward", "adv", "reference_model"):
+            assert row[f"timing/non_overlap_{stage}"] == pytest.approx(row[f"timing/{stage}"], abs=0.01)
+
+
+def test_the_update_says_what_it_saw(whole):
+    for row in lines(whole / "metrics.jsonl")[1:]:
+        assert row["grpo/lr"] == 1e-6 and row["grad_norm"] > 0
+        assert 0 <= row["actor/pg_clipfrac"] <= 1 and row["actor/ratio_max"] >= 1
+        assert 0 < row["actor/entropy"] <= math.log(1024)
+        assert 0 <= row["actor/kl_loss"] < 1e-4, "at this rate the policy hardly leaves its reference"
+        assert 0 <= row["mismatch/k3"] <= row["mismatch/mean"] <= row["mismatch/max"] < 0.2, "in bf16; below 1e-3 in fp32"
+        assert row["sync/bytes"] > 0 and row["sync/seconds"] >= row["sync/check_seconds"] > 0
 
 
 def test_every_held_out_row_is_scored_once_an_evaluation(whole):
@@ -488,5 +536,5 @@ def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models
 
 def test_the_run_of_this_file_is_where_it_was_put(whole):
     assert isinstance(whole, Path) and {path.name for path in whole.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
+        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
     }  # fmt: skip

@@ -108,6 +108,14 @@ def test_a_wrong_value_is_named_with_what_would_be_right(file, override, message
             ["algorithm.correction=icepop", "algorithm.correction_high=0.4"],
             "algorithm.correction_low: 0.5 is not below algorithm.correction_high 0.4; swap or spread them",
         ),
+        (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas.1: input should be less than 1; it is 1.0"),
+        (["optimizer.betas=[1, 0.9]"], "optimizer.betas.0: input should be less than 1; it is 1"),
+        (["sft={steps: 1, optimizer: {betas: [0.9, -0.1]}}"], "sft.optimizer.betas.1: input should be greater than .* 0; .*"),
+        (
+            ["dpo={steps: 1, loss: ipo, label_smoothing: 0.3}"],
+            "dpo.label_smoothing: 0.3 is a part of loss sigmoid, and ipo has none; set it to 0 or set dpo.loss=sigmoid",
+        ),
+        (["dpo={steps: 1, loss: hinge, label_smoothing: 0.1}"], "dpo.label_smoothing: 0.1 .* and hinge has none; .*"),
         (["optimizer.min_lr=1"], "optimizer.min_lr: 1.0 is above lr 1e-06; lower it"),
         (
             ["model.lora={sync: adapter}", "sft={steps: 1}"],
@@ -148,12 +156,12 @@ def test_overrides_reach_lists_sections_that_are_not_there_and_yaml_values(file)
     config = configuration.load(
         file,
         [
-            "reward.0.weight=2", "optimizer.lr=1e-4", "optimizer.betas=[0.9, 0.95]", "sft.steps=3", "sft.optimizer.lr=1.0e-3",
+            "reward.0.weight=2", "optimizer.lr=1e-4", "optimizer.betas=[0, 0.95]", "sft.steps=3", "sft.optimizer.lr=1.0e-3",
             "data.train.options={count: 4}", "data.train.options.seed=1", "logging.tensorboard=false", "model.path=a=b",
         ],
     )  # fmt: skip
     assert config.reward[0].weight == 2
-    assert config.optimizer.lr == 1e-4 and config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.lr == 1e-4 and config.optimizer.betas == (0.0, 0.95)
     assert config.sft is not None and config.sft.steps == 3 and config.sft.optimizer.lr == 1e-3
     assert config.data.train.options == {"count": 4, "seed": 1}
     assert config.logging.tensorboard is False
@@ -212,7 +220,7 @@ def test_a_key_given_twice_is_an_error_and_not_a_silent_choice(tmp_path):
 
 
 def test_what_show_prints_reads_back_as_the_same_run(file, tmp_path):
-    config = configuration.load(file, ["optimizer.lr=1e-7", "sft.steps=2", "data.eval={name: gsm8k, path: ä.jsonl}"])
+    config = configuration.load(file, ["optimizer.lr=1e-7", "sft.steps=2", "data.train={name: gsm8k, path: ä.jsonl}"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(configuration.dump(config), encoding="utf-8")
     assert configuration.load(copy) == config

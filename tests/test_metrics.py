@@ -2,10 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
-from rlcore.metrics import Clock, Sinks, Span, score_metrics, throughput, timings
+from rlcore.algorithms import dapo
+from rlcore.errors import RunError
+from rlcore.metrics import Clock, Sinks, Span, lengths, score_metrics, throughput, timings
 from rlcore.types import Group, Prompt, Row, Sample, Score
 
 
@@ -42,6 +45,23 @@ def test_evaluation_and_saving_are_outside_the_iteration():
     assert result["timing/other"] == 0
 
 
+def test_sampling_ahead_is_not_lost_beside_a_save():
+    spans = [Span("update", 0, 1, 1), Span("rollout", 0.5, 2.5, 2), Span("save_checkpoint", 1, 6)]
+    result = timings(spans, 0, 6)
+    assert (result["timing/rollout"], result["timing/save_checkpoint"], result["timing/all"]) == (2, 5, 1)
+    assert result["timing/other"] == 0
+
+
+def test_sampling_for_the_next_step_covers_time_and_counts_in_no_stage_of_this_one():
+    own = [Span("rollout", -3, -1, 2), Span("reward", -1, 0), Span("update", 0, 4, 1), Span("adv", 4, 5)]
+    ahead = [Span("rollout", 1, 4.5, 2), Span("reward", 4.5, 7)]
+    result = timings(own, 0, 8, beside=ahead)
+    assert result == pytest.approx({
+        "timing/all": 8, "timing/rollout": 2, "timing/reward": 1, "timing/update": 4, "timing/adv": 1,
+        "timing/non_overlap_adv": 0, "timing/non_overlap_reward": 0, "timing/other": 1,
+    })  # fmt: skip
+
+
 def test_all_is_at_least_the_sum_of_the_stages_of_one_process():
     spans = [Span(stage, i, i + 1) for i, stage in enumerate(["resharding_to_infer", "rollout", "reference_model", "update"])]
     result = timings(spans, 0, 5)
@@ -61,6 +81,35 @@ def test_failed_rewards_are_counted_and_left_out_of_the_mean():
     scores = [[Score(1.0), Score(None, "error")], [Score(0.0), Score(None, "timeout")]]
     result = score_metrics(scores)
     assert (result["grpo/score/mean"], result["reward/error"], result["reward/timeout"]) == (0.5, 1, 1)
+
+
+def test_a_group_has_signal_by_one_definition():
+    """A failed reward is no score of its own: without it these samples all scored the same."""
+    same, apart = [Score(1.0), Score(1.0), Score(None, "error")], [Score(1.0), Score(0.5), Score(None, "error")]
+    failed, single = [Score(None, "timeout"), Score(None, "error")], [Score(1.0), Score(None, "error")]
+    groups = [same, apart, failed, single]
+    assert [dapo.has_signal(group) for group in groups] == [False, True, False, False]
+    assert score_metrics(groups)["grpo/groups_without_signal"] == 0.75
+
+
+def test_lengths_are_of_prompts_over_prompts_and_of_responses_over_samples():
+    long = replace(group(30, [8]), samples=[Sample([1] * 8, [0.0] * 8, "", "length", 0)])
+    told = lengths([group(10, [2, 4, 6]), long])
+    assert told == {
+        "prompt_length/mean": 20, "prompt_length/max": 30, "prompt_length/min": 10, "response_length/mean": 5,
+        "response_length/max": 8, "response_length/min": 2, "response_length/clip_ratio": 0.25,
+    }  # fmt: skip
+
+
+def test_a_full_disk_names_the_folder_and_the_step(tmp_path):
+    sinks = Sinks(tmp_path, tensorboard=False)
+    sinks.samples.close()
+    sinks.samples = open("/dev/full", "a", encoding="utf-8")
+    with pytest.raises(RunError, match=rf"^{tmp_path}: step 3 cannot be written: .*No space left .*; free some room, then"):
+        sinks.write(3, {"a": 1.0}, [{"response": "x"}])
+    with pytest.raises(RunError, match=r"the last lines cannot be written: .*No space left"):
+        sinks.close()
+    assert sinks.metrics.closed and sinks.samples.closed
 
 
 def test_rows_of_an_interrupted_run_are_dropped_on_resume(tmp_path):

@@ -191,12 +191,16 @@ def test_rewards_and_reference_take_their_time_beside_others(run):
 
 def test_sampling_ahead_is_one_version_behind_and_no_more(run):
     pools = "{train: {roles: [actor, reference]}, sample: {roles: [rollout]}}"
-    folder = run("stale", f"placement={{kind: ray, max_staleness: 1, pools: {pools}}}", "algorithm.correction=token_tis")
+    placed = f"placement={{kind: ray, max_staleness: 1, pools: {pools}}}"
+    folder = run("stale", placed, "algorithm.correction=token_tis", "reward.0.name=test_placement.slow", "train.save_every=1")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["data/staleness"] for line in lines] == [0, 1, 1]
     versions = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {(line["step"], line["policy_version"]) for line in versions} == {(1, 0), (2, 0), (3, 1)}
     assert lines[1]["mismatch/mean"] > 100 * lines[0]["mismatch/mean"]
+    for line in lines:
+        assert line["timing/reward"] == pytest.approx(CALLS * 0.05, rel=0.2), "of its own samples, whenever they were scored"
+        assert line["timing/rollout"] > 0 and line["vllm_tps"] > line["decode_tps"] > 0
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +18,11 @@ import pytest
 import yaml
 
 from rlcore import checkpoint, cli
-from rlcore.errors import ConfigError
+from rlcore.data import PromptSource
+from rlcore.errors import ConfigError, RunError
 from rlcore.interruption import Interruption
 from rlcore.metrics import Sinks
+from rlcore.run_folder import Claim
 
 REWARD = "test_resume.graded"
 STEPS = 5
@@ -97,7 +102,11 @@ def numbers(folder):
 def assert_same(folder, expected):
     assert numbers(folder) == numbers(expected)
     assert (folder / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
-    last = Path("checkpoints") / f"step_{STEPS:06d}"
+    assert_same_state(folder, expected)
+
+
+def assert_same_state(folder, expected, last=STEPS):
+    last = Path("checkpoints") / f"step_{last:06d}"
     for name in ("model/model.safetensors", "optimizer.safetensors", "state.json"):
         assert (folder / last / name).read_bytes() == (expected / last / name).read_bytes(), name
 
@@ -176,6 +185,18 @@ def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, 
     assert_same(folder, uninterrupted)
 
 
+def test_a_warm_start_is_gone_on_with_where_it_was_stopped(command, uninterrupted, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSource, "draw", at_draw(2, send))
+        assert cli.main([*command, str(folder)]) == cli.INTERRUPTED
+    assert not (folder / "metrics.jsonl").exists()
+    assert checkpoint.latest(folder / "sft").name == "step_000001"
+    assert cli.main([*command, str(folder), "--resume"]) == 0
+    assert numbers(folder / "sft") == numbers(uninterrupted / "sft")
+    assert_same(folder, uninterrupted)
+
+
 def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
     def files():
         return {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and "tfevents" not in path.name}
@@ -185,7 +206,136 @@ def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
     assert files() == before
 
 
+# training that samples nothing
+
+
+def at_draw(call, act):
+    """`PromptSource.draw` that acts before its `call`-th call; each of them draws a random number too, as a data set may."""
+    real, calls = PromptSource.draw, []
+
+    def draw(self, count):
+        calls.append(random.random())
+        if len(calls) == call:
+            act()
+        return real(self, count)
+
+    return draw
+
+
+def die():
+    raise MemoryError("as if the process were gone")
+
+
+@pytest.fixture(params=["sft", "dpo"])
+def training(request, tmp_path, tiny_llama):
+    """Six steps of two rows of five, with a checkpoint every second."""
+    rows = [{"prompt": f"{n} + {n}?", "answer": "", "good": f"It is {2 * n}.", "bad": f"{n}"} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"answer": None, "target": "good", **({"rejected": "bad"} if request.param == "dpo" else {})}
+    size = {"sft": "rows_per_step", "dpo": "pairs_per_step"}[request.param]
+    values = {
+        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "data": {"train": {"path": str(tmp_path / "rows.jsonl"), "options": columns}, "max_prompt_tokens": 64},
+        request.param: {"steps": 6, size: 2, "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 2}},
+        "train": {"save_every": 2, "max_tokens_per_microbatch": 512}, "logging": {"tensorboard": False},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return [request.param, str(tmp_path / "run.yaml"), "--run-dir"]
+
+
+def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(training, tmp_path, monkeypatch):
+    """Interrupted in the fourth step, whose third is saved; dead in the fourth, which has the second to go on from."""
+    whole = tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSource, "draw", at_draw(0, die))
+        assert cli.main([*training, str(whole)]) == 0
+    assert {path.name for path in (whole / "checkpoints").glob("step*")} == {f"step_{n:06d}" for n in (2, 4, 6)}
+    for act, saved in ((send, "step_000003"), (die, "step_000002")):
+        folder = tmp_path / act.__name__
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptSource, "draw", at_draw(4, act))
+            try:
+                assert cli.main([*training, str(folder)]) == cli.INTERRUPTED
+            except MemoryError:
+                assert act is die
+        assert checkpoint.latest(folder).name == saved
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptSource, "draw", at_draw(0, die))
+            assert cli.main([*training, str(folder), "--resume"]) == 0
+        assert numbers(folder) == numbers(whole)
+        assert_same_state(folder, whole, last=6)
+
+
+# one process a run folder
+
+
+def meddling(response, answer, fields, *, command: list[str], folder: str):
+    """Tries, on its first call, to go on with the run that calls it, from another process."""
+    module = importlib.import_module("test_resume")
+    module.calls += 1
+    if module.calls == 1:
+        arguments = [sys.executable, "-m", "rlcore.cli", *command, folder, "--resume"]
+        module.meddled = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    return len(set(response)) / 10
+
+
+def test_a_run_that_lives_keeps_its_folder_to_itself(command, uninterrupted, tmp_path):
+    module, folder = importlib.import_module("test_resume"), tmp_path / "run"
+    options = json.dumps({"command": command, "folder": str(folder)})
+    meddler = ["reward.0.name=test_resume.meddling", f"reward.0.options={options}"]
+    assert cli.main([*command, str(folder), *meddler]) == 0
+    assert module.meddled.returncode == 2
+    assert module.meddled.stderr == (
+        f"rlcore: --run-dir: {folder} is being written by pid {os.getpid()} on {socket.gethostname()}; wait for it or end it,"
+        " or give another folder\n"
+    )
+    assert_same_state(folder, uninterrupted)
+
+
+def test_death_gives_a_run_folder_back(tmp_path):
+    program = "import sys; from rlcore.run_folder import *; one = Claim(Path(sys.argv[1])); one.take(); print('taken'); input()"
+    holder = subprocess.Popen([sys.executable, "-uc", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"taken\n"
+        with Claim(tmp_path) as claim, pytest.raises(ConfigError, match=f"is being written by pid {holder.pid} on "):
+            claim.take()
+        holder.kill()
+    with Claim(tmp_path) as claim:
+        claim.take()
+        claim.take()  # again by the same process, as after a worker's death
+        assert claim.taken
+
+
+def test_a_run_that_began_while_another_was_loading_is_not_written_over(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with Claim(tmp_path) as claim, pytest.raises(ConfigError, match="already holds a run; give --resume to go on with it"):
+        cli._begin(claim, None)
+
+
 # checkpoints
+
+
+def filling(response, answer, fields, *, call: int):
+    """From its `call`-th call on no file of this process grows beyond 200 KB."""
+    module = importlib.import_module("test_resume")
+    module.calls += 1
+    if module.calls == call:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return len(set(response)) / 10
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_whole_and_can_be_gone_on_from(command, uninterrupted, tmp_path, capsys):
+    folder, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = ["reward.0.name=test_resume.filling", f"reward.0.options={{call: {reward_call(4)}}}"]
+    try:
+        assert cli.main([*command, str(folder), *full]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"rlcore: {folder}/checkpoints/step_000004 cannot be written: ")
+    assert said.endswith("; step_000002 is whole: free some room, then go on from it with --resume")
+    assert cli.main([*command, str(folder), "--resume"]) == 0
+    assert_same_state(folder, uninterrupted)
 
 
 def content(text):
@@ -202,7 +352,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
         (folder / "weights").write_text("half of", encoding="utf-8")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match="step_000002 cannot be written: disk full; step_000001 is whole: free some room"):
         checkpoint.save(tmp_path, "step_000002", {"step": 2}, fail)
     assert checkpoint.latest(tmp_path).name == "step_000001"
     assert not (tmp_path / "checkpoints" / "step_000002").exists()
@@ -231,8 +381,6 @@ def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
 
 
 def test_random_states_come_back():
-    import random
-
     import numpy
     import torch
 

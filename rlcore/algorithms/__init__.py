@@ -6,8 +6,9 @@ dr_grpo         arXiv 2503.20783: no division by the standard deviation or by th
 dapo            arXiv 2503.14476: wider upper clip, groups without signal replaced, responses near the limit punished
 gspo            arXiv 2507.18071: one ratio a response, with the clip widths of its experiments
 cispo           arXiv 2506.13585: clipped weights, no lower limit
-rloo            arXiv 2402.14740: leave-one-out baseline, divergence in the reward, sums over tokens
-reinforce++     arXiv 2501.03262, and its form with the group's mean as baseline, which takes k2 as a loss
+rloo            arXiv 2402.14740: leave-one-out baseline, divergence (k1) in the reward, sums over tokens
+reinforce++     arXiv 2501.03262: advantages over the whole batch, divergence (k1) in the reward; and its form with the group's
+                mean as baseline, which takes k2 as a loss
 ppo             arXiv 1707.06347, with a critic
 
 Imports nothing heavy: the run file's schema reads this table.
@@ -19,8 +20,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "dapo": {"clip_high": 0.28, "max_refills": 3, "overlong_penalty": 1.0},
     "gspo": {"surrogate": "sequence_clip", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean"},
     "cispo": {"surrogate": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
-    "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum", "kl_in": "reward"},
-    "reinforce++": {"advantage": "batch", "kl_in": "reward"},
+    "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum", "kl_in": "reward", "kl_estimator": "kl"},
+    "reinforce++": {"advantage": "batch", "kl_in": "reward", "kl_estimator": "kl"},
     "reinforce++_baseline": {"advantage": "batch_over_group", "kl_estimator": "mse"},
     "ppo": {"advantage": "gae", "kl_in": "reward", "kl_estimator": "kl"},
 }

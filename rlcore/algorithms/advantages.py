@@ -10,12 +10,13 @@ from rlcore.types import Outcome
 
 
 def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tensor | None]:
-    """[N] advantages, and [N] returns for the critic where there is one."""
+    """[N] advantages, and [N] returns for the critic where there is one; computed in float64, given as float32."""
     if config.advantage == "gae":
-        return ppo.advantages(outcome, config)
+        values, returns = ppo.advantages(outcome, config)
+        return values.float(), returns.float()
     if config.advantage == "batch":
-        return reinforce_pp.advantages(outcome), None
+        return reinforce_pp.advantages(outcome).float(), None
     if config.advantage == "batch_over_group":
-        return reinforce_pp.advantages_over_baseline(outcome), None
+        return reinforce_pp.advantages_over_baseline(outcome).float(), None
     by_sample = rloo.advantages(outcome) if config.advantage == "leave_one_out" else grpo.advantages(outcome, config)
-    return by_sample[outcome.sequence], None
+    return by_sample[outcome.sequence].float(), None

@@ -11,12 +11,13 @@ from rlcore.types import Score
 
 
 def has_signal(scores: Sequence[Score]) -> bool:
-    """Whether a group's samples differ in reward: otherwise every advantage is 0 (dynamic sampling, section 3.2)."""
+    """Whether a group's samples differ in score, a failed reward being none: otherwise every advantage is 0, unless lengths or
+    divergence cost some of them more (dynamic sampling, section 3.2)."""
     return len({score.value for score in scores if score.value is not None}) > 1
 
 
 def overlong_penalty(lengths: Tensor, limit: int, config: AlgorithmConfig) -> Tensor:
-    """[S] response tokens -> [S] <= 0: nothing up to the last overlong_share of the limit, then down to -overlong_penalty
+    """[S] response tokens -> [S] float64 <= 0: 0 up to the last overlong_share of the limit, then down to -overlong_penalty
     at the limit (soft overlong punishment, section 3.4)."""
     margin = config.overlong_share * limit
-    return -config.overlong_penalty * ((lengths - (limit - margin)) / margin).clamp(0, 1)
+    return -config.overlong_penalty * ((lengths.double() - (limit - margin)) / margin).clamp(0, 1)

@@ -6,21 +6,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlcore.algorithms.comparison import centred
 from rlcore.config import AlgorithmConfig
 from rlcore.types import Outcome, TokenView
 
 
 def advantages(outcome: Outcome, config: AlgorithmConfig) -> Tensor:
-    """[S]: each reward relative to the valid rewards of its group, over their standard deviation. 0 where invalid, and in
-    groups without spread or with one valid sample."""
-    rewards, result = outcome.penalized, torch.zeros_like(outcome.rewards)
+    """[S] float64: each reward relative to the valid rewards of its group, over their standard deviation. 0 where invalid, and
+    in groups without spread or with one valid sample."""
+    rewards = outcome.penalized
+    result = torch.zeros_like(rewards)
     for members in outcome.compared():
-        if members.sum() < 2:
-            continue
-        centred = rewards[members] - rewards[members].mean()
-        if config.advantage_std != "none":
-            centred = centred / (rewards[members].std(correction=config.advantage_std == "sample") + config.advantage_eps)
-        result[members] = centred
+        relative = centred(rewards[members])
+        if config.advantage_std != "none" and len(relative) > 1:
+            relative /= rewards[members].std(correction=config.advantage_std == "sample") + config.advantage_eps
+        result[members] = relative
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,7 +34,9 @@ class Controller:
     coefficient: float
 
     def observe(self, mean_divergence: float, samples: int) -> None:
-        """The mean by token of a step with that many samples. At most a fifth of the error counts, by samples / kl_horizon."""
+        """The mean by token of a step with that many samples. At most a fifth of the error counts, by samples / kl_horizon, and
+        by 1 where a step has more samples than that: so the coefficient falls by a fifth at most and stays above 0."""
         if self.config.kl_target is not None:
             error = max(-0.2, min(0.2, mean_divergence / self.config.kl_target - 1))
-            self.coefficient *= 1 + error * samples / self.config.kl_horizon
+            moved = self.coefficient * (1 + error * min(1.0, samples / self.config.kl_horizon))
+            self.coefficient = max(moved, sys.float_info.min)  # from 0 it could not rise again

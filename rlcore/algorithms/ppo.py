@@ -11,21 +11,21 @@ from rlcore.types import Outcome, TokenLoss, ValueView
 
 
 def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Advantages, normalized over the batch, and returns, both [N], by generalized advantage estimation (arXiv 1506.02438).
+    """[N] float64 advantages, normalized over the batch, and returns, by generalized advantage estimation (arXiv 1506.02438).
 
     A token's reward is minus its divergence penalty; the last also gets the response's reward. Nothing follows the last token.
     """
     assert outcome.values is not None
     ends = outcome.lengths.cumsum(0)
-    rewards = -outcome.penalties
-    rewards = rewards.index_add(0, ends - 1, outcome.rewards)
+    rewards = -outcome.penalties.double()
+    rewards = rewards.index_add(0, ends - 1, outcome.rewards.double())
     width = int(outcome.lengths.max())
     place = torch.arange(len(rewards)) - (ends - outcome.lengths)[outcome.sequence]
     rows = outcome.sequence
-    padded_rewards, values = torch.zeros(len(ends), width), torch.zeros(len(ends), width + 1)
-    padded_rewards[rows, place], values[rows, place] = rewards, outcome.values
+    padded_rewards, values = rewards.new_zeros(len(ends), width), rewards.new_zeros(len(ends), width + 1)
+    padded_rewards[rows, place], values[rows, place] = rewards, outcome.values.double()
     errors = padded_rewards + config.gae_gamma * values[:, 1:] - values[:, :-1]
-    following, estimate = torch.zeros(len(ends)), torch.zeros(len(ends), width)
+    following, estimate = rewards.new_zeros(len(ends)), rewards.new_zeros(len(ends), width)
     for step in reversed(range(width)):
         here = step < outcome.lengths
         following = (errors[:, step] + config.gae_gamma * config.gae_lambda * following).where(here, 0)
@@ -36,7 +36,9 @@ def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tenso
 
 def value_loss(tokens: ValueView, clip: float) -> TokenLoss:
     """Half the squared error against the returns; moving further than `clip` from the old value earns nothing."""
-    near = tokens.old_values + (tokens.values - tokens.old_values).clamp(-clip, clip)
+    moved = tokens.values - tokens.old_values
+    clipped = tokens.old_values + moved.clamp(-clip, clip)
+    near = torch.where(moved.abs() > clip, clipped, tokens.values)  # the sum would round where nothing is clipped
     loss, clipped_loss = (tokens.values - tokens.returns).square() / 2, (near - tokens.returns).square() / 2
     worst = torch.maximum(loss, clipped_loss)
     return TokenLoss(worst, {

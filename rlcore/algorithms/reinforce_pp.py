@@ -5,34 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlcore.algorithms.comparison import centred
 from rlcore.types import Outcome
 
 
 def advantages(outcome: Outcome) -> Tensor:
-    """[N]: the reward less the divergence penalties from this token on, normalized over all valid tokens of the batch."""
-    return normalized(outcome.rewards[outcome.sequence] - _from_here_on(outcome), outcome)
+    """[N] float64: the reward less the divergence penalties from this token on, normalized over the batch's valid tokens."""
+    return normalized(outcome.rewards.double()[outcome.sequence] - _from_here_on(outcome), outcome)
 
 
 def advantages_over_baseline(outcome: Outcome) -> Tensor:
-    """[N]: the same of rewards less their group's mean (REINFORCE++-baseline)."""
-    rewards = outcome.rewards.clone()
+    """[N] float64: the same of rewards less their group's mean (REINFORCE++-baseline)."""
+    rewards = torch.zeros_like(outcome.rewards, dtype=torch.float64)
     for members in outcome.compared():
-        rewards[members] -= rewards[members].mean()
+        rewards[members] = centred(outcome.rewards[members])
     return normalized(rewards[outcome.sequence] - _from_here_on(outcome), outcome)
 
 
 def normalized(values: Tensor, outcome: Outcome) -> Tensor:
-    """[N]: mean 0 and standard deviation 1 (ddof 0) over valid tokens, 0 on the others and where all are equal."""
+    """[N] -> [N] float64: mean 0 and deviation 1 (ddof 0) over valid tokens, 0 on the others and where all are equal."""
     valid = outcome.valid[outcome.sequence]
-    if not valid.any():
-        return torch.zeros_like(values)
-    chosen = values[valid]
-    return ((values - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-8)).where(valid, 0)
+    result = torch.zeros_like(values, dtype=torch.float64)
+    if valid.any():
+        result[valid] = centred(values[valid]) / values[valid].double().std(correction=0).clamp(min=1e-8)
+    return result
 
 
 def _from_here_on(outcome: Outcome) -> Tensor:
-    """[N]: the penalties of each response from a token to its end."""
-    sequence = outcome.sequence
-    running = outcome.penalties.double().cumsum(0)
-    ends = outcome.lengths.cumsum(0)[sequence] - 1
-    return (running[ends] - running + outcome.penalties).to(outcome.penalties.dtype)
+    """[N] float64: the penalties of each response from a token to its end."""
+    penalties = outcome.penalties.double()
+    running = penalties.cumsum(0)
+    ends = outcome.lengths.cumsum(0)[outcome.sequence] - 1
+    return running[ends] - running + penalties

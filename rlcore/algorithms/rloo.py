@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlcore.algorithms.comparison import centred
 from rlcore.types import Outcome
 
 
 def advantages(outcome: Outcome) -> Tensor:
-    """[S]: each reward less the mean of the other valid rewards of its group; 0 where there is no other."""
-    rewards, result = outcome.penalized, torch.zeros_like(outcome.rewards)
+    """[S] float64: each reward less the mean of the other valid rewards of its group; 0 where there is no other."""
+    rewards = outcome.penalized
+    result = torch.zeros_like(rewards)
     for members in outcome.compared():
         count = int(members.sum())
         if count > 1:
-            result[members] = (rewards[members] - rewards[members].mean()) * count / (count - 1)
+            result[members] = centred(rewards[members]) * count / (count - 1)
     return result

@@ -1,0 +1,63 @@
+"""The folder of a run, which one process at a time writes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from rlcore.errors import ConfigError
+
+RECORD = "config.yaml"  # a folder that holds one holds a run
+LOCK = "run.lock"
+
+
+class Claim:
+    """While entered, this process may be the one that writes a run folder. A death gives the folder back, however it comes.
+
+    The lock is the process's own (POSIX): children that were forked neither hold it nor keep it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def taken(self) -> bool:
+        return self._file is not None
+
+    def take(self) -> None:
+        """ConfigError names the process that has the folder, or why it cannot be had."""
+        if self.taken:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--run-dir: {self.folder} cannot be written: {error}; give another folder") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with file:
+                raise ConfigError(self._refusal(file, error)) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
+
+    def _refusal(self, file: IO[str], error: OSError) -> str:
+        if not isinstance(error, BlockingIOError | PermissionError):  # what POSIX allows for a lock that another holds
+            return f"--run-dir: {self.folder / LOCK} cannot be locked: {error}; give a folder on a file system with locks"
+        file.seek(0)
+        holder = file.read() or "another process"
+        return f"--run-dir: {self.folder} is being written by {holder}; wait for it or end it, or give another folder"
