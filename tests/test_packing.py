@@ -51,7 +51,7 @@ def test_ten_thousand_batches_stay_under_the_cap_and_are_spread_over_ranks():
 @given(shapes, st.integers(120, 400))
 def test_packed_rows_hold_every_target_once_and_no_more_tokens_than_planned(groups, cap):
     batch = Batch.of([group(f"row {i}", prompt, responses) for i, (prompt, responses) in enumerate(groups)])
-    flat = torch.tensor([token for sample in batch.samples for token in sample.token_ids])
+    flat = torch.tensor([token for sample in batch.samples for token in sample.token_ids.tolist()])
     rebuilt = torch.full_like(flat, -1)
     for packed in microbatches(batch, cap):
         assert packed.tokens == sum(segment.tokens for segment in packed.segments) <= cap

@@ -181,7 +181,7 @@ def test_the_plain_sampler_draws_the_same_from_embeddings(adapter, folder, promp
     drawn = sampler.generate(embedded, Sampling(3, 8, seed=4))
     assert read.take() == (0, 0)
     for one, other in zip(pixels, drawn, strict=True):
-        assert [sample.token_ids for sample in one.samples] == [sample.token_ids for sample in other.samples]
+        assert [sample.token_ids.tolist() for sample in one.samples] == [sample.token_ids.tolist() for sample in other.samples]
         for ours, theirs in zip(one.samples, other.samples, strict=True):
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-6)
 
