@@ -441,7 +441,8 @@ def updated(worker, ranks=1, mine=0):
     """The weights after one step of preferences, to which this rank gives its part."""
     worker.load("dpo")
     prompts = worker.policy.prompts(0).draw(4)
-    read = [worker.embed(prompts[4 * mine // ranks : 4 * (mine + 1) // ranks])]
+    own = prompts[4 * mine // ranks : 4 * (mine + 1) // ranks]
+    read = [worker.embed([prompt.vision for prompt in own])]
     if ranks > 1:
         read = [*read, None]
         torch.distributed.all_gather_object(read, read[0])
