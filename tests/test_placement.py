@@ -72,7 +72,7 @@ def together(run):
 
 
 def rows(folder):
-    clock = re.compile(r"timing/.*|memory/.*|sync/.*|.*_tps|tps_throughput|data/staleness")
+    clock = re.compile(r"timing/.*|memory/.*|sync/.*|.*_tps|tps_throughput|data/staleness|placement/bytes")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not clock.fullmatch(name)} for line in lines]
 
@@ -87,6 +87,15 @@ def test_one_worker_elsewhere_is_this_process_to_the_bit(run, local):
     elsewhere = run("one", ONE)
     assert written(elsewhere) == written(local)
     assert rows(elsewhere) == rows(local)
+
+
+def test_bytes_between_processes_are_counted_by_step(local, together):
+    """5 prompts and 4 samples of each are some kilobytes; nothing leaves this process. No step counts another's."""
+    lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (local, together)]
+    here, there = ([line["placement/bytes"] for line in of] for of in lines)
+    assert here == [0] * STEPS
+    assert all(10_000 < size < 100_000 for size in there)
+    assert max(there) < 1.2 * min(there)
 
 
 def test_two_workers_are_one_to_rounding(together, local):

@@ -30,7 +30,9 @@ from rlcore.vision import VisionEncoder, check_tower, replace_tower
 from rlcore.worker import Policy, Worker
 
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 80, 1.0)
-SECONDS_BYTES_ROUNDING = ("timing/", "memory/", "sync/", "mismatch/", "vision/", "e2e_", "tps_", "update_", "vllm_", "decode_")
+SECONDS_BYTES_ROUNDING = (
+    "timing/", "memory/", "sync/", "placement/", "mismatch/", "vision/", "e2e_", "tps_", "update_", "vllm_", "decode_",
+)  # fmt: skip
 
 
 def make(models, name, **options):

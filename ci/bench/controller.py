@@ -1,5 +1,5 @@
-"""What the controller does with a step's responses besides waiting: pickling, unpickling, tensors, dealing to ranks, and packing
-one rank's rows, at 512 prompts x 8 samples x 2,048 tokens (8.4 million response tokens)."""
+"""What a controller does with a step's responses: pickling, unpickling, making tensors of them, dealing them to ranks, and what
+a rank does to pack its own, at 512 prompts x 8 samples x 2,048 tokens (8.4 million response tokens)."""
 
 from __future__ import annotations
 
