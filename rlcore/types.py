@@ -52,7 +52,7 @@ class Prompt:
 
     def for_models(self) -> Prompt:
         """Without what only rewards and records read. Engines that read images themselves keep them."""
-        read = self.vision is None or "image_embeds" in self.vision
+        read = self.vision is not None and "image_embeds" in self.vision
         return replace(self, row=Row(self.row.id, (), images=() if read else self.row.images))
 
     @property

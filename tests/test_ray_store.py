@@ -90,18 +90,18 @@ PLACED = {
     "apart": {"pools": {"train": {"roles": ["actor"]}, "sample": {"roles": ["rollout"]}, "fixed": {"roles": ["reference"]},
                         "see": {"roles": ["vision"], "devices": 2}}},
 }  # fmt: skip
-TOKENS, WIDTH = 256, 128  # of a picture of 448 x 448, and of its embeddings
+TOKENS, WIDTH = 64, 512  # of a picture, and of its embeddings
 
 
 def policy_of(models, backend, **settings):
-    folder = models / "vision_policy"
+    folder = models / "vision_wide"
     if not folder.exists():
-        registry.load("models", "tiny_qwen2_5_vl")(folder, layers=1, vision_layers=2)
+        registry.load("models", "tiny_qwen2_5_vl")(folder, layers=1, vision_layers=2, hidden_size=WIDTH)
     figures = {"name": "geometry_figures", "options": {"count": 4, "kinds": ["dots"], "largest": 5, "size": 448}}
     return Policy(validate(RunConfig, {
-        "model": {"path": str(folder), "freeze": ["vision"]}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(folder), "freeze": ["vision"], "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": figures, "max_prompt_tokens": 400}, "rollout": {"engine": "torch", "max_new_tokens": 4},
-        "algorithm": {"kl_coef": 0.1}, "train": {"max_tokens_per_microbatch": 400}, **settings,
+        "algorithm": {"kl_coef": 0.1}, "train": {"max_tokens_per_microbatch": 420}, **settings,
     }), backend)  # fmt: skip
 
 

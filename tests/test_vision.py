@@ -185,7 +185,7 @@ def test_the_plain_sampler_draws_the_same_from_embeddings(adapter, folder, promp
     for one, other in zip(pixels, drawn, strict=True):
         assert [sample.token_ids.tolist() for sample in one.samples] == [sample.token_ids.tolist() for sample in other.samples]
         for ours, theirs in zip(one.samples, other.samples, strict=True):
-            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-6)
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=5e-6)
 
 
 def test_a_tower_that_learns_has_a_gradient(adapter, folder, prompts):
