@@ -421,7 +421,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(start, o
 def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder, other, tmp_path, backend):
     """Each runs the whole tower, on its own half of the prompts; the weights after an update are those of one rank."""
     settings = {
-        "model": {"path": str(folder), "freeze": ["vision"]}, "vision": {"path": str(other)}, "dpo": {"steps": 1},
+        "model": {"path": str(folder), "freeze": ["vision"], "precision": "fp32"}, "vision": {"path": str(other)},
+        "dpo": {"steps": 1},
         "data": {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 8},
         "train": {"max_tokens_per_microbatch": 80},
     }  # fmt: skip
