@@ -18,7 +18,7 @@ import yaml
 from rlcore import cli, metrics
 from rlcore.config import RunConfig
 from rlcore.placement import Placement, Pool, merged
-from rlcore.types import Receipt, Sampling
+from rlcore.types import Prompt, Receipt, Row, Sampling
 from rlcore.worker import ROLES, Worker
 
 STEPS, CALLS = 3, 20  # steps, and rewards of each
@@ -40,7 +40,7 @@ def graded(response, answer, fields):
 def run(tmp_path_factory, tiny_llama, cluster):
     """Runs the command; the run folder."""
     settings = {
-        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 6}, "reward": [{"name": "test_placement.graded"}],
         "algorithm": {"group_size": 4, "kl_coef": 0.1}, "optimizer": {"lr": 1e-3},
@@ -296,7 +296,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     placement = Placement(config, dict.fromkeys(ROLES, Pool(members)))
     started = time.perf_counter()
     placement.sync_weights()
-    list(placement.rollout.stream([None, None], Sampling(1, 1)))
+    list(placement.rollout.stream([Prompt(Row("a", []), [1], [1])] * 2, Sampling(1, 1)))
     timing = metrics.timings(placement.spans(), started, time.perf_counter())
     assert timing["timing/rollout"] == pytest.approx(0.5, rel=0.05)
     assert timing["timing/resharding_to_infer"] == pytest.approx(max(0.2 + 0.1, 0.1 + 0.1) + 0.04, rel=0.05)
