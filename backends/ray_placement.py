@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from rlcore.watch import Watch
 from rlcore.worker import Policy, Worker
 
 from . import node_address, ray_debugging
+from .ray_store import Outbox, Parcel, RayStore, unpacked, values
 from .ray_watch import Observers, died
 
 
@@ -49,7 +50,7 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
     backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
     backend.given = policy.backend.given
     opened: list[_Devices | _Scorers] = []
-    observers = Observers()
+    observers, store = Observers(), RayStore()
     watch.workers = observers.look
 
     def close() -> None:
@@ -62,15 +63,15 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
     try:
         pools: dict[str, Pool] = {}
         for setting, devices, roles in config.pools():
-            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds, observers))
+            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds, observers, store))
             trains = not roles.isdisjoint({"actor", "reference"})
-            pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1)
+            pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1, store)
             pools |= dict.fromkeys(roles, pool)
         _link(pools["actor"], pools["rollout"])
         if config.placement.reward_workers:
-            opened.append(_Scorers(config, observers))
-            pools["reward"] = Pool(opened[-1].members)
-        return Placement(config, pools, close)
+            opened.append(_Scorers(config, observers, store))
+            pools["reward"] = Pool(opened[-1].members, store=store)
+        return Placement(config, pools, close, store)
     except BaseException:
         close()
         raise
@@ -78,6 +79,9 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
 
 class Process:
     """A worker in a process of its own."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
 
     def show(self, who: str) -> tuple[str, Place]:
         """Ray's id of this node, and where others on it see what this process does."""
@@ -87,7 +91,7 @@ class Process:
     def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
         with self.pulse.stage("open"):
             policy = Policy(config, registry.load("backends", config.backend.name)(options))
-            self.worker = Worker(policy, roles, self.pulse)
+            self.worker = Worker(policy, roles, self.pulse, self.outbox.put)
         from transformers.utils import logging  # after the backend has made it importable
 
         logging.disable_progress_bar()
@@ -104,50 +108,54 @@ class Process:
     def join(self, rank: int, size: int, address: str) -> None:
         for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():
             os.environ.setdefault(name, value)
-        self.call("join", rank, size, address)
+        with self.pulse.stage("join"):
+            self.worker.join(rank, size, address)
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, arguments: Parcel) -> Parcel:
         with self.pulse.stage(method):
-            return getattr(self.worker, method)(*arguments)
+            return self.outbox.answer(getattr(self.worker, method)(*unpacked(arguments, values)))
 
-    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+    def stream(self, method: str, arguments: Parcel) -> Iterator[Parcel]:
         with self.pulse.stage(method):
-            yield from getattr(self.worker, method)(*arguments)
+            for item in getattr(self.worker, method)(*unpacked(arguments, values)):
+                yield self.outbox.answer(item)
 
 
 class Remote:
     """A member of a pool, seen from the controller."""
 
-    def __init__(self, process: Any, name: str) -> None:
-        self.process, self.name = process, name
+    def __init__(self, process: Any, name: str, store: RayStore) -> None:
+        self.process, self.name, self.store = process, name, store
         self.where = "not started"
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
-        return self.ask("call", method, *arguments)
+        return self._answer(method, self.process.call.remote(method, self.store.sent(arguments)), self.store.received)
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
-        answers = self.process.stream.options(num_returns="streaming").remote(method, *arguments)
+        answers = self.process.stream.options(num_returns="streaming").remote(method, self.store.sent(arguments))
         return self._received(method, answers)
 
     def _received(self, method: str, answers: Any) -> Iterator[Any]:
         try:
             for answer in answers:
-                yield ray.get(answer)
+                yield self.store.received(ray.get(answer))
         except RayError as error:
             raise self._explained(error, method) from error
 
     def ask(self, what: str, *arguments: Any) -> Future[Any]:
-        """Of the process; `call` of its worker."""
+        """Of the process, not its worker."""
+        return self._answer(what, getattr(self.process, what).remote(*arguments), lambda given: given)
+
+    def _answer(self, method: str, asked: Any, read: Callable[[Any], Any]) -> Future[Any]:
+        """What `read` makes of the process's answer."""
         answer: Future[Any] = Future()
-        asked = getattr(self.process, what).remote(*arguments).future()
-        asked.add_done_callback(partial(self._settle, answer, arguments[0] if what == "call" else what))
+        asked.future().add_done_callback(partial(self._settle, answer, method, read))
         return answer
 
-    def _settle(self, answer: Future[Any], method: str, done: Future[Any]) -> None:
-        error = done.exception()
-        if error is None:
-            answer.set_result(done.result())
-        else:
+    def _settle(self, answer: Future[Any], method: str, read: Callable[[Any], Any], done: Future[Any]) -> None:
+        try:
+            answer.set_result(read(done.result()))
+        except Exception as error:
             answer.set_exception(self._explained(error, method))
 
     def _explained(self, error: BaseException, method: str) -> BaseException:
@@ -178,7 +186,7 @@ class _Devices:
 
     def __init__(
         self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float,
-        observers: Observers,
+        observers: Observers, store: RayStore,
     ) -> None:
         self._processes: list[Any] = []
         self._group = _reserved(dict(backend.bundle()), setting, devices, wait_seconds)
@@ -186,7 +194,7 @@ class _Devices:
             nodes = placement_group_table(self._group)["bundles_to_node_id"]
             neighbours = sorted(range(devices), key=lambda bundle: (nodes[bundle], bundle))
             self._processes = [self._process(backend, bundle) for bundle in neighbours]
-            self.members = self._started(config, backend, setting, roles, observers)
+            self.members = self._started(config, backend, setting, roles, observers, store)
         except BaseException:
             self.release()
             raise
@@ -207,12 +215,12 @@ class _Devices:
         ).remote()
 
     def _started(
-        self, config: RunConfig, backend: Backend, setting: str, roles: set[str], observers: Observers
+        self, config: RunConfig, backend: Backend, setting: str, roles: set[str], observers: Observers, store: RayStore
     ) -> list[Remote]:
         chosen = config.backend.model_copy(update={"name": backend.name})
         config = config.model_copy(update={"backend": chosen})
         size, kind = len(self._processes), " ".join(["worker", *setting.split(".")[2:-1]])
-        members = [Remote(process, f"{kind} {rank} of {size}") for rank, process in enumerate(self._processes)]
+        members = [Remote(process, f"{kind} {rank} of {size}", store) for rank, process in enumerate(self._processes)]
         _show(members, observers)
         results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
         if size > 1:
@@ -224,14 +232,16 @@ class _Devices:
 class _Scorers:
     """Workers that score: on any node, in what its devices leave of its processors."""
 
-    def __init__(self, config: RunConfig, observers: Observers) -> None:
+    def __init__(self, config: RunConfig, observers: Observers, store: RayStore) -> None:
         count = config.placement.reward_workers
         environment = {"env_vars": _inherited()}
         self._processes = [
             ray.remote(Process).options(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=environment).remote()
             for _ in range(count)
         ]
-        self.members = [Remote(process, f"reward worker {n} of {count}") for n, process in enumerate(self._processes)]
+        self.members = [
+            Remote(process, f"reward worker {n} of {count}", store) for n, process in enumerate(self._processes)
+        ]
         try:
             _show(self.members, observers)
             results([member.ask("open_rewards", config, sys.path) for member in self.members])

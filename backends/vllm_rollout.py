@@ -200,9 +200,10 @@ class VllmRollout:
 
     def _sample(self, completion: Any, version: int) -> Sample:
         token_ids = list(completion.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
+        drawn = zip(completion.logprobs, token_ids, strict=True)
+        logprobs = np.fromiter((step[token].logprob for step, token in drawn), np.float32, len(token_ids))
         finish = "stop" if completion.finish_reason == "stop" else "length"
-        return Sample(token_ids, logprobs, self._adapter.decode(token_ids), finish, version)
+        return Sample(np.array(token_ids, np.int32), logprobs, self._adapter.decode(token_ids), finish, version)
 
 
 class VllmWeightsRollout(VllmRollout):

@@ -66,7 +66,7 @@ def distribution(model: Any, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def samples(case: Case) -> Iterator[tuple[Any, list[int]]]:
-    return ((group.prompt, sample.token_ids) for group in case.batch.groups for sample in group.samples)
+    return ((group.prompt, sample.token_ids.tolist()) for group in case.batch.groups for sample in group.samples)
 
 
 def images(prompt: Any, ids: Tensor) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def _token(batch: Batch, place: int, quantities: Mapping[str, Tensor]) -> dict[s
     inputs = {name: getattr(batch, name) for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "advantages")}
     return {
         "prompt": owners[sample][0], "sample": owners[sample][1], "token": place - start,
-        "token_id": batch.samples[sample].token_ids[place - start],
+        "token_id": int(batch.samples[sample].token_ids[place - start]),
         **{name: str(float(values[place])) for name, values in inputs.items() if values is not None},
         **{name: str(float(value.detach())) for name, value in quantities.items()},
     }  # fmt: skip

@@ -10,12 +10,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlcore.errors import ConfigError
 from rlcore.types import Batch, Vision
+
+Shapes = Sequence[tuple[int, Sequence[int]]]  # of groups: prompt tokens, and response tokens of each sample
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,13 @@ class Piece:
     tokens: int
 
 
-def plan(
-    groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[str] | None = None, whole_groups: bool = False
-) -> list[list[Piece]]:
-    """Micro-batches for groups of (prompt tokens, response tokens of each sample), none above `cap` forwarded tokens.
+def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
+    """Micro-batches for groups of these shapes, none above `cap` forwarded tokens.
 
     As few as first-fit-decreasing finds, then spread evenly over that many where the cap allows.
-    ConfigError names a sample that exceeds the cap by itself, or a group where it must stay whole.
+    ConfigError names a sample that exceeds the cap by itself.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _split(index, *group, cap, names)]
-    if whole_groups:
-        _check_whole(pieces, groups, cap, names)
     pieces.sort(key=lambda piece: -piece.tokens)
     packed = _first_fit(pieces, cap)
     even = _spread(pieces, len(packed))
@@ -86,48 +87,35 @@ def over_ranks(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     """The pieces as one row."""
-    ends = batch.lengths.cumsum(0).tolist()
-    first_sample, total = [], 0
-    for group in batch.groups:
-        first_sample.append(total)
-        total += len(group.samples)
-    input_ids: list[int] = []
-    position_ids: list[Tensor] = []
-    sources: list[Tensor] = []
-    targets: list[int] = []
-    index: list[Tensor] = []
-    segments: list[Segment] = []
-    vision: list[Vision] = []
     axes = max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1)
+    segments: list[Segment] = []
+    input_ids, targets, sources, index = _Row(), _Row(), _Row(), _Row()
+    position_ids: list[Tensor] = []
     for piece in pieces:
-        prompt = batch.groups[piece.group].prompt
-        start = len(input_ids)
-        input_ids += prompt.token_ids
-        length = len(prompt.token_ids)
+        group, start = batch.groups[piece.group], len(input_ids)
+        prompt, length, after = group.prompt, len(group.prompt.token_ids), group.prompt.next_position
+        input_ids.add(np.asarray(prompt.token_ids))
         position_ids.append(_positions(prompt.position_ids, length, axes))
-        if prompt.vision is not None:
-            vision.append(prompt.vision)
         responses = []
-        for sample_index in piece.samples:
-            tokens = batch.groups[piece.group].samples[sample_index].token_ids
-            end = ends[first_sample[piece.group] + sample_index]
-            here = len(input_ids)
-            sources.append(torch.tensor([start + length - 1, *range(here, here + len(tokens) - 1)]))
-            position_ids.append(torch.arange(prompt.next_position, prompt.next_position + len(tokens) - 1).expand(axes, -1))
-            input_ids += tokens[:-1]
-            targets += tokens
-            index.append(torch.arange(end - len(tokens), end))
+        for number in piece.samples:
+            tokens, first, here = group.samples[number].token_ids, batch.starts[piece.group][number], len(input_ids)
+            sources.add(np.array([start + length - 1]), np.arange(here, here + len(tokens) - 1))
+            input_ids.add(tokens[:-1])
+            targets.add(tokens)
+            index.add(np.arange(first, first + len(tokens)))
             responses.append(len(tokens) - 1)
+            position_ids.append(torch.arange(after, after + len(tokens) - 1).expand(axes, -1))
         segments.append(Segment(start, length, tuple(responses)))
     positions = torch.cat(position_ids, dim=1)
+    prompts = (batch.groups[piece.group].prompt for piece in pieces)
     return Packed(
-        input_ids=torch.tensor(input_ids),
+        input_ids=input_ids.tensor(),
         position_ids=positions[0] if axes == 1 else positions,
         segments=tuple(segments),
-        sources=torch.cat(sources),
-        targets=torch.tensor(targets),
-        index=torch.cat(index),
-        vision=vision,
+        sources=sources.tensor(),
+        targets=targets.tensor(),
+        index=index.tensor(),
+        vision=[prompt.vision for prompt in prompts if prompt.vision is not None],
     )
 
 
@@ -138,19 +126,37 @@ def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Pac
 
 
 def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Piece]]:
-    """`plan` of a batch."""
-    shapes = [(len(g.prompt.token_ids), [len(s.token_ids) for s in g.samples]) for g in batch.groups]
-    names = [group.prompt.row.id for group in batch.groups]
-    return plan(shapes, cap, names, whole_groups)
+    """`plan` of a batch, made once for all passes over the same samples. With `whole_groups`, ConfigError names a group that
+    does not fit into one micro-batch."""
+    shapes, names = _shapes(batch), _names(batch)
+    rows = _planned(shapes, cap, names)
+    if whole_groups:
+        _check_whole(rows, shapes, cap, names)
+    return rows
 
 
 def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
     """Each rank's groups, and where their tokens stand in [N]. All ranks make the same number of forward passes."""
-    sizes = [len(group.prompt.token_ids) + sum(len(sample.token_ids) for sample in group.samples) for group in batch.groups]
-    shares = over_ranks(sizes, ranks)
+    prompts = [len(group.prompt.token_ids) for group in batch.groups]
+    shares = over_ranks([prompt + size for prompt, size in zip(prompts, batch.sizes, strict=True)], ranks)
     parts = [batch.select(share) for share in shares]
     rows = max(len(planned(part, cap, whole_groups)) for part in parts)
     return [(replace(part, rows=rows), batch.places(share)) for part, share in zip(parts, shares, strict=True)]
+
+
+@lru_cache(maxsize=512)  # parts of one step on that many ranks
+def _planned(shapes: tuple[tuple[int, tuple[int, ...]], ...], cap: int, names: tuple[str, ...]) -> list[list[Piece]]:
+    return plan(shapes, cap, names)
+
+
+def _shapes(batch: Batch) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple(
+        (len(group.prompt.token_ids), tuple(len(sample.token_ids) for sample in group.samples)) for group in batch.groups
+    )
+
+
+def _names(batch: Batch) -> tuple[str, ...]:
+    return tuple(group.prompt.row.id for group in batch.groups)
 
 
 def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: Sequence[str] | None) -> list[Piece]:
@@ -174,18 +180,14 @@ def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: S
     return pieces
 
 
-def _check_whole(
-    pieces: Sequence[Piece], groups: Sequence[tuple[int, Sequence[int]]], cap: int, names: Sequence[str] | None
-) -> None:
-    for piece in pieces:
-        prompt, responses = groups[piece.group]
-        if len(piece.samples) < len(responses):
-            tokens = prompt + sum(responses) - len(responses)
-            name = names[piece.group] if names else f"group {piece.group}"
-            raise ConfigError(
-                f"{name}: its {len(responses)} responses need {tokens} tokens in one"
-                f" forward pass, more than train.max_tokens_per_microbatch {cap}; raise that limit or remove the row"
-            )
+def _check_whole(rows: Sequence[Sequence[Piece]], groups: Shapes, cap: int, names: Sequence[str]) -> None:
+    cut = {piece.group for row in rows for piece in row if len(piece.samples) < len(groups[piece.group][1])}
+    for group in sorted(cut):
+        prompt, responses = groups[group]
+        raise ConfigError(
+            f"{names[group]}: its {len(responses)} responses need {prompt + sum(responses) - len(responses)} tokens in one"
+            f" forward pass, more than train.max_tokens_per_microbatch {cap}; raise that limit or remove the row"
+        )
 
 
 def _first_fit(pieces: Sequence[Piece], cap: int) -> list[list[Piece]]:
@@ -215,6 +217,25 @@ def _spread(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
 
 def _size(pieces: Sequence[Piece]) -> int:
     return sum(piece.tokens for piece in pieces)
+
+
+class _Row:
+    """Numbers of a packed row, as they come."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.integer]] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, *parts: NDArray[np.integer]) -> None:
+        self._parts += parts
+        self._length += sum(map(len, parts))
+
+    def tensor(self) -> Tensor:
+        """int64."""
+        return torch.from_numpy(np.concatenate(self._parts, dtype=np.int64))
 
 
 def _axes(position_ids: Tensor | None) -> int:

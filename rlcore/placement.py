@@ -68,11 +68,29 @@ class Here:
             return iter(list(getattr(self.worker, method)(*arguments)))
 
 
+class Store:
+    """Where a value is put that several workers read, or one reads several times, so that it is sent once. Workers in this
+    process need none: what they are given they have."""
+
+    def put(self, value: T) -> T:
+        """What stands for the value in what workers are sent; they see the value."""
+        return value
+
+    def group(self, group: Group) -> Group:
+        """The same for a group, as models read it: put once, however often it is asked for."""
+        return group
+
+    def bytes(self) -> int:
+        """Pickled between this process and its workers since the last call: the arguments of every call, once for each worker,
+        every answer, and what was put here or by a worker, once however many read it."""
+        return 0
+
+
 class Pool:
     """Identical workers, one a device. Neighbours, `sequence` at a time, get the same part of a batch."""
 
-    def __init__(self, members: Sequence[Member], sequence: int = 1) -> None:
-        self.members, self.sequence = members, sequence
+    def __init__(self, members: Sequence[Member], sequence: int = 1, store: Store | None = None) -> None:
+        self.members, self.sequence, self.store = members, sequence, store or Store()
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         """Every member's answer to the same call."""
@@ -80,24 +98,34 @@ class Pool:
 
     def parts(self, method: str, parts: Sequence[Any], neighbours: int) -> list[Any]:
         """The answer to each part, which goes to that many neighbours."""
-        calls = [member.call(method, parts[number // neighbours]) for number, member in enumerate(self.members)]
+        sent = self.shared(parts, neighbours)
+        calls = [member.call(method, sent[number // neighbours]) for number, member in enumerate(self.members)]
         return results(calls)[::neighbours]
 
+    def shared(self, parts: Sequence[T], readers: int) -> Sequence[T]:
+        """The parts as they are sent to that many workers each."""
+        return [self.store.put(part) for part in parts] if readers > 1 else parts
+
     def dealt(self, method: str, batch: Batch, cap: int) -> Tensor:
-        """[N] of a method that maps a batch to one number a token."""
-        parts = deal(batch, len(self.members) // self.sequence, cap)
+        """[N] of a method that maps the tokens of a batch to one number a token."""
+        tokens = Batch(batch.groups, batch.rollout_logprobs, batch.loss_mask)
+        parts, places = zip(*deal(tokens, len(self.members) // self.sequence, cap), strict=True)
         result = torch.empty(len(batch.loss_mask))
-        for (_, places), values in zip(parts, self.parts(method, [part for part, _ in parts], self.sequence), strict=True):
-            result[places] = values
+        for place, values in zip(places, self.parts(method, self._sent(parts), self.sequence), strict=True):
+            result[place] = values
         return result
 
     def stepped(self, method: str, steps: Sequence[Batch], cap: int, whole_groups: bool) -> Metrics:
         """Optimizer steps of which each rank takes its part; what they report together."""
         dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
-        ranks = [[part for part, _ in parts] for parts in zip(*dealt, strict=True)]
+        ranks = [self._sent([part for part, _ in parts]) for parts in zip(*dealt, strict=True)]
         tallies = self.parts(method, ranks, self.sequence)
         of_steps = zip(*tallies, strict=True)
         return combined([(_joined(one), step.unit) for step, one in zip(steps, of_steps, strict=True)])
+
+    def _sent(self, parts: Sequence[Batch]) -> list[Batch]:
+        """Their groups travel once."""
+        return [replace(part, groups=[self.store.group(group) for group in part.groups]) for part in parts]
 
 
 def even(count: int, parts: int) -> list[range]:
@@ -195,7 +223,8 @@ class PooledEncoder:
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Each worker reads the images of as many prompts as the others, give or take one."""
-        parts = [prompts[share.start : share.stop] for share in even(len(prompts), len(self.pool.members))]
+        visions = [prompt.vision for prompt in prompts]
+        parts = [visions[share.start : share.stop] for share in even(len(visions), len(self.pool.members))]
         read = [vision for part in self.pool.parts("embed", parts, neighbours=1) for vision in part]
         return [replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)]
 
@@ -212,45 +241,58 @@ class PooledRollout:
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
         """Groups of every engine as they are finished. Each engine takes as many prompts as the others, give or take one; a
         prompt's seed is that of its place here."""
+        prompts = [self._kept(prompt) for prompt in prompts]
+        read = [prompt.for_models() for prompt in prompts]
         shares = even(len(prompts), len(self.pool.members) // self.devices)
-        parts = [(prompts[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
+        parts = [(read[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
+        sent = self.pool.shared(parts, self.devices)
         calls = [
-            member.stream("generate", parts[number // self.devices]) for number, member in enumerate(self.pool.members)
+            member.stream("generate", sent[number // self.devices], number % self.devices == 0)
+            for number, member in enumerate(self.pool.members)
         ]
-        yield from merged([calls[first : first + self.devices] for first in range(0, len(calls), self.devices)])
+        yield from ((place, Group(prompts[place], samples)) for place, samples in merged(calls))
+
+    def _kept(self, prompt: Prompt) -> Prompt:
+        """With pixels that the actor will read too, put where it finds them. Embeddings are there."""
+        if prompt.vision is None or "pixel_values" not in prompt.vision:
+            return prompt
+        return replace(prompt, vision={**prompt.vision, "pixel_values": self.pool.store.put(prompt.vision["pixel_values"])})
 
 
-def merged(engines: Sequence[Sequence[Iterator[T]]]) -> Iterator[T]:
-    """What the first of each engine's processes yields, as it comes; the others yield the same."""
-    streams = [stream for engine in engines for stream in engine]
-    arrived: queue.SimpleQueue[tuple[int, T | BaseException | None]] = queue.SimpleQueue()
+def merged(streams: Sequence[Iterator[T]]) -> Iterator[T]:
+    """What each yields, as it comes."""
+    arrived: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
 
-    def drain(number: int) -> None:
+    def drain(stream: Iterator[T]) -> None:
         try:
-            for item in streams[number]:
-                arrived.put((number, item))
-            arrived.put((number, None))
+            for item in stream:
+                arrived.put(item)
+            arrived.put(None)
         except BaseException as error:
-            arrived.put((number, error))
+            arrived.put(error)
 
-    for number in range(len(streams)):
-        threading.Thread(target=drain, args=(number,), daemon=True).start()
-    firsts, open_streams = {sum(map(len, engines[:index])) for index in range(len(engines))}, len(streams)
-    while open_streams:
-        number, item = arrived.get()
+    for stream in streams:
+        threading.Thread(target=drain, args=(stream,), daemon=True).start()
+    running = len(streams)
+    while running:
+        item = arrived.get()
         if isinstance(item, BaseException):
             raise item
         if item is None:
-            open_streams -= 1
-        elif number in firsts:
+            running -= 1
+        else:
             yield item
 
 
 class Placement:
     """The roles of a run, and the weights that pass between them."""
 
-    def __init__(self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None) -> None:
-        """`pools`: of each role, and of rewards if they have one; `close` ends their workers."""
+    def __init__(
+        self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
+        """`pools`: of each role, and of rewards if they have one; `close` ends their workers; `store`: that of all pools."""
+        self._store = store or Store()
         self.config, self._of, self._close = config, pools, close
         self.pools = list(dict.fromkeys(pool for role, pool in pools.items() if role != "reward"))
         self.reward = PooledReward(pools["reward"]) if "reward" in pools else None
@@ -307,6 +349,10 @@ class Placement:
             for number, (member, spans) in enumerate(zip(members, self._all("spans"), strict=True), start=1)
             for span in spans
         ]
+
+    def traffic(self) -> Metrics:
+        """`placement/bytes`: pickled between this process and the workers since the last call. See `Store.bytes`."""
+        return {"placement/bytes": float(self._store.bytes())}
 
     def memory(self) -> Metrics:
         """Of the worker that holds most."""

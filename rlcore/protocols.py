@@ -73,7 +73,8 @@ class Rollout(Protocol):
         ...
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """The same groups, each as soon as it is finished, with the place of its prompt."""
+        """The same groups, each as soon as it is finished, with the place of its prompt. A run's prompts come without the
+        messages and columns of their rows, and without images once those have been read."""
         ...
 
     def pause(self) -> None:

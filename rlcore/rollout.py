@@ -206,9 +206,9 @@ class TorchRollout:
     def _sample(self, token_ids: Tensor, logprobs: Tensor) -> Sample:
         stops = torch.isin(token_ids, self._stop).nonzero()
         length = int(stops[0]) + 1 if len(stops) else len(token_ids)
-        tokens = token_ids[:length].tolist()
+        tokens, values = token_ids[:length].int().cpu().numpy(), logprobs[:length].clone().cpu().numpy()
         finish = "stop" if len(stops) else "length"
-        return Sample(tokens, logprobs[:length].tolist(), self._adapter.decode(tokens), finish, self.version)
+        return Sample(tokens, values, self._adapter.decode(tokens.tolist()), finish, self.version)
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlcore import checkpoint, metrics
 from rlcore.backend import Backend
 from rlcore.chat import check_opening
@@ -188,5 +190,5 @@ def _target(prompt: Prompt, adapter: Adapter) -> Sample:
 
 def written(text: str, adapter: Adapter) -> Sample:
     """A response that no engine drew."""
-    token_ids = adapter.encode_response(text)
-    return Sample(token_ids, [0.0] * len(token_ids), text, "stop", policy_version=0)
+    token_ids = np.array(adapter.encode_response(text), np.int32)
+    return Sample(token_ids, np.zeros(len(token_ids), np.float32), text, "stop", policy_version=0)

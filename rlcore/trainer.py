@@ -280,6 +280,7 @@ class Run:
     def go(self) -> None:
         """Every step from the first that is not done."""
         self._recorded()  # what was loaded and warmed up before the first step is not of it
+        self.placement.traffic()
         try:
             self.console.start("grpo", self.config.train.steps, self.done)
             if self.done == 0 and self.config.evaluation and self.config.evaluation.before:
@@ -404,6 +405,7 @@ class Run:
             **metrics.sync(iteration.receipt),
             **self._staleness(batch),
             **self.placement.memory(),
+            **self.placement.traffic(),
             **timing,
             **metrics.throughput(sampled, timing, devices=self.placement.devices),
         }

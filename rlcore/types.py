@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlcore.errors import RunError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once they have been read, image_embeds [tokens, D]
+_TOKEN_FIELDS = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns", "shares")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Prompt:
     position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
     text: str = ""  # before the tokenizer: the chat template's, up to where the assistant answers
 
+    def for_models(self) -> Prompt:
+        """Without what only rewards and records read. Engines that read images themselves keep them."""
+        read = self.vision is not None and "image_embeds" in self.vision
+        return replace(self, row=Row(self.row.id, (), images=() if read else self.row.images))
+
     @property
     def next_position(self) -> int:
         """The position of the first response token."""
@@ -66,23 +75,33 @@ class Sampling:
     first: int = 0  # the number of the first prompt, where an engine gets only some of a call's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One response. Its log-probabilities are the engine's own, under the distribution it drew from."""
 
-    token_ids: list[int]  # R, at least 1; ends with the end-of-turn token when finish is "stop"
-    logprobs: list[float]  # R
+    token_ids: NDArray[np.int32]  # [R], at least 1; ends with the end-of-turn token when finish is "stop"
+    logprobs: NDArray[np.float32]  # [R]
     text: str
     finish: Literal["stop", "length"]
     policy_version: int
 
+    def __post_init__(self) -> None:
+        """Numbers in any form become arrays."""
+        object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
+        object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Group:
     """A prompt and its samples: the unit from sampling to the gradient."""
 
     prompt: Prompt
     samples: Sequence[Sample]
+
+    def for_models(self) -> Group:
+        """Without what only rewards and records read."""
+        row = Row(self.prompt.row.id, ())
+        return Group(replace(self.prompt, row=row), [replace(sample, text="") for sample in self.samples])
 
 
 @dataclass(frozen=True)
@@ -122,9 +141,9 @@ class Batch:
                         f"{group.prompt.row.id}: the engine gave {len(sample.logprobs)} log-probabilities for"
                         f" {len(sample.token_ids)} tokens; training needs one for each"
                     )
-        logprobs = [value for group in groups for sample in group.samples for value in sample.logprobs]
-        rollout_logprobs = torch.tensor(logprobs, dtype=torch.float32)
-        return cls(groups, rollout_logprobs, torch.ones(len(logprobs), dtype=torch.bool))
+        logprobs = [sample.logprobs for group in groups for sample in group.samples]
+        rollout_logprobs = torch.from_numpy(np.concatenate(logprobs)) if logprobs else torch.empty(0)
+        return cls(groups, rollout_logprobs, torch.ones(len(rollout_logprobs), dtype=torch.bool))
 
     @property
     def samples(self) -> list[Sample]:
@@ -140,19 +159,34 @@ class Batch:
         """[N]: the number of the sample that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Response tokens of each group."""
+        return [sum(len(sample.token_ids) for sample in group.samples) for group in self.groups]
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """Where the tokens of each group's samples begin in [N]."""
+        first = self.lengths.cumsum(0) - self.lengths
+        return [starts.tolist() for starts in first.split([len(group.samples) for group in self.groups])]
+
     def places(self, chosen: Sequence[int]) -> Tensor:
         """Where the tokens of those groups stand in [N], in that order."""
-        sizes = torch.tensor([sum(len(sample.token_ids) for sample in group.samples) for group in self.groups])
-        starts = (sizes.cumsum(0) - sizes).tolist()
-        ranges = [torch.arange(starts[index], starts[index] + int(sizes[index])) for index in chosen]
+        ends = list(accumulate(self.sizes))
+        ranges = [torch.arange(ends[index] - self.sizes[index], ends[index]) for index in chosen]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
     def select(self, chosen: Sequence[int]) -> Batch:
         """Those groups, in that order, with their tokens."""
-        places = self.places(chosen)
-        fields = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns", "shares")
-        cut = {name: value[places] for name in fields if (value := getattr(self, name)) is not None}
+        if list(chosen) == list(range(len(self.groups))):
+            return self
+        cut = {name: self._of(value, chosen) for name in _TOKEN_FIELDS if (value := getattr(self, name)) is not None}
         return replace(self, groups=[self.groups[index] for index in chosen], **cut)
+
+    def _of(self, per_token: Tensor, chosen: Sequence[int]) -> Tensor:
+        """[N] -> the tokens of those groups."""
+        parts = per_token.split(self.sizes)
+        return torch.cat([parts[index] for index in chosen]) if chosen else per_token[:0]
 
     def per_token(self, per_sample: Tensor) -> Tensor:
         """[S] -> [N], each sample's value on each of its tokens."""

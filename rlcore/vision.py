@@ -20,7 +20,7 @@ from rlcore.models import model_type
 from rlcore.policy import ForwardSettings
 from rlcore.precision import hold_frozen
 from rlcore.protocols import Adapter, VisionAdapter
-from rlcore.types import Prompt
+from rlcore.types import Prompt, Vision
 
 _OF_TRAINING = ("dtype", "initializer_range")  # entries of a tower's configuration that its forward pass does not read
 
@@ -32,15 +32,22 @@ class VisionEncoder:
         self.tower, self.adapter, self.settings, self.images_per_batch = tower, adapter, settings, images_per_batch
         hold_frozen(tower, settings.compute_dtype)
 
-    @torch.no_grad()
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts in order, with `image_embeds` [tokens, D], in host memory, in place of pixel_values."""
-        images = self._read(prompts)
-        return [prompt if prompt.vision is None else _embedded(prompt, images) for prompt in prompts]
+        read = self.read([prompt.vision for prompt in prompts])
+        return [
+            prompt if vision is None else replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)
+        ]
 
-    def _read(self, prompts: Iterable[Prompt]) -> Iterator[Tensor]:
+    @torch.no_grad()
+    def read(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
+        """The same for the images of each prompt alone."""
+        images = self._images_of(visions)
+        return [None if vision is None else _embedded(vision, images) for vision in visions]
+
+    def _images_of(self, visions: Iterable[Vision | None]) -> Iterator[Tensor]:
         """[tokens, D] of every image in order; the tower sees `images_per_batch` of them at a time."""
-        images = (image for prompt in prompts for image in _images(prompt))
+        images = (image for vision in visions if vision is not None for image in _images(vision))
         while batch := list(islice(images, self.images_per_batch)):
             pixels, grids = zip(*batch, strict=True)
             vision = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
@@ -92,20 +99,16 @@ def lone_tower(adapter: Adapter, policy: Path, folder: Path | None, device: torc
     return tower
 
 
-def _images(prompt: Prompt) -> Iterator[tuple[Tensor, Tensor]]:
+def _images(vision: Vision) -> Iterator[tuple[Tensor, Tensor]]:
     """Pixels [patches, C] and grid [3] of each image."""
-    if prompt.vision is None:
-        return iter(())
-    grids = prompt.vision["image_grid_thw"]
-    return zip(prompt.vision["pixel_values"].split(grids.prod(-1).tolist()), grids, strict=True)
+    grids = vision["image_grid_thw"]
+    return zip(vision["pixel_values"].split(grids.prod(-1).tolist()), grids, strict=True)
 
 
-def _embedded(prompt: Prompt, images: Iterator[Tensor]) -> Prompt:
-    """The prompt with as many of the next images as it has, in memory of their own: prompts travel."""
-    assert prompt.vision is not None
-    grids = prompt.vision["image_grid_thw"]
-    embeds = torch.cat(list(islice(images, len(grids)))).cpu()
-    return replace(prompt, vision={"image_embeds": embeds, "image_grid_thw": grids})
+def _embedded(vision: Vision, images: Iterator[Tensor]) -> Vision:
+    """As many of the next images as the prompt has, in memory of their own: prompts travel."""
+    grids = vision["image_grid_thw"]
+    return {"image_embeds": torch.cat(list(islice(images, len(grids)))).cpu(), "image_grid_thw": grids}
 
 
 def _named(model: nn.Module, tower: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:

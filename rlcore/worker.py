@@ -30,7 +30,7 @@ from rlcore.recipe import Recipe, recipe
 from rlcore.residence import Parked, Residence
 from rlcore.sequence_parallel import check_heads
 from rlcore.sharding import Sharding
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sampling, Vision
+from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
 from rlcore.vision import VisionEncoder, check_tower, lone_tower, replace_tower
 
 T = TypeVar("T")
@@ -146,8 +146,13 @@ def _checkpoint_layers(model: Any) -> None:
 class Worker:
     """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
 
-    def __init__(self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None) -> None:
-        """`pulse`: beats at whatever a role finishes."""
+    def __init__(
+        self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None,
+        put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:  # fmt: skip
+        """`pulse`: beats at whatever a role finishes. `put`: makes of a tensor what stands for it in an answer, where other
+        workers read it and the controller does not."""
+        self._put = put
         self.policy, self.config, self.roles, self.pulse = policy, policy.config, frozenset(roles), pulse or Pulse()
         device = policy.settings.device
         if not torch.get_device_module(device).is_available():
@@ -247,18 +252,23 @@ class Worker:
         for learner in learners:
             learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
 
-    def embed(self, prompts: Sequence[Prompt]) -> list[Vision | None]:
-        """What the encoder makes of each prompt's images; the rest of a prompt need not travel back."""
+    def embed(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
+        """What the encoder makes of each prompt's images. The embeddings stay where the roles that come after can read them."""
         with self.residence.phase("encode", "image_embeds"):
-            return [prompt.vision for prompt in _there(self.encoder).embed(prompts)]
+            read = _there(self.encoder).read(visions)
+        return [vision and {**vision, "image_embeds": self._put(vision["image_embeds"])} for vision in read]
 
-    def generate(self, part: tuple[Sequence[Prompt], Sampling]) -> Iterator[tuple[int, Group]]:
-        """Groups as they are finished, each with the place of its prompt in the whole call."""
+    def generate(
+        self, part: tuple[Sequence[Prompt], Sampling], answers: bool = True
+    ) -> Iterator[tuple[int, Sequence[Sample]]]:
+        """The samples of each prompt as they are finished, with its place in the whole call. The processes of one engine draw
+        the same; one of them `answers`."""
         prompts, sampling = part
         with self.residence.phase("infer", "rollout"):
             if prompts:
                 for place, group in _there(self.rollout).stream(prompts, sampling):
-                    yield sampling.first + place, group
+                    if answers:
+                        yield sampling.first + place, group.samples
 
     def served(self) -> int | None:
         """The version of the weights that the engine of this process holds; None when it has to be sent them again."""

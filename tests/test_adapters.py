@@ -82,10 +82,10 @@ def sample_logprobs(model, image_token: int | None, batch: Batch) -> Tensor:
     for group in batch.groups:
         prompt = group.prompt
         for sample in group.samples:
-            token_ids = torch.tensor([prompt.token_ids + sample.token_ids])
+            token_ids = torch.tensor([[*prompt.token_ids, *sample.token_ids]])
             vision = dict(prompt.vision, mm_token_type_ids=(token_ids == image_token).int()) if prompt.vision else {}
             logits = model(input_ids=token_ids, use_cache=False, **vision).logits[0, len(prompt.token_ids) - 1 : -1]
-            logprobs.append(logits.log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0])
+            logprobs.append(logits.log_softmax(-1).gather(-1, torch.tensor(sample.token_ids.tolist())[:, None])[:, 0])
     return torch.cat(logprobs)
 
 

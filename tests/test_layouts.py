@@ -95,7 +95,7 @@ def padded(adapter, folder, batch, config, shift=None):
         with torch.no_grad():
             for weight, part in zip(weights, shift.split([weight.numel() for weight in weights]), strict=True):
                 weight += part.view_as(weight)
-    sequences = [(group.prompt.token_ids, sample.token_ids) for group in batch.groups for sample in group.samples]
+    sequences = [(group.prompt.token_ids, sample.token_ids.tolist()) for group in batch.groups for sample in group.samples]
     width = max(len(prompt) + len(response) for prompt, response in sequences)
     ids, mask = torch.zeros(len(sequences), width, dtype=torch.int64), torch.zeros(len(sequences), width, dtype=torch.int64)
     for row, (prompt, response) in enumerate(sequences):

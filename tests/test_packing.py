@@ -1,13 +1,16 @@
 """No micro-batch above the cap, nothing lost, nothing doubled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlcore import packing
 from rlcore.errors import ConfigError
-from rlcore.packing import microbatches, over_ranks, plan
+from rlcore.packing import deal, microbatches, over_ranks, plan
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 lengths = st.integers(1, 60)
@@ -51,7 +54,7 @@ def test_ten_thousand_batches_stay_under_the_cap_and_are_spread_over_ranks():
 @given(shapes, st.integers(120, 400))
 def test_packed_rows_hold_every_target_once_and_no_more_tokens_than_planned(groups, cap):
     batch = Batch.of([group(f"row {i}", prompt, responses) for i, (prompt, responses) in enumerate(groups)])
-    flat = torch.tensor([token for sample in batch.samples for token in sample.token_ids])
+    flat = torch.tensor([token for sample in batch.samples for token in sample.token_ids.tolist()])
     rebuilt = torch.full_like(flat, -1)
     for packed in microbatches(batch, cap):
         assert packed.tokens == sum(segment.tokens for segment in packed.segments) <= cap
@@ -86,6 +89,46 @@ def test_a_group_above_the_cap_is_split_and_its_prompt_repeated():
     rows = microbatches(batch, 100)
     assert [row.tokens for row in rows] == [88, 88]
     assert [len(row.targets) for row in rows] == [40, 40]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_one_plan_serves_every_pass_over_the_same_samples(monkeypatch, ranks):
+    """Reference, old log-probabilities and an update of one optimizer step; a plan depends on the cap, and on nothing else of a
+    batch."""
+    asked, real = [], packing.plan
+    monkeypatch.setattr(packing, "plan", lambda groups, cap, names=None: asked.append(cap) or real(groups, cap, names))
+    packing._planned.cache_clear()
+    batch = Batch.of([group(f"row {number}", 10 + number, [number + 1, 20, 30]) for number in range(9)])
+    first = [part for part, _ in deal(batch, ranks, 100)]
+    assert asked == [100] * ranks
+    rows = [microbatches(part, 100) for part in first]
+    updated = replace(batch, advantages=torch.zeros(len(batch.loss_mask)), old_logprobs=batch.rollout_logprobs)
+    for part, before in zip((part for part, _ in deal(updated, ranks, 100)), rows, strict=True):
+        again = microbatches(part, 100)
+        assert [row.segments for row in again] == [row.segments for row in before]
+    assert asked == [100] * ranks
+    deal(batch, ranks, 120)
+    assert asked == [100] * ranks + [120] * ranks
+
+
+def test_samples_hold_arrays_whatever_they_are_made_of():
+    for tokens in ([3, 4], (3, 4), np.array([3, 4])):
+        sample = Sample(tokens, [-1, -2.5], "", "stop", 0)
+        assert sample.token_ids.dtype == np.int32 and sample.token_ids.tolist() == [3, 4]
+        assert sample.logprobs.dtype == np.float32 and sample.logprobs.tolist() == [-1, -2.5]
+
+
+def test_a_deal_gives_every_token_to_one_rank_with_all_that_is_known_of_it():
+    batch = Batch.of([group(str(number), 4, [number + 1, 2, 7]) for number in range(7)])
+    numbers = torch.arange(len(batch.loss_mask))
+    batch = replace(batch, advantages=numbers.float(), loss_mask=numbers % 3 == 0, shares=-numbers.float())
+    parts = deal(batch, 3, 100)
+    assert torch.equal(torch.cat([places for _, places in parts]).sort().values, numbers)
+    for part, places in parts:
+        assert torch.equal(part.advantages, places.float()) and torch.equal(part.shares, -places.float())
+        assert torch.equal(part.loss_mask, places % 3 == 0) and part.old_logprobs is None
+        tokens = np.concatenate([sample.token_ids for sample in batch.samples])[places]
+        assert tokens.tolist() == [token for sample in part.samples for token in sample.token_ids]
 
 
 def test_a_share_of_a_batch_keeps_its_own_tokens():

@@ -18,7 +18,7 @@ import yaml
 from rlcore import cli, metrics
 from rlcore.config import RunConfig
 from rlcore.placement import Placement, Pool, merged
-from rlcore.types import Receipt, Sampling
+from rlcore.types import Prompt, Receipt, Row, Sampling
 from rlcore.worker import ROLES, Worker
 
 STEPS, CALLS = 3, 20  # steps, and rewards of each
@@ -72,7 +72,7 @@ def together(run):
 
 
 def rows(folder):
-    clock = re.compile(r"timing/.*|memory/.*|sync/.*|.*_tps|tps_throughput|data/staleness")
+    clock = re.compile(r"timing/.*|memory/.*|sync/.*|.*_tps|tps_throughput|data/staleness|placement/bytes")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not clock.fullmatch(name)} for line in lines]
 
@@ -87,6 +87,15 @@ def test_one_worker_elsewhere_is_this_process_to_the_bit(run, local):
     elsewhere = run("one", ONE)
     assert written(elsewhere) == written(local)
     assert rows(elsewhere) == rows(local)
+
+
+def test_bytes_between_processes_are_counted_by_step(local, together):
+    """5 prompts and 4 samples of each are some kilobytes; nothing leaves this process. No step counts another's."""
+    lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (local, together)]
+    here, there = ([line["placement/bytes"] for line in of] for of in lines)
+    assert here == [0] * STEPS
+    assert all(10_000 < size < 100_000 for size in there)
+    assert max(there) < 1.2 * min(there)
 
 
 def test_two_workers_are_one_to_rounding(together, local):
@@ -291,7 +300,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     placement = Placement(config, dict.fromkeys(ROLES, Pool(members)))
     started = time.perf_counter()
     placement.sync_weights()
-    list(placement.rollout.stream([None, None], Sampling(1, 1)))
+    list(placement.rollout.stream([Prompt(Row("a", []), [1], [1])] * 2, Sampling(1, 1)))
     timing = metrics.timings(placement.spans(), started, time.perf_counter())
     assert timing["timing/rollout"] == pytest.approx(0.5, rel=0.05)
     assert timing["timing/resharding_to_infer"] == pytest.approx(max(0.2 + 0.1, 0.1 + 0.1) + 0.04, rel=0.05)
@@ -312,6 +321,6 @@ def test_streams_are_merged_as_they_come_and_an_error_ends_them():
         if error:
             raise error
 
-    assert sorted(merged([[slow([1, 2]), slow([1, 2])], [slow([3, 4]), slow([3, 4])]])) == [1, 2, 3, 4]
+    assert sorted(merged([slow([1, 2]), slow([3, 4]), slow([])])) == [1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
-        list(merged([[slow([1], ZeroDivisionError())], [slow(range(50))]]))
+        list(merged([slow([1], ZeroDivisionError()), slow(range(50))]))

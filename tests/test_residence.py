@@ -113,7 +113,7 @@ def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
         engine.load_weights([], 1)
     engine.resume()
     for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
-        assert now.token_ids == then.token_ids
+        assert now.token_ids.tolist() == then.token_ids.tolist()
         assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
 
 

@@ -45,21 +45,21 @@ def vision(models, backend):
 
 
 def tokens(groups):
-    return [sample.token_ids for group in groups for sample in group.samples]
+    return [sample.token_ids.tolist() for group in groups for sample in group.samples]
 
 
 def gap(model, group, temperature=1.0):
     """The largest difference of a sample's log-probabilities from one whole forward pass of `model`."""
     prompt, worst = group.prompt, 0.0
     for sample in group.samples:
-        ids = torch.tensor([prompt.token_ids + sample.token_ids])
+        ids = torch.tensor([[*prompt.token_ids, *sample.token_ids]])
         extra = dict(prompt.vision or {})
         if prompt.position_ids is not None:
             after = torch.arange(len(sample.token_ids)) + prompt.next_position
             extra["position_ids"] = torch.cat([prompt.position_ids, after.expand(3, -1)], 1)[:, None]
         with torch.no_grad():
             logits = model(input_ids=ids, **extra).logits[0, len(prompt.token_ids) - 1 : -1]
-        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids.tolist())[:, None])[:, 0]
         worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
     return worst
 
@@ -124,8 +124,8 @@ def test_temperature_0_is_greedy(text):
     samples = sampler.generate([prompt], Sampling(2, 6, temperature=0))[0].samples
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        logits = model(torch.tensor([prompt.token_ids + samples[0].token_ids])).logits[0, len(prompt.token_ids) - 1 : -1]
-    assert samples[0].token_ids == samples[1].token_ids == logits.argmax(-1).tolist()
+        logits = model(torch.tensor([[*prompt.token_ids, *samples[0].token_ids]])).logits[0, len(prompt.token_ids) - 1 : -1]
+    assert samples[0].token_ids.tolist() == samples[1].token_ids.tolist() == logits.argmax(-1).tolist()
 
 
 def test_top_k_and_top_p_leave_out_the_unlikely():

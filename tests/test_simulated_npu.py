@@ -101,7 +101,8 @@ def report(base, cpu):
 
 def rows(file):
     """Of metrics.jsonl, without what a clock or the operating system says."""
-    skipped = ("timing/", "memory/", "sync/", "e2e_tps", "update_tps", "vllm_tps", "decode_tps", "tps_", "data/staleness")
+    rates = ("e2e_tps", "update_tps", "vllm_tps", "decode_tps", "tps_")
+    skipped = ("timing/", "memory/", "sync/", "placement/bytes", "data/staleness", *rates)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(skipped)} for line in lines]
 

@@ -30,7 +30,9 @@ from rlcore.vision import VisionEncoder, check_tower, replace_tower
 from rlcore.worker import Policy, Worker
 
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 80, 1.0)
-SECONDS_BYTES_ROUNDING = ("timing/", "memory/", "sync/", "mismatch/", "vision/", "e2e_", "tps_", "update_", "vllm_", "decode_")
+SECONDS_BYTES_ROUNDING = (
+    "timing/", "memory/", "sync/", "placement/", "mismatch/", "vision/", "e2e_", "tps_", "update_", "vllm_", "decode_",
+)  # fmt: skip
 
 
 def make(models, name, **options):
@@ -181,9 +183,9 @@ def test_the_plain_sampler_draws_the_same_from_embeddings(adapter, folder, promp
     drawn = sampler.generate(embedded, Sampling(3, 8, seed=4))
     assert read.take() == (0, 0)
     for one, other in zip(pixels, drawn, strict=True):
-        assert [sample.token_ids for sample in one.samples] == [sample.token_ids for sample in other.samples]
+        assert [sample.token_ids.tolist() for sample in one.samples] == [sample.token_ids.tolist() for sample in other.samples]
         for ours, theirs in zip(one.samples, other.samples, strict=True):
-            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-6)
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=5e-6)
 
 
 def test_a_tower_that_learns_has_a_gradient(adapter, folder, prompts):
@@ -419,7 +421,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(start, o
 def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder, other, tmp_path, backend):
     """Each runs the whole tower, on its own half of the prompts; the weights after an update are those of one rank."""
     settings = {
-        "model": {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}, "vision": {"path": str(other)}, "dpo": {"steps": 1},
+        "model": {"path": str(folder), "freeze": ["vision"], "precision": "fp32"}, "vision": {"path": str(other)},
+        "dpo": {"steps": 1},
         "data": {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 8},
         "train": {"max_tokens_per_microbatch": 80},
     }  # fmt: skip
@@ -441,7 +444,8 @@ def updated(worker, ranks=1, mine=0):
     """The weights after one step of preferences, to which this rank gives its part."""
     worker.load("dpo")
     prompts = worker.policy.prompts(0).draw(4)
-    read = [worker.embed(prompts[4 * mine // ranks : 4 * (mine + 1) // ranks])]
+    own = prompts[4 * mine // ranks : 4 * (mine + 1) // ranks]
+    read = [worker.embed([prompt.vision for prompt in own])]
     if ranks > 1:
         read = [*read, None]
         torch.distributed.all_gather_object(read, read[0])

@@ -71,7 +71,7 @@ def shake(model):
 
 
 def tokens(groups):
-    return [sample.token_ids for group in groups for sample in group.samples]
+    return [sample.token_ids.tolist() for group in groups for sample in group.samples]
 
 
 def gap(model, groups, temperature=1.0):
@@ -85,10 +85,10 @@ def gap(model, groups, temperature=1.0):
             after["position_ids"] = positions.expand(3, -1)[:, None]
         with torch.no_grad():
             read = model(input_ids=torch.tensor([prompt.token_ids]), use_cache=True, **first)
-            response = torch.tensor([sample.token_ids[:-1]])
+            response = torch.tensor([sample.token_ids[:-1].tolist()])
             rest = model(input_ids=response, past_key_values=read.past_key_values, **after).logits if response.numel() else None
         logits = torch.cat([read.logits[0, -1:], *([] if rest is None else [rest[0]])])
-        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(sample.token_ids.tolist())[:, None])[:, 0]
         worst = max(worst, (expected - torch.tensor(sample.logprobs)).abs().max().item())
     return worst
 

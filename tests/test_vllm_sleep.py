@@ -120,7 +120,7 @@ def sleeping(started, weights, monkeypatch):
 
 
 def drawn(engine, prompts):
-    return [sample.token_ids for group in engine.generate(prompts, SAMPLING) for sample in group.samples]
+    return [sample.token_ids.tolist() for group in engine.generate(prompts, SAMPLING) for sample in group.samples]
 
 
 def sizes(engine):

@@ -48,7 +48,7 @@ class Case:
         for numbers in (self.batch.old_logprobs, self.batch.ref_logprobs, self.batch.advantages):
             digest.update(_rounded(numbers))
         for group in self.batch.groups:
-            digest.update(repr((group.prompt.token_ids, [sample.token_ids for sample in group.samples])).encode())
+            digest.update(repr((group.prompt.token_ids, [sample.token_ids.tolist() for sample in group.samples])).encode())
             for pixels in (group.prompt.vision or {}).values():
                 digest.update(_rounded(pixels))
         return digest.hexdigest()[:16]

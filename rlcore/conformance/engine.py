@@ -79,5 +79,5 @@ def raises(kind: type[Exception], call: Callable[[], object]) -> bool:
 
 def unlike(groups: Sequence[Group], others: Sequence[Group]) -> float:
     """How many samples are other tokens."""
-    drawn = [[sample.token_ids for group in each for sample in group.samples] for each in (groups, others)]
+    drawn = [[sample.token_ids.tolist() for group in each for sample in group.samples] for each in (groups, others)]
     return float(sum(one != other for one, other in zip(*drawn, strict=True)))
