@@ -179,6 +179,15 @@ def test_the_library_is_found_where_distributions_put_it(tmp_path, file, machine
     assert jemalloc.find(tmp_path, machine) == library
 
 
+def test_a_library_that_was_built_here_comes_before_the_distributions(tmp_path):
+    folders = ("usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/local/lib64", "usr/local/lib")
+    for folder in folders:  # each comes before those that are there
+        library = tmp_path / folder / "libjemalloc.so.2"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+        assert jemalloc.find(tmp_path, "x86_64") == library
+
+
 def test_another_architectures_library_is_not_taken(tmp_path):
     library = tmp_path / "usr/lib/x86_64-linux-gnu/libjemalloc.so.2"
     library.parent.mkdir(parents=True)

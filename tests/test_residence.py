@@ -94,6 +94,18 @@ def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
     assert set(stages) == {"ref_onload", "ref_offload", "resharding_to_infer", "resharding_to_train"}
 
 
+def test_the_memory_of_a_phase_is_the_most_of_its_visits():
+    residence = Residence(Clock(), [])
+    residence.settle("engine", Part())
+    for parameters in (None, Part(), None):
+        residence.settle("parameters", parameters)
+        with residence.phase("reshard"):
+            pass
+    residence.note("train", extra=2**31)
+    assert residence.memory() == {"memory/reshard": 2, "memory/train": 3}
+    assert residence.memory() == {}, "each call begins anew"
+
+
 def test_what_may_not_leave_stays():
     residence, part = Residence(Clock(), []), Part()
     residence.settle("engine", part)
@@ -115,6 +127,12 @@ def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
     for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
         assert now.token_ids == then.token_ids
         assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
+
+
+def test_an_engine_without_weights_refuses_prompts_and_says_what_it_needs():
+    assert holding(0) == 0, "those that it was started with"
+    with pytest.raises(PhaseError, match="gave up its weights when it was paused; send it weights first"):
+        holding(None)
 
 
 def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(tmp_path, tiny_llama, monkeypatch):
