@@ -161,6 +161,33 @@ def test_without_it_nothing_is_done_and_nothing_is_reported():
     assert list(metrics.memory()) == ["memory/peak_rss_gib"]
 
 
+class Told:
+    """In place of the C function: it has a background thread, and notes what is changed or called."""
+
+    def __init__(self):
+        self.background_thread, self.calls = True, []
+
+    def __call__(self, name, old, length, new, size):
+        if old is not None:
+            old._obj.value = self.background_thread
+        elif new is not None:
+            self.background_thread = new._obj.value
+            self.calls.append((name.decode(), self.background_thread))
+        else:
+            self.calls.append(name.decode())
+        return 0
+
+
+def test_a_purge_is_not_crossed_by_the_background_thread_which_then_goes_on():
+    told = Told()
+    jemalloc.Jemalloc(told, "").purge()
+    off, on = ("background_thread", False), ("background_thread", True)
+    assert told.calls == ["thread.tcache.flush", off, "arena.4096.purge", on]
+    told.background_thread, told.calls = False, []
+    jemalloc.Jemalloc(told, "").purge()
+    assert told.calls == ["thread.tcache.flush", "arena.4096.purge"]
+
+
 # before a process starts
 
 
@@ -203,6 +230,14 @@ def test_what_is_preloaded_already_stays_and_comes_first():
     assert jemalloc.preload(LIBRARY, {**os.environ, "MALLOC_CONF": "narenas:2"})[0]["MALLOC_CONF"] == "narenas:2"
     assert jemalloc.preload("auto", {"LD_PRELOAD": LIBRARY}) == ({}, ""), "it is there"
     assert jemalloc.preload("off", os.environ) == ({}, "")
+
+
+def test_what_is_preloaded_already_is_kept_for_the_trial_and_for_the_processes(tmp_path, monkeypatch):
+    library, tried = tmp_path / "libjemalloc.so.2", []
+    monkeypatch.setattr(jemalloc, "_trial", lambda environment: tried.append(environment) or "")
+    added, said = jemalloc.preload(str(library), {"LD_PRELOAD": "libm.so.6", "HOME": "/root"})
+    assert added == {"LD_PRELOAD": f"libm.so.6:{library}", "MALLOC_CONF": "background_thread:true"} and said == ""
+    assert tried == [{**added, "HOME": "/root"}]
 
 
 @unused

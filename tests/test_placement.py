@@ -348,6 +348,38 @@ def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend
         assert before[0].shape != before[1].shape or (before[0] - before[1]).abs().max() > 1e-2, "the policy has changed"
 
 
+def one_update(folder, backend, **sections):
+    """A run in this process; its batch before and after an update that changes every weight."""
+    exact = {"model": {"path": str(folder), "precision": "fp32"}, "optimizer": {"lr": 0.1}}
+    policy = policy_of(folder, backend, **exact, **sections)
+    run = placement.local(policy, Watch(0, Path()))
+    run.load("grpo")
+    run.start_engines()
+    run.sync_weights()
+    batch = Batch.of(run.rollout.generate(policy.prompts(seed=0).draw(2), Sampling(4, 6, seed=1)))
+    return run, replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask)))
+
+
+def test_the_reference_stays_what_the_run_began_with(tiny_llama, backend):
+    run, batch = one_update(tiny_llama, backend, algorithm={"group_size": 4, "kl_coef": 0.1})
+    before = run.reference.logprobs(batch)
+    assert torch.equal(before, run.actor.logprobs(batch))
+    run.update(replace(batch, ref_logprobs=before))
+    assert torch.equal(run.reference.logprobs(batch), before)
+    assert (run.actor.logprobs(batch) - before).abs().max() > 1e-2
+
+
+def test_the_memory_of_an_update_counts_its_gradients(tiny_llama, backend):
+    run, batch = one_update(tiny_llama, backend)
+    run.memory()
+    run.update(batch)
+    weights = sum(weight.nbytes for weight in run.pools[0].members[0].worker.actor.model.parameters()) / 2**30
+    engine = run.pools[0].members[0].worker.rollout.device_bytes() / 2**30
+    assert run.memory()["memory/train"] == pytest.approx(engine + 3 * weights, rel=1e-3), "moments are made when gradients go"
+    run.update(batch)
+    assert run.memory()["memory/train"] == pytest.approx(engine + 4 * weights, rel=1e-3)
+
+
 def test_memory_is_that_of_the_worker_that_holds_most(tiny_llama, backend):
     policy, members = policy_of(tiny_llama, backend), []
     for size in (2**32, 2**30):

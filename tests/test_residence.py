@@ -33,6 +33,16 @@ def test_parked_weights_leave_and_come_back_to_the_bit(model):
     assert torch.equal(first, before) and torch.equal(view, before[2:3])
 
 
+def test_a_storage_that_several_tensors_stand_on_is_parked_once():
+    whole = torch.arange(12.0)
+    parts = [whole[:4], whole[4:].view(2, 4), whole]
+    parked = Parked(lambda: parts)
+    assert parked.device_bytes() == whole.nbytes
+    parked.pause()
+    parked.resume()
+    assert torch.equal(whole, torch.arange(12.0)) and torch.equal(parts[1][1], torch.arange(8.0, 12.0))
+
+
 def test_what_need_not_be_kept_comes_back_as_zeros(model):
     parked = Parked(model.parameters, keep=False)
     parked.pause()
