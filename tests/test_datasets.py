@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rlcore import registry
 from rlcore.config import DatasetConfig
@@ -63,6 +64,13 @@ def test_every_geometry3k_image_decodes(split, count):
         assert [part["type"] for part in row.messages[0]["content"]] == ["image", "text"]
         right = f"<think>It is so.</think> \\boxed{{{row.answer}}}"
         assert geo3k_reward(right, row.answer, row.fields, accuracy="math") == pytest.approx(1.0)
+
+
+def test_a_geometry3k_row_has_its_picture(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "figure.png")
+    row = one(tmp_path, "geo3k", images=["figure.png"], problem="<image>Find x.", answer="3")
+    assert [image.size for image in row.images] == [(30, 20)] and row.answer == "3"
+    assert [part["type"] for part in row.messages[0]["content"]] == ["image", "text"]
 
 
 def test_a_gsm8k_row_is_its_question_number_and_solution(tmp_path):
