@@ -152,7 +152,7 @@ def sound(mutants: Iterable[Mutant], jobs: int) -> bool:
 def verdict(mutant: Mutant) -> tuple[bool, str]:
     """Whether it was caught, and a line that says by what."""
     outcome = _run(mutant.tests, mutant)
-    caught = (outcome.status == 1 and bool(outcome.failed)) or (outcome.status is None and mutant.hangs)
+    caught = bool(outcome.failed) or (outcome.status is None and mutant.hangs)
     by = outcome.failed or ("does not end" if outcome.status is None else f"pytest's status {outcome.status}")
     return caught, f"{'caught  ' if caught else 'SURVIVED'} {outcome.seconds:5.1f} s  {mutant.file}: {mutant.bug}  [{by}]"
 
