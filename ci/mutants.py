@@ -31,7 +31,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 BUGS = ROOT / "ci" / "mutants"
 LIMIT = 120.0  # seconds of one test
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,26 @@ def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend
         assert before[0].shape != before[1].shape or (before[0] - before[1]).abs().max() > 1e-2, "the policy has changed"
 
 
+class Elsewhere:
+    """A worker whose clock is far ahead, and which has been busy for the last second."""
+
+    AHEAD = 1000.0
+
+    def now(self):
+        return time.perf_counter() + self.AHEAD
+
+    def spans(self):
+        return [metrics.Span("update", self.now() - 1, self.now())]
+
+
+def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backend):
+    policy = policy_of(tiny_llama, backend)
+    run = Placement(policy.config, dict.fromkeys(ROLES, Pool([Threaded(Elsewhere()), Threaded(Worker(policy))])))
+    (span,) = run.spans()
+    assert span.worker == 1 and span.end == pytest.approx(time.perf_counter(), abs=0.5)
+    assert span.end - span.start == pytest.approx(1, abs=0.1)
+
+
 def one_update(folder, backend, **sections):
     """A run in this process; its batch before and after an update that changes every weight."""
     exact = {"model": {"path": str(folder), "precision": "fp32"}, "optimizer": {"lr": 0.1}}

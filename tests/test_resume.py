@@ -287,6 +287,14 @@ def test_outside_a_step_a_signal_stops_at_once():
     assert not interruption.abandoned
 
 
+def test_afterwards_signals_find_the_handlers_of_before():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption():
+        assert not {signal.getsignal(number) for number in numbers} & set(before)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():
     with Interruption() as interruption:
         interruption.hold()

@@ -62,7 +62,8 @@ def test_a_failed_sample_is_not_charged_for_its_length():
     config = config_of(Path("model"), algorithm={"group_size": 3, "overlong_penalty": 1.0})
     batch = Batch.of([group("a", 4, 4, 1)])  # of at most 4 tokens
     outcome = trainer.outcome_of(batch, [[Score(1.0), FAILED, Score(1.0)]], config)
-    assert outcome.rewards.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6) and outcome.valid.tolist() == [True, False, True]
+    assert outcome.rewards.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+    assert outcome.valid.tolist() == [True, False, True]
 
 
 def test_an_evaluation_is_the_mean_of_rows_and_counts_failures_apart():
