@@ -173,6 +173,7 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{one.file}: {one.bug}  [{one.test}]" for one in mutants))
         return 0
+    os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(options.jobs)  # tests/conftest.py shares the processor by it
     began = time.monotonic()
     if not sound(mutants, options.jobs):
         return 1

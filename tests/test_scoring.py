@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from run_files import settings
 
-from rlcore import placement, trainer
+from rlcore import metrics, placement, trainer
 from rlcore.config import RunConfig
 from rlcore.metrics import Clock
 from rlcore.placement import InlineReward
@@ -72,3 +73,19 @@ def test_an_evaluation_is_the_mean_of_rows_and_counts_failures_apart():
     row = trainer.Evaluation(groups, scores).metrics()
     assert row["eval/score"] == pytest.approx((1.0 + 0.5) / 2) and row["eval/error"] == 3
     assert row["eval/rows"] == 3 and row["eval/response_length"] == pytest.approx(14 / 6)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_was_cut_off_leaves_the_loss_where_that_is_asked_for(masked):
+    config = config_of(Path("model"), algorithm={"group_size": 3, "mask_truncated": masked})
+    one = group("a", 2, 1, 3)
+    one = replace(one, samples=[replace(one.samples[0], finish="length"), *one.samples[1:]])
+    batch = Batch.of([one])
+    outcome = trainer.outcome_of(batch, [[Score(1.0), Score(0.0), FAILED]], config)
+    counted = trainer.with_advantages(batch, outcome, config.algorithm).loss_mask
+    assert counted.tolist() == [not masked] * 2 + [True] + [False] * 3
+
+
+def test_timeouts_and_errors_are_counted_apart():
+    row = metrics.score_metrics([[Score(1.0), FAILED], [Score(None, "timeout"), Score(None, "timeout")]])
+    assert (row["reward/error"], row["reward/timeout"]) == (1, 2)
