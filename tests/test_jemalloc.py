@@ -232,6 +232,12 @@ def test_what_is_preloaded_already_stays_and_comes_first():
     assert jemalloc.preload("off", os.environ) == ({}, "")
 
 
+def test_what_a_worker_is_started_with_holds_it(monkeypatch):
+    placement = pytest.importorskip("rlcore_backends.ray_placement", reason="needs requirements/ray.txt")
+    monkeypatch.setenv("LD_PRELOAD", "libm.so.6:/opt/libjemalloc.so.2")
+    assert placement._inherited()["LD_PRELOAD"] == "/opt/libjemalloc.so.2"
+
+
 def test_what_is_preloaded_already_is_kept_for_the_trial_and_for_the_processes(tmp_path, monkeypatch):
     library, tried = tmp_path / "libjemalloc.so.2", []
     monkeypatch.setattr(jemalloc, "_trial", lambda environment: tried.append(environment) or "")
