@@ -26,6 +26,7 @@ from rlcore.errors import ConfigError, PluginError, RunError
 from rlcore.protocols import Adapter, NamedTensors
 from rlcore.pulse import unwatched
 from rlcore.residence import Parked, awake, holding
+from rlcore.rollout import folded
 from rlcore.types import Group, Prompt, Receipt, Sample, Sampling
 from rlcore.weight_sync import Constants, compare, fingerprint, holds_weights
 
@@ -114,7 +115,7 @@ class VllmRollout:
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
         with _undisturbed_random_state():
-            torch.manual_seed(sampling.seed + (sampling.first << 40))
+            torch.manual_seed(folded(sampling.seed + (sampling.first << 40)))
             parameters = self._parameters(sampling)
             for place, prompt in enumerate(prompts):
                 engine.add_request(str(place), _request(prompt), parameters.clone(), lora_request=self._request)

@@ -255,8 +255,13 @@ def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
     return torch.cat(logits), caches[0]
 
 
+def folded(seed: int) -> int:
+    """32 bits, all that torch's generator of a processor reads of a seed; what stands above them counts too."""
+    return (seed ^ seed >> 32) % 2**32
+
+
 def _seed(seed: int, place: int) -> int:
-    return (seed * 1_000_003 + place) % 2**63
+    return folded((seed * 1_000_003 + place) % 2**63)
 
 
 def _remade(model: nn.Module) -> Iterator[Tensor]:

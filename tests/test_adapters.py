@@ -237,6 +237,14 @@ def test_a_tokenizer_without_a_chat_template_reads_plain_text(models, tmp_path):
     assert adapter.tokenizer.decode(adapter.encode(text_row()).token_ids) == "Count.\nWhat is 12 + 30?"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_response_ends_its_turn(name, models):
+    _, adapter = made(name, models)
+    tokens = adapter.encode_response("It is 5.")
+    assert tokens[-1] in adapter.stop_token_ids and not adapter.stop_token_ids & set(tokens[:-1])
+    assert adapter.decode(tokens) == "It is 5."
+
+
 def test_decoding_leaves_out_special_tokens_only(models):
     _, adapter = made("tiny_llama", models)
     token_ids = adapter.encode_response("<answer>7</answer>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,8 @@ from run_files import ARITHMETIC, settings, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlcore import cli, registry
+from rlcore.console import Console
+from rlcore.errors import WorkerDied
 
 
 def never(response, answer, fields):
@@ -342,6 +345,37 @@ def test_plan_does_the_arithmetic(start):
     assert said["longest sample"] == "68 tokens = 64 prompt + 4 response"
     assert said["prompts in all"] == "8 = 0.50 passes over the training rows"
     assert said["samples in all"] == "32" and said["optimizer steps in all"] == "4"
+
+
+def test_plan_counts_every_pass_over_a_step(start):
+    status, out, _, _ = start("train.epochs_per_step=3", "train.minibatches_per_step=2", command="plan")
+    said = {line[:33].strip(): line[33:].strip() for line in out.splitlines()}
+    assert status == 0 and said["optimizer steps in all"] == "12"
+    assert said["optimizer steps a step"].startswith("6 = 3 passes (train.epochs_per_step) x 2 (train.minibatches_per_step)")
+
+
+@pytest.mark.parametrize(("deaths", "resumed"), [(0, [False]), (1, [False, True]), (2, [False, True])])
+def test_a_run_is_restarted_as_often_as_it_may_be(tmp_path, deaths, resumed):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_000001")
+    runs = []
+
+    def run(resume):
+        runs.append(resume)
+        if len(runs) <= deaths:
+            raise WorkerDied("worker 1 of 2 died")
+
+    with pytest.raises(WorkerDied) if deaths > 1 else contextlib.nullcontext():
+        cli._restarting(run, tmp_path, False, 1, Console(0))
+    assert runs == resumed
+
+
+def test_a_run_without_a_checkpoint_is_not_restarted(tmp_path):
+    def run(resume):
+        raise WorkerDied("worker 1 of 2 died")
+
+    with pytest.raises(WorkerDied):
+        cli._restarting(run, tmp_path, False, 5, Console(0))
 
 
 # one whole run

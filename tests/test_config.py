@@ -129,6 +129,26 @@ def test_contradicting_numbers_are_refused_with_the_remedy(file, overrides, mess
         configuration.load(file, overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["placement={kind: ray, devices: 3}", "sharding.sequence_parallel=2"],
+            r"placement.devices: 3 devices cannot be split into equal parts of 2 \(sharding.replicas x sharding.sequence_.*\)",
+        ),
+        (
+            ["placement={kind: ray, pools: {a: {roles: [actor, rollout]}, b: {roles: [rollout]}}}"],
+            "placement.pools.b.roles: rollout is already in the pool 'a'; list each role once",
+        ),
+        (["placement={kind: ray, pools: {a: {roles: [actor]}}}"], "placement.pools: no pool has the role rollout; .*"),
+        (["placement.devices=2"], "placement.kind: local is one process on one device; set placement.kind=ray for more.*"),
+    ],
+)
+def test_devices_that_cannot_be_shared_out_are_refused(file, overrides, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        configuration.load(file, overrides)
+
+
 def test_an_algorithm_stands_for_its_papers_settings_and_what_is_set_wins(file):
     dapo = "algorithm.name=dapo"
     plain = configuration.load(file, [dapo]).algorithm

@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from distributions import distribution
 from run_files import settings
 
 from rlcore import cli, registry
 from rlcore.config import RunConfig
-from rlcore.conformance import Measurement, case, numbers, report
+from rlcore.conformance import Measurement, case, engine, numbers, operators, report
 from rlcore.errors import PluginError
+from rlcore.types import Group, Sample
 
 ROOT = Path(__file__).parents[1]
 VLLM = importlib.util.find_spec("vllm") is not None
@@ -135,6 +137,18 @@ def test_a_section_that_dies_or_hangs_is_a_failure_with_what_it_said(monkeypatch
     monkeypatch.setattr(report, "PROGRAM", ["-c", program])
     failed, section = report.run("operators", RunConfig.model_validate(settings("model")), patience)
     assert (failed.verdict, failed.note, section.failures) == ("FAIL", said, 1)
+
+
+def test_samples_that_differ_are_counted():
+    def drawn(*token_ids):
+        return [Group(None, [Sample(ids, [], "", "stop", 0) for ids in token_ids])]
+
+    assert engine.unlike(drawn([1, 2], [3]), drawn([1, 2], [3])) == 0
+    assert engine.unlike(drawn([1, 2], [3]), drawn([2, 1], [3, 3])) == 2
+
+
+def test_a_distance_is_relative_and_the_largest():
+    assert operators.apart([torch.tensor([3.0]), torch.tensor([10.0])], [torch.tensor([2.0]), torch.tensor([10.0])]) == 0.5
 
 
 def test_what_is_no_number_is_no_pass():

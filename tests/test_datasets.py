@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
+from PIL import Image
 
 from rlcore import registry
 from rlcore.config import DatasetConfig
@@ -66,6 +67,13 @@ def test_every_geometry3k_image_decodes(split, count):
         right = f"<think>It is so.</think> \\boxed{{{row.answer}}}"
         for accuracy in ("math", "math_verify"):
             assert geo3k_reward(right, row.answer, row.fields, accuracy=accuracy) == pytest.approx(1.0)
+
+
+def test_a_geometry3k_row_has_its_picture(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "figure.png")
+    row = one(tmp_path, "geo3k", images=["figure.png"], problem="<image>Find x.", answer="3")
+    assert [image.size for image in row.images] == [(30, 20)] and row.answer == "3"
+    assert [part["type"] for part in row.messages[0]["content"]] == ["image", "text"]
 
 
 def test_a_gsm8k_row_is_its_question_number_and_solution(tmp_path):

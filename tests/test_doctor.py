@@ -138,6 +138,21 @@ def test_every_remedy_stands_under_its_line():
     assert doctor.line(Finding("thing", "absent", "not there", "get one")) == f"absent   {'thing':16} not there"
 
 
+def test_a_warning_is_no_failure():
+    found = [Finding("a", "ok", "here"), Finding("b", "warning", "old", "renew it"), Finding("c", "absent", "not there")]
+    assert not doctor.failed(found)
+    assert doctor.failed([*found, Finding("d", "failure", "gone", "bring it back")])
+
+
+def test_the_cores_are_those_that_this_process_may_use():
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert registry.load("doctors", "cpu")().devices().seen.startswith(f"1 of {os.cpu_count()} cores are this process's")
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
 def test_a_failure_without_a_remedy_is_no_finding():
     with pytest.raises(AssertionError, match="needs a remedy"):
         Finding("thing", "failure", "gone")

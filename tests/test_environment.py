@@ -74,11 +74,11 @@ def test_workers_on_ray_have_what_the_user_has_set_and_their_share_of_the_rest(t
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "options": {"wait_seconds": 30}},
     })  # fmt: skip
-    backend, environment = made("cpu", threads=1), {"TORCH_CPP_LOG_LEVEL": "WARNING", "UNRELATED": "1"}
+    backend, environment = made("cpu"), {"TORCH_CPP_LOG_LEVEL": "WARNING", "UNRELATED": "1"}
     backend.settle(environment)
     with ray_placement.open_pools(Policy(config, backend), Watch(0, Path())) as placement:
         for member in placement.pools[0].members:
             pid = member.where.split()[1]
             started = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
             assert started["TORCH_CPP_LOG_LEVEL"] == "WARNING" != os.environ["TORCH_CPP_LOG_LEVEL"]
-            assert started["OMP_NUM_THREADS"] == "1" and "UNRELATED" not in started
+            assert started["OMP_NUM_THREADS"] == str(max(1, backend.threads // 2)) and "UNRELATED" not in started

@@ -161,6 +161,33 @@ def test_without_it_nothing_is_done_and_nothing_is_reported():
     assert list(metrics.memory()) == ["memory/peak_rss_gib"]
 
 
+class Told:
+    """In place of the C function: it has a background thread, and notes what is changed or called."""
+
+    def __init__(self):
+        self.background_thread, self.calls = True, []
+
+    def __call__(self, name, old, length, new, size):
+        if old is not None:
+            old._obj.value = self.background_thread
+        elif new is not None:
+            self.background_thread = new._obj.value
+            self.calls.append((name.decode(), self.background_thread))
+        else:
+            self.calls.append(name.decode())
+        return 0
+
+
+def test_a_purge_is_not_crossed_by_the_background_thread_which_then_goes_on():
+    told = Told()
+    jemalloc.Jemalloc(told, "").purge()
+    off, on = ("background_thread", False), ("background_thread", True)
+    assert told.calls == ["thread.tcache.flush", off, "arena.4096.purge", on]
+    told.background_thread, told.calls = False, []
+    jemalloc.Jemalloc(told, "").purge()
+    assert told.calls == ["thread.tcache.flush", "arena.4096.purge"]
+
+
 # before a process starts
 
 
@@ -179,6 +206,15 @@ def test_the_library_is_found_where_distributions_put_it(tmp_path, file, machine
     assert jemalloc.find(tmp_path, machine) == library
 
 
+def test_a_library_that_was_built_here_comes_before_the_distributions(tmp_path):
+    folders = ("usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/local/lib64", "usr/local/lib")
+    for folder in folders:  # each comes before those that are there
+        library = tmp_path / folder / "libjemalloc.so.2"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+        assert jemalloc.find(tmp_path, "x86_64") == library
+
+
 def test_another_architectures_library_is_not_taken(tmp_path):
     library = tmp_path / "usr/lib/x86_64-linux-gnu/libjemalloc.so.2"
     library.parent.mkdir(parents=True)
@@ -194,6 +230,20 @@ def test_what_is_preloaded_already_stays_and_comes_first():
     assert jemalloc.preload(LIBRARY, {**os.environ, "MALLOC_CONF": "narenas:2"})[0]["MALLOC_CONF"] == "narenas:2"
     assert jemalloc.preload("auto", {"LD_PRELOAD": LIBRARY}) == ({}, ""), "it is there"
     assert jemalloc.preload("off", os.environ) == ({}, "")
+
+
+def test_what_a_worker_is_started_with_holds_it(monkeypatch):
+    placement = pytest.importorskip("rlcore_backends.ray_placement", reason="needs requirements/ray.txt")
+    monkeypatch.setenv("LD_PRELOAD", "libm.so.6:/opt/libjemalloc.so.2")
+    assert placement._inherited()["LD_PRELOAD"] == "/opt/libjemalloc.so.2"
+
+
+def test_what_is_preloaded_already_is_kept_for_the_trial_and_for_the_processes(tmp_path, monkeypatch):
+    library, tried = tmp_path / "libjemalloc.so.2", []
+    monkeypatch.setattr(jemalloc, "_trial", lambda environment: tried.append(environment) or "")
+    added, said = jemalloc.preload(str(library), {"LD_PRELOAD": "libm.so.6", "HOME": "/root"})
+    assert added == {"LD_PRELOAD": f"libm.so.6:{library}", "MALLOC_CONF": "background_thread:true"} and said == ""
+    assert tried == [{**added, "HOME": "/root"}]
 
 
 @unused

@@ -139,6 +139,26 @@ def test_a_token_is_made_once_for_its_owner_alone(tmp_path):
     assert file.read_text() == first
 
 
+def test_what_a_program_has_started_ends_with_it(tmp_path):
+    """Also what does not hear of its end. Another program's processes stay."""
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {stubborn!r}]); time.sleep(600)"
+    programs = []
+    for name in ("one", "other"):
+        with (tmp_path / name).open("wb") as log:
+            programs.append(ray_cluster.start([sys.executable, "-c", parent], dict(os.environ), log))
+        while not (tmp_path / name).read_text():
+            time.sleep(0.05)
+    families = [[psutil.Process(each.pid), *psutil.Process(each.pid).children(recursive=True)] for each in programs]
+    assert [len(family) for family in families] == [2, 2]
+    try:
+        ray_cluster.stop(programs[0])
+        assert _alive(families[0], seconds=5) == [] and len(_alive(families[1], seconds=0)) == 2
+    finally:
+        ray_cluster.stop(programs[1])
+    assert _alive(families[1], seconds=5) == []
+
+
 # a cluster of two nodes that share this machine's address
 
 

@@ -77,6 +77,12 @@ def test_the_engine_is_left_its_share_of_the_memory():
     assert made().engine_options("torch") == {}
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_the_engine_can_sleep_at_every_level_but_0(level):
+    """It asks its allocator for memory that can leave the device when it starts, or never."""
+    assert made(sleep_level=level).engine_options("vllm")["enable_sleep_mode"] is (level > 0)
+
+
 def test_a_model_is_left_alone_where_kernels_are_switched_off(tiny_llama):
     model = registry.load("adapters", "llama")(tiny_llama).load(tiny_llama, torch.float32)
     kinds = [type(layer) for layer in model.modules()]

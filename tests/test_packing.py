@@ -136,3 +136,11 @@ def test_a_share_of_a_batch_keeps_its_own_tokens():
     share = batch.select(range(1, 3))
     assert [g.prompt.row.id for g in share.groups] == ["1", "2"]
     assert len(share.rollout_logprobs) == (2 + 2) + (3 + 2)
+
+
+def test_ranks_make_the_same_number_of_passes():
+    """The one with less to do makes passes without a target: in each, ranks gather weights together."""
+    batch = Batch.of([group("long", 50, [40, 40, 40]), group("short", 4, [2])])
+    rows = [microbatches(part, 100) for part, _ in deal(batch, 2, 100)]
+    assert [len(each) for each in rows] == [3, 3]
+    assert sorted(sum(bool(len(row.targets)) for row in each) for each in rows) == [1, 3]

@@ -9,17 +9,22 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
+from run_files import settings
 
-from rlcore import cli, metrics
+from rlcore import cli, metrics, placement
 from rlcore.config import RunConfig
-from rlcore.placement import Placement, Pool, merged
-from rlcore.types import Prompt, Receipt, Row, Sampling
-from rlcore.worker import ROLES, Worker
+from rlcore.errors import PluginError
+from rlcore.placement import Placement, Pool, PooledRollout, merged
+from rlcore.types import Batch, Prompt, Receipt, Row, Sampling
+from rlcore.watch import Watch
+from rlcore.worker import ROLES, Policy, Worker
 
 STEPS, CALLS = 3, 20  # steps, and rewards of each
 KILLED_AT = 2 * CALLS + 3
@@ -283,8 +288,6 @@ class Slow:
 
 def test_known_durations_and_skew_come_back(tiny_llama, backend):
     """Two workers of different speed: a stage takes what its slower worker takes, never the difference of the two."""
-    from rlcore.worker import Policy
-
     config = RunConfig.model_validate({
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "offload": ["engine", "parameters"]},
@@ -311,6 +314,126 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
             pass
     timing = metrics.timings(placement.spans(), started, time.perf_counter())
     assert timing["timing/resharding_to_train"] == pytest.approx(0.05 + 0.07, rel=0.05)
+
+
+class Drawn:
+    """A worker's sampler, whose groups are finished in the opposite order."""
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    def generate(self, part):
+        return iter(reversed(list(self.worker.generate(part))))
+
+
+def policy_of(folder, backend, **sections):
+    return Policy(RunConfig.model_validate(settings(folder, **sections)), backend)
+
+
+def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backend):
+    policy = policy_of(tiny_llama, backend)
+    workers = [Worker(policy) for _ in range(2)]
+    for worker in workers:
+        worker.start_engine()
+    prompts = policy.prompts(seed=0).draw(5)
+    alone = workers[0].rollout.generate(prompts, Sampling(2, 6, seed=3))
+    groups = PooledRollout(Pool([Threaded(Drawn(worker)) for worker in workers]), 1).generate(prompts, Sampling(2, 6, seed=3))
+    assert [group.prompt for group in groups] == prompts
+    assert [sample.token_ids for group in groups for sample in group.samples] == [
+        sample.token_ids for group in alone for sample in group.samples
+    ]
+
+
+def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend):
+    policy = policy_of(tiny_llama, backend, model={"path": str(tiny_llama), "precision": "fp32"}, optimizer={"lr": 0.1})
+    with placement.local(policy, Watch(0, Path())) as run:
+        run.load("grpo")
+        run.start_engines()
+        prompts, before = policy.prompts(seed=0).draw(2), []
+        for version in (0, 1, 2):
+            assert run.sync_weights().version == version
+            batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 6, seed=1)))
+            assert {sample.policy_version for sample in batch.samples} == {version}
+            assert (run.actor.logprobs(batch) - batch.rollout_logprobs).abs().max() < 1e-3, version
+            advantages = torch.linspace(-1, 1, len(batch.loss_mask))
+            run.update(replace(batch, advantages=advantages))
+            before.append(batch.rollout_logprobs)
+        assert before[0].shape != before[1].shape or (before[0] - before[1]).abs().max() > 1e-2, "the policy has changed"
+
+
+class Elsewhere:
+    """A worker whose clock is far ahead, and which has been busy for the last second."""
+
+    AHEAD = 1000.0
+
+    def now(self):
+        return time.perf_counter() + self.AHEAD
+
+    def spans(self):
+        return [metrics.Span("update", self.now() - 1, self.now())]
+
+
+def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backend):
+    policy = policy_of(tiny_llama, backend)
+    run = Placement(policy.config, dict.fromkeys(ROLES, Pool([Threaded(Elsewhere()), Threaded(Worker(policy))])))
+    (span,) = run.spans()
+    assert span.worker == 1 and span.end == pytest.approx(time.perf_counter(), abs=0.5)
+    assert span.end - span.start == pytest.approx(1, abs=0.1)
+
+
+def one_update(folder, backend, **sections):
+    """A run in this process; its batch before and after an update that changes every weight."""
+    exact = {"model": {"path": str(folder), "precision": "fp32"}, "optimizer": {"lr": 0.1}}
+    policy = policy_of(folder, backend, **exact, **sections)
+    run = placement.local(policy, Watch(0, Path()))
+    run.load("grpo")
+    run.start_engines()
+    run.sync_weights()
+    batch = Batch.of(run.rollout.generate(policy.prompts(seed=0).draw(2), Sampling(4, 6, seed=1)))
+    return run, replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask)))
+
+
+def test_the_reference_stays_what_the_run_began_with(tiny_llama, backend):
+    run, batch = one_update(tiny_llama, backend, algorithm={"group_size": 4, "kl_coef": 0.1})
+    before = run.reference.logprobs(batch)
+    assert torch.equal(before, run.actor.logprobs(batch))
+    run.update(replace(batch, ref_logprobs=before))
+    assert torch.equal(run.reference.logprobs(batch), before)
+    assert (run.actor.logprobs(batch) - before).abs().max() > 1e-2
+
+
+def test_the_memory_of_an_update_counts_its_gradients(tiny_llama, backend):
+    run, batch = one_update(tiny_llama, backend)
+    run.memory()
+    run.update(batch)
+    weights = sum(weight.nbytes for weight in run.pools[0].members[0].worker.actor.model.parameters()) / 2**30
+    engine = run.pools[0].members[0].worker.rollout.device_bytes() / 2**30
+    assert run.memory()["memory/train"] == pytest.approx(engine + 3 * weights, rel=1e-3), "moments are made when gradients go"
+    run.update(batch)
+    assert run.memory()["memory/train"] == pytest.approx(engine + 4 * weights, rel=1e-3)
+
+
+def test_memory_is_that_of_the_worker_that_holds_most(tiny_llama, backend):
+    policy, members = policy_of(tiny_llama, backend), []
+    for size in (2**32, 2**30):
+        worker = Worker(policy)
+        worker.residence.note("train", extra=size)
+        members.append(Threaded(worker))
+    everyone = Placement(policy.config, dict.fromkeys(ROLES, Pool(members)))
+    assert everyone.memory()["memory/train"] == 4
+
+
+def test_an_error_in_a_worker_is_the_same_error_here(tiny_llama, cluster):
+    import ray
+    from rlcore_backends.ray_placement import Process, Remote
+
+    config = RunConfig.model_validate(settings(tiny_llama, reward=[{"name": "mth"}]))
+    process = ray.remote(Process).options(num_cpus=0).remote()
+    try:
+        with pytest.raises(PluginError, match="'mth'"):
+            Remote(process, "a worker").ask("open_rewards", config, []).result()
+    finally:
+        ray.kill(process)
 
 
 def test_streams_are_merged_as_they_come_and_an_error_ends_them():

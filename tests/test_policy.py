@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.sft import negative_log_likelihood
-from rlcore.config import OptimizerConfig
+from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.critic import TorchCritic
 from rlcore.learner import Objective, tokens
 from rlcore.policy import ForwardSettings, Passes, TorchActor
 from rlcore.types import Batch, Group, Row, Sample
@@ -57,3 +60,29 @@ def test_a_bf16_update_takes_the_fp32_step_to_rounding(both, batch):
         torch.cat([(new - old).flatten() for new, old in zip(one.model.parameters(), before, strict=True)]) for one in both
     ]
     assert torch.cosine_similarity(*steps, dim=0) > 0.95
+
+
+def test_supervised_steps_make_their_targets_likelier(adapter, tiny_llama, batch):
+    one = actor(adapter, tiny_llama, torch.float32)
+    before = one.logprobs(batch)
+    for _ in range(3):
+        one.update(batch)
+    assert one.logprobs(batch).mean() > before.mean() + 0.1
+
+
+def test_a_critic_begins_with_nothing_and_goes_on_from_what_it_saved(adapter, tiny_llama, batch, tmp_path):
+    def critic():
+        settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
+        model = adapter.load(tiny_llama, torch.float32)
+        return TorchCritic(model, adapter, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), Passes(total_steps=4))
+
+    first, returns = critic(), torch.linspace(-1, 1, len(batch.loss_mask))
+    assert not first.values(batch).any()
+    judged = replace(batch, values=torch.zeros_like(returns), returns=returns)
+    first.update(judged)
+    first.save(tmp_path)
+    again = critic()
+    again.load(tmp_path)
+    assert torch.equal(again.values(batch), first.values(batch)) and first.values(batch).any()
+    assert again.update(judged) == first.update(judged)
+    assert torch.equal(again.values(batch), first.values(batch)), "moments too"

@@ -33,6 +33,16 @@ def test_parked_weights_leave_and_come_back_to_the_bit(model):
     assert torch.equal(first, before) and torch.equal(view, before[2:3])
 
 
+def test_a_storage_that_several_tensors_stand_on_is_parked_once():
+    whole = torch.arange(12.0)
+    parts = [whole[:4], whole[4:].view(2, 4), whole]
+    parked = Parked(lambda: parts)
+    assert parked.device_bytes() == whole.nbytes
+    parked.pause()
+    parked.resume()
+    assert torch.equal(whole, torch.arange(12.0)) and torch.equal(parts[1][1], torch.arange(8.0, 12.0))
+
+
 def test_what_need_not_be_kept_comes_back_as_zeros(model):
     parked = Parked(model.parameters, keep=False)
     parked.pause()
@@ -94,6 +104,18 @@ def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
     assert set(stages) == {"ref_onload", "ref_offload", "resharding_to_infer", "resharding_to_train"}
 
 
+def test_the_memory_of_a_phase_is_the_most_of_its_visits():
+    residence = Residence(Clock(), [])
+    residence.settle("engine", Part())
+    for parameters in (None, Part(), None):
+        residence.settle("parameters", parameters)
+        with residence.phase("reshard"):
+            pass
+    residence.note("train", extra=2**31)
+    assert residence.memory() == {"memory/reshard": 2, "memory/train": 3}
+    assert residence.memory() == {}, "each call begins anew"
+
+
 def test_what_may_not_leave_stays():
     residence, part = Residence(Clock(), []), Part()
     residence.settle("engine", part)
@@ -115,6 +137,12 @@ def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
     for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
         assert now.token_ids.tolist() == then.token_ids.tolist()
         assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
+
+
+def test_an_engine_without_weights_refuses_prompts_and_says_what_it_needs():
+    assert holding(0) == 0, "those that it was started with"
+    with pytest.raises(PhaseError, match="gave up its weights when it was paused; send it weights first"):
+        holding(None)
 
 
 def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(tmp_path, tiny_llama, monkeypatch):

@@ -373,6 +373,21 @@ def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, mo
     assert (checkpoint.latest(tmp_path) / "weights").read_text(encoding="utf-8") == "again"
 
 
+def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, "step_000001", {"step": 1}, content("first"))
+    real = os.replace
+
+    def dies(source, target):
+        if Path(source).is_dir():
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert checkpoint.latest(tmp_path).name == "step_000001"
+
+
 def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
     folder = checkpoint.save(tmp_path, "step_000001", {"step": 1}, content("first"))
     (folder / "state.json").unlink()
@@ -418,6 +433,14 @@ def test_outside_a_step_a_signal_stops_at_once():
     with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
         send()
     assert not interruption.abandoned
+
+
+def test_afterwards_signals_find_the_handlers_of_before():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption():
+        assert not {signal.getsignal(number) for number in numbers} & set(before)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():

@@ -10,7 +10,7 @@ from rlcore import registry, rollout
 from rlcore.config import RolloutConfig
 from rlcore.errors import ConfigError, RunError
 from rlcore.residence import PhaseError
-from rlcore.types import Row, Sampling
+from rlcore.types import Batch, Group, Row, Sample, Sampling
 
 QUESTIONS = ["How many circles?", "What is 4 + 5? Answer with a single number inside the tags."]
 
@@ -104,6 +104,21 @@ def test_a_seed_repeats_a_call_whatever_came_before(text):
     assert tokens(sampler.generate(prompts, Sampling(4, 8, seed=6))) != first
     assert tokens(sampler.generate(prompts, Sampling(4, 8, seed=5))) == first
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_two_rows_of_one_prompt_draw_differently(text):
+    _, adapter, sampler = text
+    prompt = adapter.encode(row(QUESTIONS[0]))
+    one, other = sampler.generate([prompt, prompt], Sampling(4, 8, seed=5))
+    assert tokens([one]) != tokens([other])
+    assert tokens(sampler.generate([prompt], Sampling(4, 8, seed=5, first=1))) == tokens([other]), "wherever it is drawn"
+
+
+def test_a_sample_without_all_its_logprobs_is_refused(text):
+    _, adapter, _ = text
+    group = Group(adapter.encode(row("go")), [Sample([9, 10], [-1.0], "", "stop", 0)])
+    with pytest.raises(RunError, match="go: the engine gave 1 log-probabilities for 2 tokens"):
+        Batch.of([group])
 
 
 def test_samples_end_with_the_stop_token_or_at_the_limit(text):

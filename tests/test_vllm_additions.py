@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from rlcore_backends import vllm_additions
 from torch import Tensor
 
 from rlcore import lora, registry
@@ -68,6 +69,11 @@ def served(request, engine_name, models, vision_folder, backend):
     return actor, engine_of(engine_name, adapter, folder, backend, **settings), adapter.encode(row)
 
 
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (64, 64), (200, 256)])
+def test_an_engine_has_room_for_the_rank_that_is_asked(rank, room):
+    assert vllm_additions.engine_arguments(LoraConfig(rank=rank))["max_lora_rank"] == room
+
+
 def test_an_engine_draws_with_the_additions_it_was_sent(served):
     actor, engine, prompt = served
     for version in (1, 2):
@@ -99,8 +105,6 @@ def test_additions_that_landed_wrongly_are_named(served, monkeypatch):
         with torch.no_grad():
             next(iter(lora.additions(actor.model)))[1].add_(1)
     else:
-        from rlcore_backends import vllm_additions
-
         real = vllm_additions.save_file
 
         def late(tensors, path):

@@ -181,6 +181,12 @@ def test_both_model_runners_reload_with_that_function():
         assert "reload_weights(" in inspect.getsource(module.GPUModelRunner.reload_weights)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_the_engine_can_sleep_at_every_level_but_0(level):
+    backend = cuda.CudaBackend(cuda.CudaOptions(sleep_level=level))
+    assert backend.engine_options("vllm")["enable_sleep_mode"] is (level > 0)
+
+
 def test_the_attention_kernel_is_called_as_torch_declares_it(monkeypatch):
     """Torch's own checks of arguments run; the kernel behind them does not."""
     from torch.nn.attention import varlen

@@ -125,6 +125,13 @@ def test_a_seed_repeats_a_call_and_leaves_other_draws_alone(engine, model, promp
 
 
 @vllm
+def test_engines_that_share_a_call_draw_differently(engine, prompts):
+    """Each is given the number of its first prompt."""
+    drawn = [tokens(engine.generate(prompts[:1], Sampling(4, 8, seed=5, first=first))) for first in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+@vllm
 def test_greedy_tokens_are_the_plain_samplers(engine, model, prompts, folder, backend):
     sampling = Sampling(1, 12, temperature=0)
     plain = start(backend, folder, "torch")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,16 @@ def sleeping(started, weights, monkeypatch):
     started.resume()
     started.load_weights(weights.items(), 0)
     started.generate([], SAMPLING)
+
+
+@pytest.mark.parametrize(("enabled", "asked", "level"), [(True, 1, 1), (True, 2, 2), (True, 0, 1), (False, 2, 0)])
+def test_the_level_of_sleep_is_the_backends(enabled, asked, level):
+    """Where vLLM's sleep mode is on, which rollout.options may say too."""
+    from rlcore_backends import vllm_rollout
+
+    settings = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=enabled))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=settings))
+    assert vllm_rollout._sleep_level(llm, SimpleNamespace(options=SimpleNamespace(sleep_level=asked))) == level
 
 
 def drawn(engine, prompts):

@@ -292,6 +292,43 @@ def test_of_a_death_and_what_it_broke_in_the_others_the_death_is_told():
 
 # on Ray
 
+
+@pytest.mark.parametrize(("said", "told"), [
+    ("The actor died because its node has died. Node Id: 5f", "its node has left the cluster: switched off, cut off, or its"),
+    ("The actor died. Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file.",
+     r"killed \(for want of memory, if dmesg on that node says so\) or crashed"),
+    ("The actor died. Worker exit detail: Worker exits by an user request. exit_actor()", "Worker exits by an user request"),
+])  # fmt: skip
+def test_a_death_is_told_by_its_cause(ray, said, told):
+    from ray.exceptions import RayActorError
+    from rlcore_backends.ray_watch import died
+
+    error = died("worker 1 of 2", "pid 7 on n", "update", RayActorError(error_msg=said))
+    assert re.match(rf"worker 1 of 2 \(pid 7 on n\) died in `update`: {told}", str(error)), str(error)
+    assert isinstance(error, WorkerDied) and str(error).endswith("goes on from the last checkpoint")
+
+
+def test_a_node_that_does_not_answer_is_said_not_to(cluster, worker, monkeypatch):
+    import ray
+    from rlcore_backends import ray_watch
+
+    monkeypatch.setattr(ray_watch, "PATIENCE", 1.0)
+    process, place = worker("sleeps")
+    observers = ray_watch.Observers()
+    observers.add(ray.get_runtime_context().get_node_id(), place)
+    try:
+        limit = time.monotonic() + 60  # until its observer has started
+        while observers.look(with_stacks=False)[0].trouble and time.monotonic() < limit:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGSTOP)  # whoever wants its stacks waits for them, longer than the observer is waited for
+        began = time.monotonic()
+        (seen,) = observers.look(with_stacks=True)
+        assert seen.trouble.startswith("its node has not answered for 1 s") and time.monotonic() - began < 3
+    finally:
+        observers.close()
+    assert observers.look(with_stacks=True) == [], "none after it is closed"
+
+
 PAIR = '''
 import re, sys
 from pathlib import Path

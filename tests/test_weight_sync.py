@@ -53,6 +53,12 @@ def test_order_is_seen(dtype, width):
     assert before not in (fingerprint(rows), fingerprint(elements), fingerprint(tensor.flip(0)), fingerprint(tensor.flip(1)))
 
 
+def test_the_order_of_whole_blocks_is_seen():
+    """Of those that are hashed each by itself."""
+    tensor = numbers(4, 2 * weight_sync._COLUMNS)
+    assert fingerprint(tensor[[0, 2, 1, 3]]) != fingerprint(tensor)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_flipped_signs_do_not_cancel(dtype):
     tensor = numbers(2, 4096, dtype=dtype)
