@@ -551,7 +551,8 @@ def test_pictures_reach_the_end_of_a_step(start, models):
     folder = models / "cli_vl"
     registry.load("models", "tiny_qwen2_5_vl")(folder, hidden_size=64, layers=2, vision_layers=2)
     data = {"train": {"name": "geometry_figures", "options": {"count": 8, "kinds": ["count"]}}, "max_prompt_tokens": 64}
-    status, _, err, run = start("train.steps=1", model={"path": str(folder), "precision": "fp32"}, data=data, reward=[{"name": "tagged_answer"}])
+    model = {"path": str(folder), "precision": "fp32"}
+    status, _, err, run = start("train.steps=1", model=model, data=data, reward=[{"name": "tagged_answer"}])
     assert status == 0, err
     assert len(lines(run / "samples.jsonl")) == 8
 

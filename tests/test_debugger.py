@@ -189,7 +189,8 @@ def looked_at(response, answer, fields):
 def debug(tmp_path, tiny_llama, monkeypatch, capsys):
     """Runs a job of many workers with --debug and types this at the prompt of pdb; its status, stdout and stderr."""
     settings = {
-        "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+        "model": {"path": str(tiny_llama), "precision": "fp32"},
+        "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
         "rollout": {"engine": "torch", "max_new_tokens": 2, "tensor_parallel": 2}, "sharding": {"replicas": 2},
         "placement": {"kind": "ray", "devices": 2}, "reward": [{"name": f"{__name__}.looked_at"}],
         "algorithm": {"group_size": 2}, "logging": {"tensorboard": False}, "backend": {"options": {"threads": 1}},

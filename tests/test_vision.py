@@ -269,7 +269,8 @@ def test_a_critic_is_given_what_the_policys_tower_read(start, read):
 
 def test_a_critic_does_not_learn_the_tower_that_it_does_not_use(folder, backend):
     data = {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}
-    settings = {"data": data, "algorithm": {"name": "ppo"}, "critic": {}, "model": {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}}
+    model = {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}
+    settings = {"data": data, "algorithm": {"name": "ppo"}, "critic": {}, "model": model}
     worker = Worker(Policy(validate(RunConfig, settings), backend))
     worker.load("grpo")
     named = worker.critic.forward.backbone.named_parameters()

@@ -211,7 +211,8 @@ def test_the_attention_kernel_is_called_as_torch_declares_it(monkeypatch):
 @no_gpu
 def test_without_a_gpu_the_run_is_refused_with_what_torch_is_built_for(tmp_path, tiny_llama, capsys, monkeypatch):
     settings = {
-        "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
+        "model": {"path": str(tiny_llama), "precision": "fp32"},
+        "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
         "reward": [{"name": "math"}], "backend": {"name": "cuda"},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 SHAPES = {"target": (1024, 151_936, 256), "smollm2": (4096, 49_152, 576)}  # tokens, vocabulary, width
@@ -51,7 +51,8 @@ def described(result: Mapping[str, float]) -> str:
 
 def apart(side: str, shape: str, repeats: int, tile_mib: float) -> dict[str, float]:
     """`measure` in a process of its own: one side's memory is not the other's."""
-    command = [sys.executable, __file__, "--side", side, "--shape", shape, "--repeats", str(repeats), "--tile-mib", str(tile_mib)]
+    command = [sys.executable, __file__, "--side", side, "--shape", shape, "--repeats", str(repeats)]
+    command += ["--tile-mib", str(tile_mib)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -40,7 +40,8 @@ def main() -> None:
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     settings = ForwardSettings(torch.device("cpu"), dtype, options.max_tokens, 1.0)
     goal = objective(AlgorithmConfig(), response)
-    actor = TorchActor(stack.backend().fuse(adapter.load(folder, torch.float32)), adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
+    model = stack.backend().fuse(adapter.load(folder, torch.float32))
+    actor = TorchActor(model, adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
     bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, dtype)
     actor.update(batch)  # makes the optimizer's moments
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
