@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlcore.sharding import Exchange
 
 _GIB = 2**30
+_BF16 = "RLCORE_CPU_BF16"
 _cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
 
 
@@ -59,8 +60,10 @@ class CpuBackend(Backend):
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels announce their memory policy as a warning
         }
 
-    def conflicts(self, given: Mapping[str, str]) -> Iterable[str]:
-        return wrong(NEEDED, given)
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from wrong(NEEDED, given)
+        if given.get(_BF16) not in (None, "0", "1"):
+            yield f"{_BF16}={given[_BF16]}: is 1 (this processor has bf16 instructions) or 0 (it has none)"
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Arguments of an engine that are this device's affair."""
@@ -98,9 +101,12 @@ class CpuBackend(Backend):
         return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
     def default_precision(self) -> str:
-        """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores."""
+        """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores.
+        RLCORE_CPU_BF16, 1 or 0, stands in for the processor: one machine shows what a run does on another."""
         import torch
 
+        if (said := os.environ.get(_BF16)) is not None:
+            return "bf16" if said == "1" else "fp32"
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 

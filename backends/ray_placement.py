@@ -43,7 +43,8 @@ class RayOptions(Strict):
 
 def open_pools(policy: Policy, watch: Watch) -> Placement:
     """Every pool of the run file with its workers. ConfigError when the cluster has not the devices."""
-    config = policy.config
+    model = policy.config.model.model_copy(update={"precision": policy.precision})
+    config = policy.config.model_copy(update={"model": model})  # processors of other nodes might choose another
     options = validate(RayOptions, config.placement.options, "placement.options.")
     total = sum(devices for _, devices, _ in config.pools())
     started = _connect(options, policy.backend, total)

@@ -75,6 +75,8 @@ def build(
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
+        if distributed.is_initialized():
+            _unname_shared_memory()
         _check_heads(_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
@@ -322,6 +324,21 @@ def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
     ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+
+
+def _unname_shared_memory() -> None:
+    """Takes the name from the memory that vLLM's tensor-parallel processes share on processors with AVX-512, once all have it.
+
+    Why: the name is the same in every run of processes that have met by themselves, and vLLM wants a new one: what a killed run
+        leaves behind keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
+    Delete when: vLLM's cpu_worker.py makes VLLM_DIST_IDENT of more than `env://`.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    module = getattr(group.device_communicator, "dist_module", None)
+    if name := getattr(module, "group_name", None):
+        Path("/dev/shm", f"{name.lstrip('/')}_{group.rank_in_group}").unlink(missing_ok=True)
 
 
 def _register_class(folder: Path) -> None:

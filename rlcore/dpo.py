@@ -33,6 +33,7 @@ def train(
         with start(policy, watch) as placement:
             placement.load("dpo")
             begin()
+            console.say(policy.notice)
             console.warn(policy.caution)
             console.warn(left_out("data.train", source, config.data))
             count, reference, encoder = config.dpo.pairs_per_step, placement.reference, placement.encoder

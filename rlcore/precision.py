@@ -124,4 +124,6 @@ def wide_tables(model: nn.Module) -> nn.Module:
 
 def _as_float32(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     states, *others = arguments
-    return states.new_empty(0, dtype=torch.float32), *others
+    if isinstance(states, Tensor) and states.is_floating_point():  # older vision towers' tables are asked for by length
+        return states.new_empty(0, dtype=torch.float32), *others
+    return arguments

@@ -285,7 +285,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:
-    """What float32 tables have turned, and the cache keeps, in the dtype of the values."""
+    """In the dtype of the layer: float32 tables have turned queries and keys, and the cache has made its values alike."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *others, **options)
+    states = (each.to(next(module.parameters()).dtype) for each in (query, key, value))
+    return sdpa_attention_forward(module, *states, *others, **options)

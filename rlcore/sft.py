@@ -37,6 +37,7 @@ def train(
         with start(policy, watch) as placement:
             placement.load("sft")
             begin()
+            console.say(policy.notice)
             console.warn(policy.caution)
             console.warn(left_out("data.train", source, config.data))
             task = imitation(placement, policy, source)

@@ -245,6 +245,7 @@ def train(
             placement.load("sft" if first else "grpo", None if first else sft.result(warm))
             placement.start_engines()
             begin()
+            console.say(policy.notice)
             console.warn(policy.caution)
             console.warn(left_out("data.train", source, config.data))
             console.warn(left_out("data.eval", held_out, config.data) if held_out else _unread(config))

@@ -53,8 +53,10 @@ class Policy:
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
         self.adapter = adapter_for(self.folder, config.model)
-        fast = backend.default_precision()
-        self.precision = precision = fast if config.model.precision == "auto" else config.model.precision
+        fast, asked = backend.default_precision(), config.model.precision
+        self.precision = precision = fast if asked == "auto" else asked
+        why = f"what this {backend.name} is fastest in" if asked == "auto" else "as model.precision says"
+        self.notice = f"precision: {precision}, {why}"
         self.caution = EMULATED.format(backend.name) if precision == "bf16" != fast else None
         self.settings = ForwardSettings(
             device=backend.device(0),

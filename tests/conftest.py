@@ -11,6 +11,18 @@ import pytest
 from rlcore import registry
 
 collect_ignore = ["npu_contract"]  # make test-npu
+
+
+def pytest_addoption(parser):
+    parser.addoption("--bf16", choices=("1", "0"), help="run as if this processor had bf16 instructions, or had none")
+
+
+def pytest_configure(config):
+    """Before any test file is imported, in every process of the tests and all that those start."""
+    if config.getoption("bf16") is not None:
+        os.environ["RLCORE_CPU_BF16"] = config.getoption("bf16")
+
+
 CPU = registry.load("backends", "cpu")
 BACKEND = CPU(CPU.Options()).sharing(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 os.environ.update(BACKEND.environment())

@@ -524,7 +524,7 @@ def test_the_run_is_introduced_and_closed_with_where_to_look(start):
     assert status == 0 and err == ""
     chosen, out = out.split("\n", 1)
     assert chosen.startswith("backend: cpu (auto: ")
-    assert out.startswith(f"run folder: {folder}\nstep 1/1  score ")
+    assert out.startswith(f"run folder: {folder}\nprecision: fp32, as model.precision says\nstep 1/1  score ")
     assert "checkpoints/        step_000001/model loads with from_pretrained" in out
 
 

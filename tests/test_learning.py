@@ -19,10 +19,11 @@ STEPS = 16
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A third of the quickstart, in a process of its own."""
+    """A third of the quickstart in fp32, in a process of its own."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     program = "import sys; from rlcore.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = ["grpo", str(QUICKSTART), f"train.steps={STEPS}", "evaluation.every=0", "--run-dir", str(folder)]
+    settings = [f"train.steps={STEPS}", "evaluation.every=0", "model.precision=fp32"]
+    command = ["grpo", str(QUICKSTART), *settings, "--run-dir", str(folder)]
     result = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""

@@ -141,7 +141,7 @@ def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
 
 def test_an_engine_without_weights_refuses_prompts_and_says_what_it_needs():
     assert holding(0) == 0, "those that it was started with"
-    with pytest.raises(PhaseError, match="gave up its weights when it was paused; send it weights first"):
+    with pytest.raises(PhaseError, match="when it was paused, or whose last update failed; send it weights first"):
         holding(None)
 
 

@@ -55,7 +55,7 @@ def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, back
     (prompt,) = policy.prompts(seed=0).draw(1)
     reward = InlineReward(RewardFunctions(config.reward), Clock())
     kept, replaced = trainer.collect(run, reward, lambda count: [prompt] * count, config, 1, Clock())
-    drawn = [[sample.token_ids for each in scored.groups for sample in each.samples] for scored in (kept, replaced)]
+    drawn = [[sample.token_ids.tolist() for each in scored.groups for sample in each.samples] for scored in (kept, replaced)]
     assert len(drawn[0]) == len(drawn[1]) == 8 and drawn[0] != drawn[1]
 
 

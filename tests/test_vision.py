@@ -145,12 +145,12 @@ def test_the_size_of_the_encoders_batches_bounds_them_and_changes_no_number(adap
     parts = encoder_of(adapter, model, images_per_batch).embed(prompts)
     assert read.images == {1: [1] * 6, 2: [2] * 3, 5: [5, 1]}[images_per_batch]
     for one, other in zip(whole, parts, strict=True):
-        assert one.vision is None or torch.allclose(one.vision["image_embeds"], other.vision["image_embeds"], atol=1e-6)
+        assert one.vision is None or torch.allclose(one.vision["image_embeds"], other.vision["image_embeds"], atol=5e-6)
 
 
 def test_embeddings_keep_the_precision_that_the_policy_computes_in(adapter, folder, prompts):
     settings = ForwardSettings(torch.device("cpu"), torch.bfloat16, 80, 1.0)
-    model = adapter.load(folder, torch.float32)
+    model = adapter.load(folder, torch.float32).requires_grad_(False)
     embedded = encoder_of(adapter, model, settings=settings).embed(prompts)
     assert {prompt.vision["image_embeds"].dtype for prompt in embedded if prompt.vision} == {torch.bfloat16}
     role = TorchReference(model, adapter, settings)

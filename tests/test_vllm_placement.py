@@ -94,6 +94,7 @@ def test_a_fault_on_one_rank_of_an_engine_is_found(settings, cluster, backend, m
     with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
+        assert not list(Path("/dev/shm").glob("*cpushm*")), "a run that is killed leaves nothing that stops the next"
         placement.sync_weights()
         for member in placement.pools[0].members:
             member.ask("spoil").result()
