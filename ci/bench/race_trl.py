@@ -14,7 +14,8 @@ from rlcore import registry
 
 SAMPLES = 64  # a step
 TARGETS = {  # by precision, prompt tokens, samples of a prompt
-    ("fp32", 45, 8): 2.5, ("fp32", 256, 8): 3.5, ("fp32", 256, 16): 4.0, ("bf16", 45, 8): 5.0, ("default", 45, 8): 7.0,
+    ("fp32", 45, 8): 2.5, ("fp32", 256, 8): 3.5, ("fp32", 256, 16): 4.0, ("bf16", 45, 8): 8.0, ("bf16", 256, 16): 18.0,
+    ("default", 45, 8): 7.0,
 }  # fmt: skip
 BARE_PROMPT = 45  # tokens of a question in SmolLM2's chat template, its system text included
 WORD = "one "  # a token of SmolLM2's
