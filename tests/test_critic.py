@@ -75,3 +75,16 @@ def test_a_new_critic_expects_nothing(adapter, tiny_llama, batch):
     model = adapter.load(tiny_llama, torch.float32)
     critic = TorchCritic(model, adapter, SETTINGS, AlgorithmConfig(), OptimizerConfig(), Passes(1))
     assert not critic.values(batch).any()
+
+
+def test_in_bf16_it_runs_on_what_it_has_just_learned(adapter, tiny_llama, batch):
+    """Its copies of the weights, beside a new one's that was given the weights."""
+    settings = replace(SETTINGS, compute_dtype=torch.bfloat16)
+    learned, fresh = (
+        TorchCritic(model, adapter, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), Passes(1))
+        for model in (adapter.load(tiny_llama, torch.float32) for _ in range(2))
+    )
+    before = learned.values(batch)
+    learned.update(replace(batch, values=before, returns=torch.linspace(-1, 1, len(before))))
+    fresh.forward.load_state_dict(learned.forward.state_dict())
+    assert torch.equal(learned.values(batch), fresh.values(batch)) and not torch.equal(learned.values(batch), before)

@@ -19,7 +19,7 @@ import yaml
 from run_files import settings
 from safetensors.torch import load_file
 
-from rlcore import cli, metrics, placement
+from rlcore import cli, metrics, placement, registry
 from rlcore.config import RunConfig
 from rlcore.errors import PluginError
 from rlcore.placement import Placement, Pool, PooledRollout, merged
@@ -451,6 +451,20 @@ def test_an_error_in_a_worker_is_the_same_error_here(tiny_llama, cluster):
             Remote(process, "a worker", RayStore()).ask("open_rewards", config, []).result()
     finally:
         ray.kill(process)
+
+
+def test_workers_compute_in_the_precision_that_was_chosen_here(tiny_llama, backend, cluster, monkeypatch):
+    """Of a processor that `auto` chooses otherwise for than for theirs."""
+    other = {"fp32": "bf16", "bf16": "fp32"}[backend.default_precision()]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backend), "default_precision", lambda self: other)
+        policy = policy_of(tiny_llama, backend, model={"path": str(tiny_llama)}, placement={"kind": "ray"})
+    with registry.load("placements", "ray")(policy, Watch(0, Path())) as there:
+        there.load("grpo")
+        there.start_engines()
+        receipt = there.sync_weights()
+    numbers = sum(weight.numel() for weight in policy.load(policy.folder).parameters())
+    assert receipt.bytes == numbers * {"fp32": 4, "bf16": 2}[other]
 
 
 def test_streams_are_merged_as_they_come_and_an_error_ends_them():
