@@ -59,7 +59,7 @@ def build(
             " or set rollout.engine=torch"
         )
     defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
-    if distributed.is_initialized():
+    if several := distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
@@ -75,7 +75,7 @@ def build(
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
-        if distributed.is_initialized():
+        if several:
             _unname_shared_memory()
         _check_heads(_runner(llm).get_model())
         level = _sleep_level(llm, backend)

@@ -29,7 +29,8 @@ LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (0.015, 0.15)}  # nats: on average, and 
 @pytest.mark.parametrize("source", DATA)
 def test_the_engine_is_as_near_to_the_trainer_as_its_precision_says(source, precision, tmp_path):
     """In a process of its own: an engine that is collected takes the groups of one that starts with it."""
-    result = subprocess.run([sys.executable, __file__, source, precision, tmp_path], capture_output=True, text=True, check=False)
+    program = [sys.executable, __file__, source, precision, str(tmp_path)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
