@@ -47,7 +47,8 @@ def main() -> None:
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
     took = statistics.median(times)
     print(f"{prompts} prompts of {prompt} tokens x {samples} responses of up to {response}, rows of {options.max_tokens}")
-    print(f"update {took:.2f} s, its matrix products {bound:.2f} s, {took / bound:.2f} times (target {BOUNDS[options.precision]})")
+    target = BOUNDS[options.precision]
+    print(f"update {took:.2f} s, its matrix products {bound:.2f} s, {took / bound:.2f} times (target {target})")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     large = batch_of(128, 8, prompt, response)
     overhead = timed(lambda: bookkeeping(large, options.max_tokens))
