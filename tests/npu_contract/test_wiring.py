@@ -20,6 +20,7 @@ from rlcore_backends import node_address
 
 from rlcore import checkpoint, metrics, models, registry
 from rlcore.packing import Packed, Segment
+from rlcore.precision import WorkingCopy
 from rlcore.residence import Parked
 
 HERE = BACKEND.device(0)
@@ -110,10 +111,10 @@ def test_a_step_of_a_model_goes_through_the_kernels(family, tmp_path, calls):
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5))])
     places = positions.expand(3, -1) if hasattr(model.model, "language_model") else positions
     row = Packed(torch.arange(11), places, (Segment(0, 5, (3, 3)),), *[torch.arange(3)] * 3, [])
-    with torch.autocast("npu", dtype=torch.bfloat16):
+    with WorkingCopy(model, torch.bfloat16)():
         hidden = adapter.hidden(model, row)
-    assert hidden.device == HERE and hidden.shape == (11, 64)
-    hidden.float().sum().backward()
+        assert hidden.device == HERE and hidden.shape == (11, 64) and hidden.dtype == torch.bfloat16
+        hidden.float().sum().backward()
     moved = [weight for weight in model.parameters() if weight.grad is not None]
     torch.nn.utils.clip_grad_norm_(moved, 1.0)
     BACKEND.adamw([{"params": moved}], lr=1e-3).step()
