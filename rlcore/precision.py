@@ -108,9 +108,9 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        words, place = ctx.saved_tensors[0].unique(return_inverse=True)
-        sums = torch.ops.aten.embedding_dense_backward(gradient.float(), place, len(words), -1, False)
-        return gradient.new_zeros(ctx.words, gradient.shape[1]).index_copy_(0, words, sums.to(gradient.dtype)), None
+        (token_ids,) = ctx.saved_tensors
+        sums = torch.ops.aten.embedding_dense_backward(gradient.float(), token_ids, ctx.words, -1, False)
+        return sums.to(gradient.dtype), None
 
 
 def wide_tables(model: nn.Module) -> nn.Module:
