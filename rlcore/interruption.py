@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 
@@ -32,6 +33,19 @@ class Interruption:
         self._held = False
         if self._pending:
             raise KeyboardInterrupt
+
+    def each(self, steps: Iterable[int], step: Callable[[int], object], keep: Callable[[], object]) -> None:
+        """Every step, one after the other. An interrupt that comes between two, or waits for the end of one, has what is done
+        `keep`ed first."""
+        try:
+            for number in steps:
+                self.release()
+                step(number)
+            self.release()
+        except KeyboardInterrupt:
+            if not self.abandoned:
+                keep()
+            raise
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self._pending = not self._pending, True

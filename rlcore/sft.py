@@ -137,14 +137,7 @@ class Loop:
         self.sinks = metrics.Sinks(self.folder, self.config.logging.tensorboard, self.done + 1 if self.done else 0)
         try:
             self.console.start(self.task.name, self.task.steps, self.done)
-            for number in range(self.done + 1, self.task.steps + 1):
-                self.interruption.release()
-                self._step(number)
-            self.interruption.release()
-        except KeyboardInterrupt:
-            if self.done > self.saved and not self.interruption.abandoned:
-                self._save(random=self.random)
-            raise
+            self.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
         finally:
             self.console.stop()
             self.sinks.close()
@@ -164,6 +157,11 @@ class Loop:
         if number % task.log_every == 0 or number == task.steps:
             shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
             self.console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
+
+    def _keep(self) -> None:
+        """The last finished step, unless a checkpoint has it."""
+        if self.done > self.saved:
+            self._save(random=self.random)
 
     def _save(self, **random: Any) -> None:
         """`random`: the random states, where those of now are already the next step's."""

@@ -286,14 +286,7 @@ class Run:
             self.console.start("grpo", self.config.train.steps, self.done)
             if self.done == 0 and self.config.evaluation and self.config.evaluation.before:
                 self._evaluate_before()
-            for number in range(self.done + 1, self.config.train.steps + 1):
-                self.interruption.release()
-                self._step(number)
-            self.interruption.release()
-        except KeyboardInterrupt:
-            if self.done > self.saved and not self.interruption.abandoned:
-                self._save(random=self.random)
-            raise
+            self.interruption.each(range(self.done + 1, self.config.train.steps + 1), self._step, self._keep)
         finally:
             self.console.stop()
             self.sinks.close()
@@ -348,8 +341,7 @@ class Run:
         scores = [score for group in [*sampled.kept.scores, *sampled.replaced.scores] for score in group]
         if any(score.value is not None for score in scores):
             return
-        if self.done > self.saved:
-            self._save(random=self.random)
+        self._keep()
         raise RunError(
             f"step {number}: the reward of each of its {len(scores)} samples failed; the first: {scores[0].detail}; mend the"
             " reward or the rows, then go on with --resume or start again"
@@ -382,6 +374,11 @@ class Run:
 
     def _due(self, every: int, at_end: bool) -> bool:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.config.train.steps)
+
+    def _keep(self) -> None:
+        """The last finished step, unless a checkpoint has it."""
+        if self.done > self.saved:
+            self._save(random=self.random)
 
     def _save(self, **random: Any) -> None:
         """`random`: the random states, where those of now are already the next step's."""
