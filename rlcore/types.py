@@ -200,14 +200,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What advantages are made of: S responses and what they earned."""
+    """What advantages are made of: S responses and what they earned. In float64, whatever it is given in."""
 
     rewards: Tensor  # [S] float64; 0 where invalid
     valid: Tensor  # [S] bool
     groups: Tensor  # [S] int64, the number of each response's group
     lengths: Tensor  # [S] int64
     penalties: Tensor  # [N] float64, taken from the reward token by token: kl_coef x divergence
-    values: Tensor | None = None  # [N] float32, what a critic expected
+    values: Tensor | None = None  # [N] float64, what a critic expected
+
+    def __post_init__(self) -> None:
+        for name in ("rewards", "penalties", "values"):
+            if (numbers := getattr(self, name)) is not None:
+                object.__setattr__(self, name, numbers.double())
 
     @cached_property
     def sequence(self) -> Tensor:
@@ -221,7 +226,7 @@ class Outcome:
     @property
     def penalized(self) -> Tensor:
         """[S] float64: rewards less the penalties of all tokens."""
-        return self.rewards.double().index_add(0, self.sequence, -self.penalties.double())
+        return self.rewards.index_add(0, self.sequence, -self.penalties)
 
 
 @dataclass(frozen=True)

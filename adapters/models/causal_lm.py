@@ -63,15 +63,15 @@ class CausalLM:
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, without touching pixels."""
-        return len(self._template_ids(row))
+        return len(self._read(row)[1])
 
     def encode(self, row: Row) -> Prompt:
         """The row through the chat template, up to where the assistant answers. Without a template: its texts, a line each.
 
         ConfigError names a row with images.
         """
-        token_ids = self._template_ids(row)
-        return Prompt(row, token_ids, token_ids, text=self._template_text(row))
+        text, token_ids = self._read(row)
+        return Prompt(row, token_ids, token_ids, text=text)
 
     def encode_response(self, text: str) -> list[int]:
         """The tokens of a whole response: the text, then the token that ends a turn."""
@@ -126,10 +126,10 @@ class CausalLM:
         """What the chat template writes after the row's last message, for the assistant to go on from; empty without one."""
         return self._template_text(row).removeprefix(self._template_text(row, generation=False))
 
-    def _template_ids(self, row: Row) -> list[int]:
-        """The prompt's tokens, an image as one placeholder. A chat template writes the special tokens itself."""
+    def _read(self, row: Row) -> tuple[str, list[int]]:
+        """The prompt's text and tokens, an image as one placeholder. A chat template writes the special tokens itself."""
         text = self._template_text(row)
-        return self.tokenizer(text, add_special_tokens=self.processor.chat_template is None)["input_ids"]
+        return text, self.tokenizer(text, add_special_tokens=self.processor.chat_template is None)["input_ids"]
 
     def _template_text(self, row: Row, generation: bool = True) -> str:
         """The row's messages through the chat template, or a line each without one; ConfigError with what the template says."""

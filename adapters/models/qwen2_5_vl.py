@@ -29,16 +29,16 @@ class Qwen2_5_VL(CausalLM):
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, from the sizes of the images alone."""
-        return len(self._template_ids(row)) + sum(count - 1 for count in self._image_tokens(row))
+        return len(self._read(row)[1]) + sum(count - 1 for count in self._image_tokens(row))
 
     def encode(self, row: Row) -> Prompt:
         """`vision` holds pixel_values [patches, C] float32 and image_grid_thw [I, 3] in patches before merging.
 
         ConfigError names a row whose image parts and images do not match, or an image too long and thin.
         """
-        engine_token_ids = self._template_ids(row)
+        text, engine_token_ids = self._read(row)
         if not row.images:
-            return Prompt(row, engine_token_ids, engine_token_ids, text=self._template_text(row))
+            return Prompt(row, engine_token_ids, engine_token_ids, text=text)
         processor = self.processor.image_processor
         counts = self._image_tokens(row)
         vision = processor(images=list(row.images), return_tensors="pt")
@@ -54,7 +54,7 @@ class Qwen2_5_VL(CausalLM):
             row, token_ids, engine_token_ids,
             vision={"pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]},
             position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
-            text=self._template_text(row),
+            text=text,
         )
 
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
@@ -128,15 +128,15 @@ class Qwen2_5_VL(CausalLM):
 
         return torch.cat(part.dealt((grids.prod(-1) // tower.spatial_merge_size**2).tolist(), read))
 
-    def _template_ids(self, row: Row) -> list[int]:
-        token_ids = super()._template_ids(row)
+    def _read(self, row: Row) -> tuple[str, list[int]]:
+        text, token_ids = super()._read(row)
         placeholders = token_ids.count(self.processor.image_token_id)
         if placeholders != len(row.images):
             raise ConfigError(
                 f"{row.id}: the chat template wrote {placeholders} {self.processor.image_token} for {len(row.images)} images;"
                 " either the text itself holds that token or the model's chat template ignores image parts"
             )
-        return token_ids
+        return text, token_ids
 
     def _image_tokens(self, row: Row) -> list[int]:
         """How many tokens each image takes."""

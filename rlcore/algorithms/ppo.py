@@ -17,13 +17,13 @@ def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tenso
     """
     assert outcome.values is not None
     ends = outcome.lengths.cumsum(0)
-    rewards = -outcome.penalties.double()
-    rewards = rewards.index_add(0, ends - 1, outcome.rewards.double())
+    rewards = -outcome.penalties
+    rewards = rewards.index_add(0, ends - 1, outcome.rewards)
     width = int(outcome.lengths.max())
     place = torch.arange(len(rewards)) - (ends - outcome.lengths)[outcome.sequence]
     rows = outcome.sequence
     padded_rewards, values = rewards.new_zeros(len(ends), width), rewards.new_zeros(len(ends), width + 1)
-    padded_rewards[rows, place], values[rows, place] = rewards, outcome.values.double()
+    padded_rewards[rows, place], values[rows, place] = rewards, outcome.values
     errors = padded_rewards + config.gae_gamma * values[:, 1:] - values[:, :-1]
     following, estimate = rewards.new_zeros(len(ends)), rewards.new_zeros(len(ends), width)
     for step in reversed(range(width)):
