@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -59,7 +60,7 @@ def build(
             " or set rollout.engine=torch"
         )
     defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
-    if several := distributed.is_initialized():
+    if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
@@ -71,11 +72,12 @@ def build(
         from vllm import LLM
 
         _register_class(folder)
+        _collect_earlier()
         try:
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
-        if several:
+        if config.tensor_parallel > 1:
             _unname_shared_memory()
         _check_heads(_runner(llm).get_model())
         level = _sleep_level(llm, backend)
@@ -116,7 +118,7 @@ class VllmRollout:
         self._wake_cache()
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
-        with _undisturbed_random_state():
+        with _undisturbed_random_state(), self._emptied(len(prompts)):
             torch.manual_seed(folded(sampling.seed + (sampling.first << 40)))
             parameters = self._parameters(sampling)
             for place, prompt in enumerate(prompts):
@@ -178,6 +180,14 @@ class VllmRollout:
     def _packed_bytes(self) -> int:
         """Of weights that the engine keeps in a layout of its own, where no tensor shows them."""
         return 0
+
+    @contextlib.contextmanager
+    def _emptied(self, prompts: int) -> Iterator[None]:
+        """What a stream leaves unfinished, because it failed or nobody read on, does not stay for the next one."""
+        try:
+            yield
+        finally:
+            self._llm.llm_engine.abort_request([str(place) for place in range(prompts)])
 
     def _forget(self) -> None:
         """Whatever was computed with the old weights."""
@@ -324,6 +334,12 @@ def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
     ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+
+
+def _collect_earlier() -> None:
+    """Ends this process's earlier engine now, if nobody holds it: vLLM tears down the process's groups when an engine is
+    collected, and later they would be those of the one that follows."""
+    gc.collect()
 
 
 def _unname_shared_memory() -> None:

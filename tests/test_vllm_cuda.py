@@ -58,6 +58,7 @@ def test_vllm_has_every_method_that_is_called_as_it_is_called():
     for method, given in (
         (LLM.sleep, {"level": 2}), (LLM.wake_up, {"tags": ["weights"]}), (LLM.reset_prefix_cache, {}),
         (LLMEngine.has_unfinished_requests, {}), (LLMEngine.step, {}), (LLMEngine.reset_encoder_cache, {}),
+        (LLMEngine.abort_request, {"request_ids": ["0"]}),
     ):  # fmt: skip
         inspect.signature(method).bind(None, **given)
     inspect.signature(LLMEngine.add_request).bind(None, "0", {}, None, lora_request=None)

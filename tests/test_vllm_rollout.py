@@ -1,5 +1,7 @@
+import gc
 import importlib.util
 import re
+import weakref
 
 import pytest
 import torch
@@ -100,6 +102,48 @@ def test_logprobs_are_the_models_own_for_text_and_images(engine, model, prompts,
     assert [group.prompt for group in groups] == prompts
     assert [len(group.samples) for group in groups] == [3, 3, 3]
     assert gap(model, groups, temperature) < 1e-4
+
+
+@vllm
+def test_a_stream_that_nobody_reads_to_its_end_leaves_nothing_for_the_next(engine, model, prompts):
+    whole = engine.generate(prompts, Sampling(2, 8))
+    stream = engine.stream(prompts, Sampling(2, 8))
+    next(stream)
+    stream.close()
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert tokens(engine.generate(prompts, Sampling(2, 8))) == tokens(whole)
+
+
+@vllm
+def test_a_stream_that_fails_leaves_nothing_for_the_next(engine, model, prompts, monkeypatch):
+    def dies():
+        raise OSError("the pipe is gone")
+
+    monkeypatch.setattr(engine, "_beat", dies)
+    with pytest.raises(OSError, match="the pipe is gone"):
+        engine.generate(prompts, Sampling(2, 8))
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+
+
+@vllm
+def test_an_earlier_engine_is_gone_before_the_next_begins(folder, backend, monkeypatch, request):
+    """vLLM's, when they are collected, tear down the process's groups."""
+
+    class Earlier:
+        def __init__(self):
+            self.itself = self
+
+    request.addfinalizer(gc.enable)
+    gc.disable()
+    gone = weakref.ref(Earlier())
+
+    def begin(**arguments):
+        assert gone() is None
+        raise ValueError("enough")
+
+    monkeypatch.setattr("vllm.LLM", begin)
+    with pytest.raises(ConfigError, match="enough"):
+        start(backend, folder)
 
 
 @vllm
