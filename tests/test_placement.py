@@ -448,8 +448,9 @@ def test_an_error_in_a_worker_is_the_same_error_here(tiny_llama, cluster):
     config = RunConfig.model_validate(settings(tiny_llama, reward=[{"name": "mth"}]))
     process = ray.remote(Process).options(num_cpus=0).remote()
     try:
-        with pytest.raises(PluginError, match="'mth'"):
+        with pytest.raises(PluginError, match="'mth'") as raised:
             Remote(process, "a worker", RayStore()).ask("open_rewards", config, []).result()
+        assert raised.type is PluginError, "and none of Ray's that is one too"
     finally:
         ray.kill(process)
 

@@ -106,6 +106,12 @@ def test_a_seed_repeats_a_call_whatever_came_before(text):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_every_bit_of_a_seed_counts():
+    """torch's generator of a processor reads 32 of them."""
+    assert all(rollout._seed(1 << bit, 0) != rollout._seed(0, 0) for bit in range(63))
+    assert len({rollout.folded(5 + (number << 40)) for number in range(100)}) == 100
+
+
 def test_two_rows_of_one_prompt_draw_differently(text):
     _, adapter, sampler = text
     prompt = adapter.encode(row(QUESTIONS[0]))
