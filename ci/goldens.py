@@ -1,4 +1,4 @@
-"""Writes rlcore/conformance/goldens.json: what the models of `rlcore check` give in float64 on a processor.
+"""Writes rlcore/diagnose/conformance/goldens.json: what the models of `rlcore check` give in float64 on a processor.
 
 Transformers' own forward pass, a sample at a time; norms, softmax, loss and AdamW from their formulas. Nothing of rlcore is in
 the numbers but the inputs. Angles of positions, and a vision tower's rotation by them, are float32 in transformers, and here.
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore import registry
-from rlcore.conformance.case import ALGORITHM, OPTIMIZER, SOURCES, STEPS, TEMPERATURE, Case, make
+from rlcore.diagnose.conformance.case import ALGORITHM, OPTIMIZER, SOURCES, STEPS, TEMPERATURE, Case, make
 
-FILE = Path(__file__).parents[1] / "rlcore" / "conformance" / "goldens.json"
+FILE = Path(__file__).parents[1] / "rlcore" / "diagnose" / "conformance" / "goldens.json"
 CLASSES = {"text": AutoModelForCausalLM, "vision": AutoModelForImageTextToText}
 
 

@@ -32,4 +32,4 @@ python="${PYTHON:-$(dirname "$0")/../.venv/bin/python}"
 command -v "$python" > /dev/null || { echo "launch.sh: there is no $python; make setup, or set PYTHON" >&2; exit 2; }
 ulimit -Sn hard # Ray keeps many connections
 
-exec "$python" -m rlcore.cli launch "$@"
+exec "$python" -m rlcore launch "$@"

@@ -1,6 +1,9 @@
 """What rlcore raises. The command line turns each class into its exit status (`status`)."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -42,3 +45,11 @@ class NonFinite(RunError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or what there is."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(names)}" if names else ""

@@ -1,9 +1,9 @@
-"""What a role, a model family, an engine and a launcher must offer; rlcore/backend.py says it of a device. Plugins implement
+"""What a role, a model family, an engine and a launcher must offer; rlcore/device.py says it of a device. Plugins implement
 these; the trainer knows nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,17 +11,16 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from rlcore.pulse import unwatched
-from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Row, Sampling, Score, Vision
+from rlcore.monitor.heartbeat import unwatched
+from rlcore.types import Batch, Group, Metrics, NamedTensors, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
-    from rlcore.backend import Backend
-    from rlcore.config import LoraConfig, RolloutConfig
-    from rlcore.finding import Finding
-    from rlcore.packing import Packed
-    from rlcore.sequence_parallel import Slice
+    from rlcore.checks import Finding
+    from rlcore.config.sections import LoraConfig, RolloutConfig
+    from rlcore.device import Backend
+    from rlcore.distributed.ulysses import Slice
+    from rlcore.types import Packed
 
-NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 
 
 class Reference(Protocol):

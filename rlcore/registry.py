@@ -11,10 +11,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
-from rlcore.config import Strict, nearest, validate
-from rlcore.errors import PluginError
+from rlcore.config.loader import validate
+from rlcore.config.sections import Strict
+from rlcore.errors import PluginError, nearest
 
-GROUPS = ("backends", "doctors", "adapters", "models", "engines", "placements", "rewards", "datasets", "launchers")
+GROUPS = ("backends", "doctors", "adapters", "models", "rollout_engines", "placements", "rewards", "datasets", "launchers")
 
 
 def names(group: str) -> list[str]:

@@ -6,7 +6,7 @@ T tokens of a packed row, I images of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Metrics = dict[str, float]
+NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once they have been read, image_embeds [tokens, D]
 _TOKEN_FIELDS = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns", "shares")
 
@@ -272,3 +273,33 @@ class TokenLoss:
     means: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
     maxima: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
     effective: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one group lies in a packed row: `prompt` tokens from `start`, then each response's input tokens."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward pass. M targets: the response tokens whose log-probabilities it gives."""
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, or [3, T] where the family has multi-axis positions
+    segments: tuple[Segment, ...]
+    sources: Tensor  # [M] int64, the place in T whose hidden state predicts the target
+    targets: Tensor  # [M] int64
+    index: Tensor  # [M] int64, where the target stands in the batch's [N]
+    vision: Sequence[Vision]  # one a group that has images, in row order
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from rlcore_backends.cpu import CpuBackend
+from rlcore_backends.cpu.backend import CpuBackend
 
 _kept: list[Any] = []
 
@@ -17,7 +17,7 @@ class LossyBackend(CpuBackend):
         super().prepare()
         from transformers import AttentionInterface
 
-        from rlcore import attention
+        from rlcore.model import attention
 
         exact = AttentionInterface()[attention.NAME]
 

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from rlcore_backends.cuda_doctor import CudaDoctor
+from rlcore_backends.cuda.doctor import CudaDoctor
 
-from rlcore import machine, registry
+from rlcore import registry
+from rlcore.diagnose import host
 
 PAGE = (Path(__file__).parents[1] / "docs" / "backends.md").read_text(encoding="utf-8")
 
@@ -24,6 +25,6 @@ def test_every_option_of_a_device_is_on_the_page_with_its_default(name):
 
 def test_the_oldest_driver_is_that_of_the_cuda_which_the_stack_brings():
     """docs.nvidia.com/deploy/cuda-compatibility: CUDA 12.x from driver 525 on, 13.x from 580."""
-    runtime = machine.read_pins(CudaDoctor.pins)["nvidia-cuda-runtime"]
+    runtime = host.read_pins(CudaDoctor.pins)["nvidia-cuda-runtime"]
     assert str(runtime.specifier).startswith("==13.") and CudaDoctor.versions["NVIDIA driver"] == ">=580"
     assert "libraries of CUDA 13" in PAGE and "580 is the oldest" in PAGE

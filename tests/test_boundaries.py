@@ -102,7 +102,7 @@ def test_a_run_on_the_plain_sampler_imports_no_engine(tmp_path, tiny_llama):
     """A whole run: what needs no engine never costs an engine's import."""
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from rlcore.cli import main\n"
+        "from rlcore.cli.main import main\n"
         "settings = 'model: {path: ' + sys.argv[1] + '}\\ndata: {train: {name: arithmetic}, max_prompt_tokens: 64}\\n"
         "reward: [{name: math}]\\nrollout: {engine: torch, max_new_tokens: 2}\\n"
         "train: {steps: 1, prompts_per_step: 1, max_tokens_per_microbatch: 512}\\nlogging: {tensorboard: false}\\n'\n"

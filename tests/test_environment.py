@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlcore import registry
-from rlcore.config import RunConfig
+from rlcore.config.schema import RunConfig
 from rlcore.errors import ConfigError
-from rlcore.watch import Watch
+from rlcore.runtime.watchdog import Watch
 
 DEVICES = ("cpu", "cuda", "npu")
 
@@ -66,9 +66,9 @@ def test_an_allocator_that_torch_does_not_read_is_no_conflict():
 
 
 def test_workers_on_ray_have_what_the_user_has_set_and_their_share_of_the_rest(tiny_llama, cluster):
-    from rlcore_backends import ray_placement
+    from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.worker import Policy
+    from rlcore.model.resolved import Policy
 
     config = RunConfig.model_validate({
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
@@ -76,7 +76,7 @@ def test_workers_on_ray_have_what_the_user_has_set_and_their_share_of_the_rest(t
     })  # fmt: skip
     backend, environment = made("cpu"), {"TORCH_CPP_LOG_LEVEL": "WARNING", "UNRELATED": "1"}
     backend.settle(environment)
-    with ray_placement.open_pools(Policy(config, backend), Watch(0, Path())) as placement:
+    with ray_pools.open_pools(Policy(config, backend), Watch(0, Path())) as placement:
         for member in placement.pools[0].members:
             pid = member.where.split()[1]
             started = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))

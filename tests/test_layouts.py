@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlcore_backends import node_address
+from rlcore_backends.common import node_address
 from transformers import AutoModelForCausalLM
 
 from rlcore import registry
-from rlcore.algorithms import PRESETS, aggregation
+from rlcore.algorithms import aggregation
 from rlcore.algorithms.loss import objective, policy_loss
-from rlcore.config import AlgorithmConfig, OptimizerConfig
-from rlcore.packing import deal, microbatches
-from rlcore.policy import ForwardSettings, Passes, TorchActor
+from rlcore.algorithms.schedule import Passes
+from rlcore.config.algorithm import PRESETS, AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
+from rlcore.model.actor import TorchActor
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.packing import deal, microbatches
 from rlcore.types import Batch, Group, Row, Sample, TokenView
 
 LIMIT = 9
@@ -210,14 +213,14 @@ def rank(folder, results, address, replicas, mine):
     """What one of two ranks does: each algorithm on its own prompt of the two, of which one makes more rows than the other."""
     from torch import distributed as dist
 
-    from rlcore import distributed
-    from rlcore.learner import Tally
-    from rlcore.sharding import Sharding
+    from rlcore.distributed import world
+    from rlcore.distributed.fsdp import Sharding
+    from rlcore.model.optimizer import Tally
 
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options(threads=1))
     backend.prepare()
-    ranks = distributed.join(mine, 2, address, backend.collectives(), backend.device(0), replicas, sequence=1)
+    ranks = world.join(mine, 2, address, backend.collectives(), backend.device(0), replicas, sequence=1)
     adapter = registry.load("adapters", "llama")(folder)
     for name, settings in SETTINGS.items():
         sharding = Sharding(ranks.mesh, torch.float32)
@@ -225,7 +228,7 @@ def rank(folder, results, address, replicas, mine):
         (step,) = actor.passes.steps(batch_of(adapter), actor.objective, 0)
         seen = []
         actor.learner.optimizer.register_step_pre_hook(lambda *_, actor=actor, seen=seen: seen.extend(
-            distributed.whole(parameter.grad).flatten() for parameter in actor.model.parameters()
+            world.whole(parameter.grad).flatten() for parameter in actor.model.parameters()
         ))  # fmt: skip
         (part, _), (other, _) = [deal(step, 2, 60)[one] for one in (mine, 1 - mine)]
         assert part.rows == other.rows

@@ -13,10 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAST = 60
-PARTS = (  # by the beginning of a path
-    "rlcore/algorithms/", "rlcore/rewards/", "rlcore/conformance/", "backends/cpu", "backends/cuda", "backends/npu",
-    "backends/ray_", "backends/vllm_", "adapters/models/", "adapters/datasets/",
-)  # fmt: skip
+PACKAGES = [init.parent for root in ("rlcore", "backends", "adapters") for init in ROOT.joinpath(root).glob("*/**/__init__.py")]
 
 
 def _program():
@@ -43,22 +40,22 @@ def test_each_bug_has_its_place_and_a_test_that_is_there(mutant):
         assert re.search(rf"^def {name.partition('[')[0] or 'test_'}\w*\(", text(file), re.MULTILINE), test
 
 
-def test_there_are_many_of_every_part_and_each_is_named_once():
+def test_there_are_many_some_of_every_package_and_each_is_named_once():
     assert len(MUTANTS) >= LEAST
     assert [bug for bug, count in Counter(mutant.bug for mutant in MUTANTS).items() if count > 1] == []
-    assert [part for part in PARTS if not any(mutant.file.startswith(part) for mutant in MUTANTS)] == []
+    assert {str(package.relative_to(ROOT)) for package in PACKAGES} <= {str(Path(mutant.file).parent) for mutant in MUTANTS}
 
 
 def test_a_copy_imports_itself_and_its_bug_is_caught(tmp_path):
     """With what stands on PYTHONPATH, which tests change as they like."""
     copy = mutants.Copy(tmp_path)
-    file = copy.tree / "backends" / "surroundings.py"
+    file = copy.tree / "backends" / "common" / "environment.py"
     (copy.tree / "tests" / "test_planted.py").write_text(
-        "import os, subprocess, sys\nfrom rlcore_backends import surroundings\n\ndef test_here():\n"
-        "    program = 'from rlcore_backends import surroundings; print(surroundings.PLANTED)'\n"
+        "import os, subprocess, sys\nfrom rlcore_backends.common import environment as planted\n\ndef test_here():\n"
+        "    program = 'from rlcore_backends.common import environment; print(environment.PLANTED)'\n"
         "    environment = {'PATH': os.environ['PATH']}\n"
         "    said = subprocess.run([sys.executable, '-c', program], env=environment, cwd='/', stdout=-1, check=True).stdout\n"
-        "    assert (surroundings.PLANTED, said) != ('yes', b'yes\\n')\n"
+        "    assert (planted.PLANTED, said) != ('yes', b'yes\\n')\n"
     )
     file.write_text(file.read_text(encoding="utf-8") + "\nPLANTED = 'yes'\n", encoding="utf-8")
     outcome = copy.test(["tests/test_planted.py::test_here"])

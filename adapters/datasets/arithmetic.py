@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlcore.chat import chat
+from rlcore.data.chat import chat
 from rlcore.errors import ConfigError
 from rlcore.types import Row
 

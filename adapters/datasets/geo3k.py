@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlcore.data import rows
+from rlcore.data.rows import rows
 from rlcore.types import Row
 
 INSTRUCTION = (

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from PIL import Image, ImageDraw
 from pydantic import Field, PositiveInt
 
-from rlcore.chat import chat
+from rlcore.data.chat import chat
+from rlcore.data.images import Pictures
 from rlcore.errors import ConfigError
-from rlcore.images import Pictures
 from rlcore.types import Row
 
 Kind = Literal["dots", "count", "sides", "length", "angle", "area"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rlcore.chat import chat
+from rlcore.data.chat import chat
+from rlcore.data.files import Record, read_records
 from rlcore.errors import ConfigError
-from rlcore.records import Record, read_records
 from rlcore.types import Row
 
 INSTRUCTION = "Solve this step by step and end with the final number inside \\boxed{}."

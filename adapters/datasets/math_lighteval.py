@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlcore.chat import chat
+from rlcore.data.chat import chat
+from rlcore.data.files import Record, read_records
 from rlcore.errors import ConfigError
-from rlcore.records import Record, read_records
 from rlcore.rewards.math import last_boxed
 from rlcore.types import Row
 

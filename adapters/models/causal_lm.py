@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rlcore.attention import NAME as PACKED_ATTENTION
+from rlcore.distributed.ulysses import Slice
 from rlcore.errors import ConfigError
-from rlcore.packing import Packed
-from rlcore.precision import lookup, wide_tables
-from rlcore.sequence_parallel import Slice
-from rlcore.types import Prompt, Row
+from rlcore.model.attention import NAME as PACKED_ATTENTION
+from rlcore.model.precision import lookup, wide_tables
+from rlcore.types import Packed, Prompt, Row
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from rlcore_adapters.models.causal_lm import CausalLM, image_parts
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rlcore.attention import NAME as PACKED_ATTENTION
+from rlcore.data.images import sizes
+from rlcore.distributed.ulysses import Slice
 from rlcore.errors import ConfigError, RunError
-from rlcore.images import sizes
-from rlcore.packing import Packed
-from rlcore.precision import lookup
-from rlcore.sequence_parallel import Slice
-from rlcore.types import Prompt, Row, Vision
-
-from .causal_lm import CausalLM, image_parts
+from rlcore.model.attention import NAME as PACKED_ATTENTION
+from rlcore.model.precision import lookup
+from rlcore.types import Packed, Prompt, Row, Vision
 
 
 class Qwen2_5_VL(CausalLM):

@@ -29,7 +29,7 @@ def main() -> None:
 
     import torch
 
-    from rlcore.packing import deal, microbatches
+    from rlcore.model.packing import deal, microbatches
     from rlcore.types import Batch
 
     groups = responses(options.prompts, options.samples, options.prompt_tokens, options.response_tokens)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
-from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
 
 SHAPES = {  # width, layers, query heads, key heads, inner width, words
     "tiny": (256, 2, 4, 2, 768, 8192),
@@ -58,7 +59,7 @@ def main() -> None:
 
 def start(name: str) -> Any:
     """The backend, as `rlcore grpo` starts it."""
-    from rlcore import doctor
+    from rlcore.diagnose import doctor
 
     kind = registry.load("backends", doctor.choose().name if name == "auto" else name)
     backend = kind(kind.Options())
@@ -74,8 +75,10 @@ def measure(shape: str, options: Any, backend: Any, dtype: Any, name: str) -> No
     from update import batch_of
 
     from rlcore.algorithms.loss import objective
-    from rlcore.packing import microbatches
-    from rlcore.policy import ForwardSettings, Passes, TorchActor
+    from rlcore.algorithms.schedule import Passes
+    from rlcore.model.actor import TorchActor
+    from rlcore.model.forward import ForwardSettings
+    from rlcore.model.packing import microbatches
 
     device, states = backend.device(0), torch.get_device_module(backend.device(0))
     model, adapter = random_model(shape, device)
@@ -113,7 +116,7 @@ def random_model(shape: str, device: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from rlcore.attention import NAME
+    from rlcore.model.attention import NAME
 
     width, layers, heads, shared, inner, words = SHAPES[shape]
     config = Qwen3Config(
@@ -133,7 +136,7 @@ def attention(shape: str, row: Any, device: Any, dtype: Any) -> list[Callable[[]
     from torch import nn
     from transformers import AttentionInterface
 
-    from rlcore.attention import NAME, packed_attention
+    from rlcore.model.attention import NAME, packed_attention
 
     width, _, heads, shared, *_ = SHAPES[shape]
     size = width // heads
@@ -151,7 +154,7 @@ def head(shape: str, row: Any, device: Any, dtype: Any) -> list[Callable[[], Non
     """The tiled head and log_softmax of whole logits, at the row's targets."""
     import torch
 
-    from rlcore.logprob import token_logprobs
+    from rlcore.model.logprob import token_logprobs
 
     width, *_, words = SHAPES[shape]
     hidden = torch.randn(len(row.targets), width, device=device, dtype=dtype, requires_grad=True)

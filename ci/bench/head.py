@@ -59,7 +59,7 @@ def apart(side: str, shape: str, repeats: int, tile_mib: float) -> dict[str, flo
 def measure(side: str, shape: tuple[int, int, int], repeats: int, tile_mib: float) -> dict[str, float]:
     import torch
 
-    from rlcore import logprob
+    from rlcore.model import logprob
 
     tokens, vocabulary, width = shape
     torch.manual_seed(0)

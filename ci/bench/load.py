@@ -11,7 +11,7 @@ from pathlib import Path
 import stack
 
 from rlcore import registry
-from rlcore.config import RunConfig
+from rlcore.config.schema import RunConfig
 
 RANKS = 2
 
@@ -20,13 +20,13 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     stack.start()
 
-    from rlcore_backends import ray_placement
+    from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.placement import results
-    from rlcore.watch import Watch
-    from rlcore.worker import Policy
+    from rlcore.model.resolved import Policy
+    from rlcore.runtime.pool import results
+    from rlcore.runtime.watchdog import Watch
 
-    ray_placement.Process = measured(ray_placement.Process)
+    ray_pools.Process = measured(ray_pools.Process)
     kind = registry.load("backends", "cpu")
     folder = tempfile.TemporaryDirectory(prefix="rlcore-bench-")
     publish(Path(folder.name))
@@ -37,7 +37,7 @@ def main() -> None:
             "sharding": {"meta_init": own_rows},
         }  # fmt: skip
         policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
-        with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
+        with ray_pools.open_pools(policy, Watch(0, Path())) as placement:
             grown = results([member.ask("grown") for member in placement.pools[0].members])
         size = grown[0][1]
         held, most = sum(one[0] for one in grown), sum(one[2] for one in grown)

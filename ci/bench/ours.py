@@ -14,8 +14,8 @@ from typing import Any
 
 import bounds
 
-from rlcore import config as configuration
 from rlcore import registry
+from rlcore.config import loader
 
 STAGES = {
     "rollout": "generate", "reward": "score", "adv": "score", "reference_model": "score", "old_log_p": "score",
@@ -34,17 +34,21 @@ def sevens(response: str, answer: str, fields: Mapping[str, Any]) -> float:
 
 
 def main(file: str, steps: int) -> None:
-    config = configuration.load(file)
+    config = loader.load(file)
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options())
     backend.settle(os.environ)
 
-    from rlcore import trainer
-    from rlcore.interruption import Interruption
-    from rlcore.metrics import Clock
-    from rlcore.placement import Here, InlineReward, Placement, Pool
+    from rlcore.model.resolved import Policy
+    from rlcore.monitor.clock import Clock
     from rlcore.rewards.runner import RewardFunctions
-    from rlcore.worker import ROLES, Policy, Worker
+    from rlcore.runtime.placement import Placement
+    from rlcore.runtime.pool import Here, Pool
+    from rlcore.runtime.roles import InlineReward
+    from rlcore.runtime.signals import Interruption
+    from rlcore.runtime.worker import ROLES, Worker
+    from rlcore.train import grpo
+    from rlcore.train.sampling import Sampler
 
     with Interruption() as interruption:
         policy = Policy(config, backend)
@@ -54,13 +58,13 @@ def main(file: str, steps: int) -> None:
         placement.start_engines()
         clock = Clock()
         reward = InlineReward(RewardFunctions(config.reward), clock)
-        sample = trainer.Sampler(placement, reward, policy.prompts(config.seed), config, clock)
+        sample = Sampler(placement, reward, policy.prompts(config.seed), config, clock)
         model = worker.actor.model
         speed = bounds.rate(model, policy.settings.compute_dtype)
         for number in range(1, steps + 1):
             interruption.release()
             start = time.perf_counter()
-            iteration = trainer.step(sample, number, config.algorithm.kl_coef, interruption)
+            iteration = grpo.step(sample, number, config.algorithm.kl_coef, interruption)
             stages = Counter({"all": time.perf_counter() - start})
             for span in (*clock.take(), *(one for one in placement.spans() if one.stage != "resharding_to_infer")):
                 stages[STAGES.get(span.stage, "other")] += span.end - span.start

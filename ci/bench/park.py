@@ -24,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.here:
         return print(" | ".join(f"{number:.2f}" for number in round_of(options.here)))
-    from rlcore import jemalloc
+    from rlcore.runtime import jemalloc
 
     added, said = jemalloc.preload(options.jemalloc, os.environ)
     if said:
@@ -42,8 +42,8 @@ def round_of(size: float) -> list[float]:
     """Resident memory above what the process had before, at each stop, GiB; and seconds."""
     import torch
 
-    from rlcore import jemalloc
-    from rlcore.residence import Parked
+    from rlcore.runtime import jemalloc
+    from rlcore.runtime.memory import Parked
 
     before, seconds = resident(), 0.0
     tensors, between = [], []

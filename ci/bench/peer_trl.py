@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rlcore_backends.cpu import cure_torchvision
+from rlcore_backends.cpu.backend import cure_torchvision
 
 cure_torchvision()
 
@@ -84,9 +84,9 @@ GRPOTrainer.__init__ = watched(GRPOTrainer.__init__)
 if os.environ.get("FILLER"):
     datasets.Dataset.from_list = filled(datasets.Dataset.from_list)
 if Path(sys.argv[1]).stem == "trl_smol":
-    from rlcore.config import ModelConfig
-    from rlcore.models import resolve
-    from rlcore.worker import MODEL_CACHE
+    from rlcore.config.sections import ModelConfig
+    from rlcore.model.loading import resolve
+    from rlcore.model.resolved import MODEL_CACHE
 
     os.environ.setdefault("SMOLLM2", str(resolve(ModelConfig(path="smollm2"), MODEL_CACHE)))
 sys.argv = sys.argv[1:]

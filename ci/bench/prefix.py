@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import stack
 
-from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
 
 GROUPS, SAMPLES, PROMPT, RESPONSE = 4, 8, 128, 64
 UNCLIPPED = 1e9
@@ -26,7 +27,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from rlcore.algorithms.loss import objective
-    from rlcore.policy import ForwardSettings, Passes, TorchActor
+    from rlcore.algorithms.schedule import Passes
+    from rlcore.model.actor import TorchActor
+    from rlcore.model.forward import ForwardSettings
     from rlcore.types import Batch, Group, Prompt, Row, Sample
 
     folder, adapter = stack.smollm2()

@@ -46,7 +46,7 @@ def rows() -> list[dict[str, str]]:
 
 def make_model(folder: Path) -> None:
     """trl_tiny.py's model and tokenizer, as a Hugging Face folder."""
-    from rlcore_backends.cpu import cure_torchvision
+    from rlcore_backends.cpu.backend import cure_torchvision
 
     cure_torchvision()
     import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 import stack
 
 from rlcore import registry
-from rlcore.config import RunConfig
+from rlcore.config.schema import RunConfig
 
 TARGET, RANKS = 3.0, 2
 
@@ -29,16 +29,16 @@ def main() -> None:
         "placement": {"kind": "ray", "devices": RANKS}, "sharding": {"bucket_mib": options.bucket_mib},
     }  # fmt: skip
 
-    from rlcore_backends import ray_placement
+    from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.placement import results
-    from rlcore.watch import Watch
-    from rlcore.worker import Policy
+    from rlcore.model.resolved import Policy
+    from rlcore.runtime.pool import results
+    from rlcore.runtime.watchdog import Watch
 
-    ray_placement.Process = measured(ray_placement.Process)
+    ray_pools.Process = measured(ray_pools.Process)
     kind = registry.load("backends", "cpu")
     policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
-    with ray_placement.open_pools(policy, Watch(0, Path())) as placement:
+    with ray_pools.open_pools(policy, Watch(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
         members = placement.pools[0].members
@@ -60,11 +60,11 @@ def measured(process: type) -> type:
     class Measured(process):
         def take(self, what: str) -> tuple[float, int, int, float]:
             """Seconds, bytes, growth of the peak in bytes, and seconds of checks."""
-            from rlcore import sharding
+            from rlcore.distributed import fsdp
 
             before, checks = peak(), 0.0
             named = self.worker.actor.model.named_parameters() if what.startswith("copied") else ()
-            whole = [weight.clone() for _, weight in sharding.gathered(named)]
+            whole = [weight.clone() for _, weight in fsdp.gathered(named)]
             there = [weight.clone() for weight in whole] if what == "copied over" else []
             start = time.perf_counter()
             if what == "copied":

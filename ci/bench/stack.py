@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
-from rlcore.config import ModelConfig
+from rlcore.config.sections import ModelConfig
 
 
 def backend() -> Any:
@@ -24,8 +24,8 @@ def start() -> None:
 
 def smollm2() -> tuple[Path, Any]:
     """Its folder and its adapter."""
-    from rlcore.models import adapter_for, resolve
-    from rlcore.worker import MODEL_CACHE
+    from rlcore.model.loading import adapter_for, resolve
+    from rlcore.model.resolved import MODEL_CACHE
 
     source = ModelConfig(path="smollm2")
     folder = resolve(source, MODEL_CACHE)

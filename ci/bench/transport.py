@@ -73,19 +73,21 @@ def step(options: argparse.Namespace, shared: bool) -> dict[str, tuple[float, fl
 def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
     """A placement of workers that run no model; without `shared` nothing is put where several calls find it."""
     import ray
-    from rlcore_backends import ray_placement, ray_store
+    from rlcore_backends.ray import pools as ray_pools
+    from rlcore_backends.ray import store as ray_store
 
-    from rlcore.config import RunConfig
-    from rlcore.placement import Placement, Pool, Store
-    from rlcore.worker import ROLES
+    from rlcore.config.schema import RunConfig
+    from rlcore.runtime.placement import Placement
+    from rlcore.runtime.pool import Pool, Store
+    from rlcore.runtime.worker import ROLES
 
     settings = {
         "model": {"path": "smollm2", "freeze": ["vision"]}, "data": {"train": {"name": "geometry_figures"}},
         "algorithm": {"kl_coef": 0.1}, "train": {"max_tokens_per_microbatch": CAP},
     }  # fmt: skip
     store = ray_store.RayStore()
-    workers = [ray.remote(reading(ray_placement.Process)).options(num_cpus=0).remote() for _ in range(RANKS)]
-    members = [ray_placement.Remote(worker, f"worker {rank}", store) for rank, worker in enumerate(workers)]
+    workers = [ray.remote(reading(ray_pools.Process)).options(num_cpus=0).remote() for _ in range(RANKS)]
+    members = [ray_pools.Remote(worker, f"worker {rank}", store) for rank, worker in enumerate(workers)]
     for member in members:
         member.ask("start", shared, options.response_tokens, options.width).result()
     pool = Pool(members, store=store if shared else Store())
@@ -96,7 +98,7 @@ def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[],
 
 def reading(process: type) -> type:
     """A worker process that reads what it is sent."""
-    from rlcore.pulse import Pulse
+    from rlcore.monitor.heartbeat import Pulse
 
     class Reader:
         def __init__(self, put: Callable[[Any], Any], response: int, width: int) -> None:
@@ -121,7 +123,7 @@ def reading(process: type) -> type:
                 yield sampling.first + place, group.samples
 
         def logprobs(self, batch: Any) -> Any:
-            from rlcore.packing import microbatches
+            from rlcore.model.packing import microbatches
 
             microbatches(batch, CAP)
             return batch.rollout_logprobs
@@ -129,7 +131,7 @@ def reading(process: type) -> type:
         reference_logprobs = logprobs
 
         def update(self, steps: Sequence[Any]) -> list[Any]:
-            from rlcore.learner import Tally
+            from rlcore.model.optimizer import Tally
 
             for step in steps:
                 self.logprobs(step)

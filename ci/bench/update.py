@@ -13,7 +13,8 @@ from typing import Any
 import bounds
 import stack
 
-from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
 
 SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples of each, prompt tokens, most response tokens
 BOUNDS, BOOKKEEPING = {"fp32": 1.3, "bf16": 1.6}, 0.02  # the targets
@@ -32,7 +33,9 @@ def main() -> None:
     import torch
 
     from rlcore.algorithms.loss import objective
-    from rlcore.policy import ForwardSettings, Passes, TorchActor
+    from rlcore.algorithms.schedule import Passes
+    from rlcore.model.actor import TorchActor
+    from rlcore.model.forward import ForwardSettings
 
     folder, adapter = stack.smollm2()
     prompts, samples, prompt, response = SHAPES[options.shape]
@@ -84,8 +87,8 @@ def bookkeeping(batch: Any, cap: int) -> None:
 
     from rlcore.algorithms.advantages import advantages
     from rlcore.algorithms.loss import objective
-    from rlcore.packing import microbatches
-    from rlcore.policy import _view
+    from rlcore.model.actor import _view
+    from rlcore.model.packing import microbatches
     from rlcore.types import Batch, Outcome
 
     config = AlgorithmConfig()

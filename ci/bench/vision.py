@@ -13,7 +13,8 @@ from pathlib import Path
 import stack
 
 from rlcore import registry
-from rlcore.config import AlgorithmConfig, OptimizerConfig
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
 
 PROMPTS, SAMPLES, RESPONSE, SIDE = 4, 8, 32, 448  # pixels: 16 x 16 merged patches
 TARGET = 2.0
@@ -29,9 +30,12 @@ def main() -> None:
     from PIL import Image
 
     from rlcore.algorithms.loss import objective
-    from rlcore.policy import ForwardSettings, Passes, TorchActor, TorchReference
+    from rlcore.algorithms.schedule import Passes
+    from rlcore.model.actor import TorchActor
+    from rlcore.model.forward import ForwardSettings
+    from rlcore.model.reference import TorchReference
+    from rlcore.model.vision import VisionEncoder
     from rlcore.types import Batch, Group, Row, Sample
-    from rlcore.vision import VisionEncoder
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -5,7 +5,7 @@
     rlcore grpo examples/quickstart.yaml --backend new
 
 Its device is the processor, which every machine has; its kernels are two that show where kernels go. What a device may say of
-itself stands in rlcore/backend.py, whose defaults are what is not said here.
+itself stands in rlcore/device.py, whose defaults are what is not said here.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveInt
 
-from rlcore.backend import Backend
-from rlcore.config import Strict
+from rlcore.config.sections import Strict
+from rlcore.device import Backend
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from rlcore.attention import Ragged
+    from rlcore.model.attention import Ragged
 
 
 class NewOptions(Strict):
@@ -59,10 +59,10 @@ class NewBackend(Backend):
 
     def prepare(self) -> None:
         import torch
-        from rlcore_backends.cpu import cure_torchvision
+        from rlcore_backends.cpu.backend import cure_torchvision
 
         cure_torchvision()  # where an engine's build of torch and torchvision's do not fit together
-        from rlcore import attention
+        from rlcore.model import attention
 
         attention.use(one_by_one, (torch.float32, torch.bfloat16))
 
@@ -75,7 +75,7 @@ class NewBackend(Backend):
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: float) -> Tensor:
-    """`rlcore.attention.Kernel`: each span by itself. A real device has one call for all of them."""
+    """`rlcore.model.attention.Kernel`: each span by itself. A real device has one call for all of them."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

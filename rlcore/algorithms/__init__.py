@@ -13,24 +13,3 @@ ppo             arXiv 1707.06347, with a critic
 
 Imports nothing heavy: the run file's schema reads this table.
 """
-
-PRESETS: dict[str, dict[str, object]] = {
-    "grpo": {},
-    "dr_grpo": {"advantage_std": "none", "aggregation": "constant"},
-    "dapo": {"clip_high": 0.28, "max_refills": 3, "overlong_penalty": 1.0},
-    "gspo": {"surrogate": "sequence_clip", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence_mean"},
-    "cispo": {"surrogate": "clipped_weight", "clip_low": 1.0, "clip_high": 4.0},
-    "rloo": {"advantage": "leave_one_out", "aggregation": "sequence_sum", "kl_in": "reward", "kl_estimator": "kl"},
-    "reinforce++": {"advantage": "batch", "kl_in": "reward", "kl_estimator": "kl"},
-    "reinforce++_baseline": {"advantage": "batch_over_group", "kl_estimator": "mse"},
-    "ppo": {"advantage": "gae", "kl_in": "reward", "kl_estimator": "kl"},
-}
-
-LIMITS: dict[str, tuple[float, float]] = {
-    "none": (0.0, 1.0),
-    "token_tis": (0.0, 2.0),
-    "sequence_tis": (0.0, 2.0),
-    "icepop": (0.5, 5.0),
-    "geometric": (0.99, 1.01),
-}
-"""Of the ratio trainer / engine, for each correction of `mismatch.py`: the widths their authors report."""

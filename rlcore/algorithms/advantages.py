@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlcore.algorithms import grpo, ppo, reinforce_pp, rloo
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Outcome
 
 

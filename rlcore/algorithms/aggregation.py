@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Batch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Score
 
 

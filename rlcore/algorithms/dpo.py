@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlcore.algorithms.aggregation import means, sums
-from rlcore.config import DpoConfig
+from rlcore.config.sections import DpoConfig
 from rlcore.types import TokenLoss, TokenView
 
 

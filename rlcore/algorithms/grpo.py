@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.comparison import centred
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Outcome, TokenView
 
 

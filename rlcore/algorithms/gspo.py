@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlcore.algorithms import grpo
 from rlcore.algorithms.aggregation import means
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import TokenView
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 
 
 def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

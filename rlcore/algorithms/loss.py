@@ -7,10 +7,10 @@ from functools import partial
 
 from torch import Tensor
 
-from rlcore.algorithms import aggregation, cispo, grpo, gspo, mismatch
+from rlcore.algorithms import aggregation, cispo, correction, grpo, gspo
 from rlcore.algorithms.kl import divergence
-from rlcore.config import AlgorithmConfig
-from rlcore.learner import Objective, tokens
+from rlcore.algorithms.objective import Objective, tokens
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import TokenLoss, TokenView
 
 Surrogate = Callable[[Tensor, TokenView, AlgorithmConfig], tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ def policy_loss(view: TokenView, config: AlgorithmConfig) -> TokenLoss:
     if config.final_clip is not None:
         surrogate = surrogate.clamp(max=config.final_clip)
     gap = old - view.rollout_logprobs
-    total = surrogate * mismatch.correction(gap, view.sequence, config)
+    total = surrogate * correction.correction(gap, view.sequence, config)
     means = {
         "actor/pg_loss": surrogate, "actor/pg_clipfrac": clipped.float(), "actor/ppo_kl": old - view.logprobs,
         "actor/entropy": view.entropy, "mismatch/mean": gap.abs(), "mismatch/k3": gap.exp() - gap - 1,

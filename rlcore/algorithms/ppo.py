@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.reinforce_pp import normalized
-from rlcore.config import AlgorithmConfig
+from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Outcome, TokenLoss, ValueView
 
 

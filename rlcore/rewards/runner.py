@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from rlcore import registry
-from rlcore.config import RewardConfig
+from rlcore.config.sections import RewardConfig
 from rlcore.errors import ConfigError
 from rlcore.types import Group, Prompt, Sample, Score
 

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlcore.link import Link
+from rlcore.distributed.broadcast import Link
 
 rank, backend = int(sys.argv[1]), conftest.BACKEND
 here = backend.device(rank)

@@ -18,7 +18,7 @@ import source
 import torch
 import torch_npu
 import yaml
-from rlcore_backends import npu as npu_backend
+from rlcore_backends.npu import backend as npu_backend
 
 from rlcore import registry
 

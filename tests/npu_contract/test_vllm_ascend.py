@@ -21,11 +21,11 @@ import vllm
 import vllm_ascend
 import yaml
 from conftest import NPU
-from rlcore_backends import vllm_rollout
+from rlcore_backends.vllm import engine as vllm_engine
 from vllm.platforms import current_platform
 
 from rlcore import registry
-from rlcore.config import LoraConfig, RolloutConfig
+from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.errors import ConfigError
 
 ENGINES = [source.ROOT / f"backends/{name}.py" for name in ("vllm_rollout", "vllm_additions")]
@@ -56,7 +56,7 @@ def configured(tmp_path, monkeypatch):
         registry.load("models", model)(tmp_path, hidden_size=64, layers=1)
         backend = NPU(NPU.Options(**ours))
         with pytest.raises(Started) as started:
-            vllm_rollout.build(
+            vllm_engine.build(
                 None, tmp_path, backend, RolloutConfig(options=options or {}), torch.bfloat16, 256, 7, lora, image_embeds=True
             )
         return vllm.EngineArgs(**started.value.args[0]).create_engine_config()
@@ -81,7 +81,7 @@ def test_additions_are_configured_too(configured):
 
 def test_a_wrong_engine_argument_is_named():
     with pytest.raises(ConfigError, match=r"gpu_memory_utilisation: .*did you mean 'gpu_memory_utilization'"):
-        vllm_rollout._refuse_unknown({"gpu_memory_utilisation": 0.5})
+        vllm_engine._refuse_unknown({"gpu_memory_utilisation": 0.5})
 
 
 def test_what_the_worker_demands_of_a_wake_up_is_what_the_environment_gives(configured, monkeypatch):

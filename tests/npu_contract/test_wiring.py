@@ -16,12 +16,15 @@ import pytest
 import source
 import torch
 from conftest import BACKEND, RAN, note
-from rlcore_backends import node_address
+from rlcore_backends.common import node_address
 
-from rlcore import checkpoint, metrics, models, registry
-from rlcore.packing import Packed, Segment
-from rlcore.precision import WorkingCopy
-from rlcore.residence import Parked
+from rlcore import registry
+from rlcore.checkpoint.state import load_generator, save_generator
+from rlcore.model import loading
+from rlcore.model.precision import WorkingCopy
+from rlcore.runtime import memory
+from rlcore.runtime.memory import Parked
+from rlcore.types import Packed, Segment
 
 HERE = BACKEND.device(0)
 ROTARY = {"aclnnRotaryPositionEmbedding", "aclnnRotaryPositionEmbeddingGrad"}
@@ -76,20 +79,20 @@ def test_deterministic_reaches_the_device(calls):
 
 def test_a_saved_generator_is_the_same_again(tmp_path):
     torch.manual_seed(3)
-    checkpoint.save_generator(HERE, tmp_path)
+    save_generator(HERE, tmp_path)
     saved = json.loads((tmp_path / "generator.json").read_text())
     assert saved["device"] == "npu"
     state = torch.npu.get_rng_state(HERE)
     torch.manual_seed(4)
     assert not torch.equal(torch.npu.get_rng_state(HERE), state)
-    checkpoint.load_generator(HERE, tmp_path)
+    load_generator(HERE, tmp_path)
     assert torch.equal(torch.npu.get_rng_state(HERE), state)
 
 
 def test_memory_is_counted():
-    before = metrics.memory(HERE)["memory/peak_device_gib"]
+    before = memory.memory(HERE)["memory/peak_device_gib"]
     held = torch.empty(2**28, dtype=torch.uint8, device=HERE)
-    assert metrics.memory(HERE)["memory/peak_device_gib"] >= before + held.nbytes / 2**30 - 0.01
+    assert memory.memory(HERE)["memory/peak_device_gib"] >= before + held.nbytes / 2**30 - 0.01
 
 
 def test_what_is_parked_leaves_and_comes_back():
@@ -106,7 +109,7 @@ def test_what_is_parked_leaves_and_comes_back():
 @pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen2_5_vl"])
 def test_a_step_of_a_model_goes_through_the_kernels(family, tmp_path, calls):
     registry.load("models", family)(tmp_path, hidden_size=64, layers=1)
-    adapter = registry.load("adapters", models.model_type(tmp_path))(tmp_path)
+    adapter = registry.load("adapters", loading.model_type(tmp_path))(tmp_path)
     model = BACKEND.fuse(adapter.load(tmp_path, torch.float32).to(HERE))
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5))])
     places = positions.expand(3, -1) if hasattr(model.model, "language_model") else positions

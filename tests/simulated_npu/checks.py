@@ -12,10 +12,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 from torch_npu import dispatch
 
-from rlcore import checkpoint, registry
+from rlcore import registry
+from rlcore.checkpoint.state import load_generator, save_generator
+from rlcore.distributed.fingerprint import fingerprint
 from rlcore.errors import ConfigError
-from rlcore.residence import Parked
-from rlcore.weight_sync import fingerprint
+from rlcore.runtime.memory import Parked
 
 NPU = registry.load("backends", "npu")
 HERE = NPU().device(0)
@@ -66,10 +67,10 @@ def test_draws_follow_the_seed_and_leave_the_processors_generator_alone(tmp_path
     torch.manual_seed(3)
     host = torch.get_rng_state()
     first = torch.randn(4, device=HERE)
-    checkpoint.save_generator(HERE, tmp_path)
+    save_generator(HERE, tmp_path)
     second, dropped = torch.randn(4, device=HERE), functional.dropout(torch.ones(64, device=HERE), 0.5)
     assert torch.equal(torch.get_rng_state(), host) and not torch.equal(first, second)
-    checkpoint.load_generator(HERE, tmp_path)
+    load_generator(HERE, tmp_path)
     assert torch.equal(torch.randn(4, device=HERE), second), "the saved state goes on where it was"
     assert torch.equal(functional.dropout(torch.ones(64, device=HERE), 0.5), dropped)
     torch.manual_seed(3)
@@ -77,9 +78,9 @@ def test_draws_follow_the_seed_and_leave_the_processors_generator_alone(tmp_path
 
 
 def test_a_saved_generator_says_nothing_to_another_device(tmp_path):
-    checkpoint.save_generator(HERE, tmp_path)
+    save_generator(HERE, tmp_path)
     host = torch.get_rng_state()
-    checkpoint.load_generator(torch.device("cpu"), tmp_path)
+    load_generator(torch.device("cpu"), tmp_path)
     assert torch.equal(torch.get_rng_state(), host)
 
 

@@ -10,16 +10,17 @@ from functools import partial
 import pytest
 import torch
 import torch_npu
-from rlcore_backends import npu_operators
+from rlcore_backends.npu import operators
 from torch.nn import functional
 from torch_npu import dispatch
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from rlcore import lora, models, registry
-from rlcore.attention import NAME, packed_attention, ragged_attention
-from rlcore.config import LoraConfig
-from rlcore.packing import Packed, Segment
+from rlcore import registry
+from rlcore.config.sections import LoraConfig
+from rlcore.model import loading, lora
+from rlcore.model.attention import NAME, packed_attention, ragged_attention
+from rlcore.types import Packed, Segment
 
 NPU = registry.load("backends", "npu")
 HERE = NPU().device(0)
@@ -87,7 +88,7 @@ def attended(attention, device, dtype, rows=ROWS):
     return *outputs, projection.grad
 
 
-ATTENTION = partial(ragged_attention, npu_operators.attention)
+ATTENTION = partial(ragged_attention, operators.attention)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -98,7 +99,7 @@ def test_attention_over_packed_rows_is_the_yardsticks(dtype):
 
 def test_a_row_of_more_spans_than_a_call_takes_is_several_calls(monkeypatch):
     whole = attended(ATTENTION, HERE, torch.float32)
-    monkeypatch.setattr(npu_operators, "_MOST_SPANS", 2)
+    monkeypatch.setattr(operators, "_MOST_SPANS", 2)
     dispatch.counts.clear()
     assert_close(attended(ATTENTION, HERE, torch.float32), whole)
     assert ran() == {"npu_fusion_attention": 3 + 3}, "of 5 and 6 spans"
@@ -164,7 +165,7 @@ def test_operators_refuse_what_the_real_ones_would_misread(call):
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
     registry.load("models", request.param)(folder, hidden_size=32, layers=1, **FAMILIES[request.param])
-    adapter = registry.load("adapters", models.model_type(folder))(folder)
+    adapter = registry.load("adapters", loading.model_type(folder))(folder)
     return folder, adapter
 
 
@@ -257,7 +258,7 @@ def test_dtypes_are_those_of_the_model_without_kernels(pair):
             results = [norm.to(weight)(numbers(2, norm.weight.shape[0]).to(HERE, states)) for norm in norms]
             assert results[0].dtype == results[1].dtype
             query, angles = numbers(1, 2, 3, SIZE).to(HERE, states), numbers(1, 3, SIZE).to(HERE, weight)
-            assert {rotated.dtype for rotated in npu_operators.rotated(query, query, angles, angles)} == {states}
+            assert {rotated.dtype for rotated in operators.rotated(query, query, angles, angles)} == {states}
 
 
 def test_additions_made_after_fusing_go_through_the_kernels(family, pair, run):
@@ -290,8 +291,8 @@ def test_a_model_of_shapes_alone_is_fused(family, pair, run):
 
 def test_the_rotation_of_other_models_stays(pair):
     plain, fused = (attention_of(model).forward.__globals__.get("apply_rotary_pos_emb") for model in pair)
-    assert plain is rotation(pair[0]) is not npu_operators.rotated
-    assert fused is (npu_operators.rotated if plain else None)
+    assert plain is rotation(pair[0]) is not operators.rotated
+    assert fused is (operators.rotated if plain else None)
 
 
 def test_what_only_looks_alike_stays(pair):

@@ -16,7 +16,8 @@ import torch_npu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_npu import dispatch
 
-from rlcore import cli, registry
+from rlcore import registry
+from rlcore.cli.main import main as rlcore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tripwire
@@ -48,11 +49,11 @@ def main(commands: Path, report: Path) -> None:
     """Attention goes through the device's kernel in float32 too, where one wrong number in ten thousand shows."""
     tripwire.arm()
     registry.load("backends", "npu")().prepare()
-    from rlcore_backends import npu_operators
+    from rlcore_backends.npu import operators
 
-    npu_operators.DTYPES = (*npu_operators.DTYPES, torch.float32)
+    operators.DTYPES = (*operators.DTYPES, torch.float32)
     with Stayed() as stayed:
-        statuses = [cli.main(command) for command in json.loads(commands.read_text(encoding="utf-8"))]
+        statuses = [rlcore(command) for command in json.loads(commands.read_text(encoding="utf-8"))]
     ran = dict(dispatch.counts)
     files = [str(Path(__file__).with_name(name)) for name in ("checks.py", "operator_checks.py")]
     checks = pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", *files])

@@ -1,0 +1,166 @@
+"""The CPU: a real backend, with real vLLM, real collectives, and the numbers other devices are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import PositiveFloat, PositiveInt
+from rlcore_backends.common import node_address, rendezvous
+from rlcore_backends.common.environment import COMMON, NEEDED, wrong
+
+from rlcore.config.sections import Strict
+from rlcore.device import Backend
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+    from rlcore.distributed.fsdp import Exchange
+
+_GIB = 2**30
+_BF16 = "RLCORE_CPU_BF16"
+_cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
+
+
+class CpuOptions(Strict):
+    threads: PositiveInt | None = None
+    """Threads of a matrix product; unset is every core this process may use."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory of the engine's key-value cache."""
+
+
+class CpuBackend(Backend):
+    """Facts of the CPU."""
+
+    name: ClassVar[str] = "cpu"
+    Options: ClassVar[type[CpuOptions]] = CpuOptions
+    default_engine: ClassVar[str] = "vllm"
+    environment_requirements: ClassVar[str] = "requirements/cpu.txt"
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or len(os.sched_getaffinity(0))
+
+    def environment(self) -> Mapping[str, str]:
+        """What must stand before torch is imported. Speeds are of a 135M-parameter model on two cores."""
+        return {
+            **COMMON,
+            "OMP_NUM_THREADS": str(self.threads),
+            # vLLM's own binding leaves cores idle and decodes four times slower (88 against 387 tokens/s)
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM ranks logprobs with a torch.compile'd function: a C++ compiler and some 20 s on a fresh machine, for nothing
+            "TORCHDYNAMO_DISABLE": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels announce their memory policy as a warning
+        }
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from wrong(NEEDED, given)
+        if given.get(_BF16) not in (None, "0", "1"):
+            yield f"{_BF16}={given[_BF16]}: is 1 (this processor has bf16 instructions) or 0 (it has none)"
+
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        """Arguments of an engine that are this device's affair."""
+        return {"kv_cache_memory_bytes": int(self.options.kv_cache_gib * _GIB)} if engine == "vllm" else {}
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def collectives(self) -> str:
+        return "gloo"
+
+    def group(self, address: str, rank: int, size: int) -> Any:
+        from torch import distributed
+
+        return distributed.ProcessGroupGloo(rendezvous.store(address, rank, size), rank, size, rendezvous.PATIENCE)
+
+    def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
+        """Ranks of one machine read each other's memory; gloo's sockets are several times slower."""
+        from rlcore_backends.cpu.shared_memory import SharedExchange, one_machine
+
+        return SharedExchange(group, bucket_bytes) if one_machine(group) else None
+
+    def bundle(self) -> Mapping[str, float]:
+        return {"CPU": float(self.threads)}
+
+    def sharing(self, devices: int) -> CpuBackend:
+        """As many threads each as there are cores for, unless the run file says how many."""
+        threads = self.options.threads or max(1, self.threads // devices)
+        return CpuBackend(self.options.model_copy(update={"threads": threads}))
+
+    def network(self, address: str) -> Mapping[str, str]:
+        interface = node_address.interface(address)
+        return {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+
+    def default_precision(self) -> str:
+        """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores.
+        RLCORE_CPU_BF16, 1 or 0, stands in for the processor: one machine shows what a run does on another."""
+        import torch
+
+        if (said := os.environ.get(_BF16)) is not None:
+            return "bf16" if said == "1" else "fp32"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if fast and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+    @property
+    def tile_bytes(self) -> int:
+        """What stays in a core's cache between the passes over it."""
+        return 4 * 2**20
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        """Norms and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        from rlcore_backends.common import fused
+        from rlcore_backends.cpu import operators
+
+        return fused.fuse(model, operators.KERNELS)
+
+    def prepare(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        cure_torchvision()
+        for name in ("vllm.triton_utils.importing", "torch._library.triton"):  # no Triton is no news on a CPU
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
+
+
+def cure_torchvision() -> None:
+    """Lets `import torchvision` succeed on CPU torch. Does nothing where torchvision is absent or its operators load.
+
+    Why: PyPI's torchvision is built for CUDA. On CPU torch its operator library does not load, and the import dies with
+        "operator torchvision::nms does not exist", taking transformers' and vLLM's image processors with it.
+    How: declare the two operators that the import describes to torch; their kernels stay absent, and nothing here calls them.
+    Upstream: https://github.com/pytorch/vision/issues (the import should not need operators that did not load).
+    Delete when: pip's torchvision imports on CPU torch, or requirements/cpu.txt can name PyTorch's CPU index everywhere.
+    """
+    if _cure or importlib.util.find_spec("torchvision") is None or _operators_load():
+        return
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _cure.append(library)
+
+
+def _operators_load() -> bool:
+    """Whether torchvision's compiled operators are, or can be, registered; loading them is what its import does first."""
+    import torch
+
+    if hasattr(torch.ops.torchvision, "nms"):
+        return True
+    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    libraries = [entry.path for entry in os.scandir(folder) if entry.name.startswith("_C.") or entry.name == "_C.so"]
+    try:
+        for library in libraries:
+            torch.ops.load_library(library)
+    except OSError:
+        return False
+    return hasattr(torch.ops.torchvision, "nms")

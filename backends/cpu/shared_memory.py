@@ -1,0 +1,65 @@
+"""Processes of one machine show each other tensors through memory that they share: a copy in, none out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+FOLDER = Path("/dev/shm")
+_ALIGNED = 64  # bytes
+
+
+def one_machine(group: dist.ProcessGroup) -> bool:
+    """Whether all ranks run on this host and see the same shared memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    here = (socket.gethostname(), boot.read_text() if boot.exists() else "", os.stat(FOLDER).st_ino if FOLDER.exists() else 0)
+    everyones: list[object] = [None] * group.size()
+    dist.all_gather_object(everyones, here, group=group)
+    return FOLDER.exists() and all(there == here for there in everyones)
+
+
+class SharedExchange:
+    """`rlcore.distributed.fsdp.Exchange`. Two regions take turns, so that what a call gave outlives the next."""
+
+    def __init__(self, group: dist.ProcessGroup, region_bytes: int) -> None:
+        self._group, self._bytes = group, region_bytes
+        self._regions: list[Tensor] = []
+        self._turn = 0
+
+    def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
+        ranks, rank, kind = self._group.size(), self._group.rank(), parts[0].dtype
+        exact = [ranks * elements * kind.itemsize for elements in most]
+        sizes = [-(-size // _ALIGNED) * _ALIGNED for size in exact]
+        places = self._region(sum(sizes)).split(sizes)
+        wholes = [place[:size].view(kind) for place, size in zip(places, exact, strict=True)]
+        for whole, part, elements in zip(wholes, parts, most, strict=True):
+            whole[rank * elements : rank * elements + part.numel()] = part
+        dist.barrier(self._group)
+        return wholes
+
+    def _region(self, size: int) -> Tensor:
+        """The one whose turn it is, of `size` bytes. Nobody reads it any more: all have come past the barrier after it."""
+        if not self._regions or size > len(self._regions[0]):
+            self._bytes = max(self._bytes, size)
+            self._regions = [_mapped(self._group, self._bytes) for _ in range(2)]
+        self._turn = 1 - self._turn
+        return self._regions[self._turn][:size]
+
+
+def _mapped(group: dist.ProcessGroup, size: int) -> Tensor:
+    """[size] bytes that all ranks see; gone when the last of them is."""
+    name = [f"rlcore-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, group_src=0, group=group)
+    path = FOLDER / name[0]
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    dist.barrier(group)
+    if group.rank() == 0:
+        path.unlink()
+    return torch.empty(0, dtype=torch.uint8).set_(storage)

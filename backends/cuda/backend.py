@@ -1,0 +1,126 @@
+"""NVIDIA GPUs: NCCL, flash attention over packed rows, vLLM with CUDA graphs and sleep mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+from rlcore_backends.common import node_address, rendezvous
+from rlcore_backends.common.environment import COMMON, NEEDED, sleepless, wrong
+
+from rlcore.config.sections import Strict
+from rlcore.device import Backend
+from rlcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rlcore.model.attention import Ragged
+
+
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
+class CudaOptions(Strict):
+    engine_memory: float = Field(0.5, gt=0, lt=1)
+    """Part of a device's memory that the engine may use, weights and key-value cache together (gpu_memory_utilization)."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
+    memory; 2: they are given up, since the next sync sends them all."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """Whose AdamW. apex: NVIDIA's FusedAdam, which must be built from source and takes the weights of one device only."""
+
+
+class CudaBackend(Backend):
+    """Facts of NVIDIA GPUs."""
+
+    name: ClassVar[str] = "cuda"
+    Options: ClassVar[type[CudaOptions]] = CudaOptions
+    default_engine: ClassVar[str] = "vllm"
+    environment_requirements: ClassVar[str] = "requirements/cuda.txt"
+    spellings: ClassVar[Mapping[str, str]] = {"PYTORCH_CUDA_ALLOC_CONF": _ALLOCATOR}
+
+    def environment(self) -> Mapping[str, str]:
+        """Segments that expand, since packed rows differ in length, which fragments fixed ones. vLLM turns them off around the
+        memory that its engine sleeps with."""
+        return {**COMMON, _ALLOCATOR: "expandable_segments:True"}
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from wrong(NEEDED, given)
+        if self.options.sleep_level:  # whose pools of memory torch's native allocator alone has
+            name = _ALLOCATOR if _ALLOCATOR in given else "PYTORCH_CUDA_ALLOC_CONF"
+            yield from sleepless(name, "backend:cudaMallocAsync", given)
+
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        if engine != "vllm":
+            return {}
+        return {
+            "gpu_memory_utilization": self.options.engine_memory,
+            "enable_sleep_mode": self.options.sleep_level > 0,
+            "enforce_eager": False,  # decoding is many small kernels: CUDA graphs start them together
+        }
+
+    def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+        if self.options.optimizer == "torch":
+            return super().adamw(groups, **settings)
+        from rlcore_backends.cuda import apex_adamw
+
+        return apex_adamw.build(groups, **settings)
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cuda", local_rank)
+
+    def collectives(self) -> str:
+        return "cpu:gloo,cuda:nccl"
+
+    def group(self, address: str, rank: int, size: int) -> Any:
+        from torch import distributed
+
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = rendezvous.PATIENCE
+        return distributed.ProcessGroupNCCL(rendezvous.store(address, rank, size), rank, size, options)
+
+    def bundle(self) -> Mapping[str, float]:
+        return {"GPU": 1.0, "CPU": 1.0}
+
+    def network(self, address: str) -> Mapping[str, str]:
+        interface = node_address.interface(address)
+        return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+
+    def default_precision(self) -> str:
+        """bf16 from Ampere (compute capability 8.0) on."""
+        import torch
+
+        return "bf16" if torch.cuda.get_device_capability(0) >= (8, 0) else "fp32"
+
+    def prepare(self) -> None:
+        """ConfigError when torch finds no GPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            limited = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+            built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+            raise ConfigError(
+                f"backend.name: cuda, but torch {torch.__version__}, which {built}, finds no GPU{limited}; see nvidia-smi, or"
+                f" install {self.environment_requirements}"
+            )
+        from rlcore.model import attention
+
+        attention.use(flash, (torch.float16, torch.bfloat16))
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: float) -> Tensor:
+    """A `Kernel` of packed attention: FlashAttention-2 for sequences of different lengths (arXiv 2307.08691), whose causal mask
+    ends at a sequence's last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query, key, value, spans.query_starts, spans.key_starts, max(spans.query_lengths), max(spans.key_lengths),
+        scale=scale, window_size=(-1, 0), enable_gqa=True,
+    )

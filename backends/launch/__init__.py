@@ -1,0 +1,1 @@
+"""The launcher: nodes that come together as one Ray cluster."""

@@ -1,0 +1,230 @@
+"""The two parts in a run over several nodes: the head gathers the nodes and trains; the others join it and stay to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlcore_backends.launch import cluster
+from rlcore_backends.launch.cluster import Head, Node, RayNode, Unreachable
+
+from rlcore.errors import ConfigError, RlcoreError, RunError
+
+LOOK_SECONDS = 1.0
+START_SECONDS = 180.0  # seconds where nothing else runs
+SILENT_SECONDS = 30.0  # a head that does not answer for as long is gone
+LEAVE_SECONDS = 20.0
+INTERRUPTED = 130
+MEMBERS, END = "members", "end"  # the head's notes: who belongs to the run, and how it ended
+
+
+@dataclass(frozen=True)
+class Place:
+    """One node's place in the run."""
+
+    nodes: int
+    resources: Mapping[str, float]  # what each node gives, as Ray calls it
+    address: str
+    head: str  # address:port
+    wait_seconds: float
+    environment: Mapping[str, str]
+    arguments: Sequence[str]  # of `ray start`, beside who it is and whom it joins
+    folder: Path | None
+
+    @contextlib.contextmanager
+    def ray(self, *arguments: str) -> Iterator[RayNode]:
+        """This node's Ray. Its logs stay unless `keep_logs` is unset by then."""
+        own = RayNode(self.address, [*arguments, *self.arguments], self.environment, self.folder)
+        try:
+            with own:
+                yield own
+        finally:
+            if own.keep_logs:
+                say(f"Ray's logs are in {own.folder}")
+
+
+# the head
+
+
+def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[str]) -> int:
+    """The trainer's exit status. arguments: of `ray start`, for a head."""
+    head = Head(place.head, cluster.read_token(place.environment))
+    with place.ray("--head", f"--port={port}", *arguments) as own:
+        end: dict[str, Any] = {"status": 1, "reason": "the launcher on the head failed"}
+        try:
+            nodes = gather(place, own, head)
+            status = train(trainer, {**place.environment, "RAY_ADDRESS": place.head}, _Watch(head, nodes))
+            own.keep_logs = status != 0
+            end = {"status": status, "reason": f"the trainer ended with status {status}"}
+        except (RlcoreError, KeyboardInterrupt) as error:
+            end = {"status": getattr(error, "status", INTERRUPTED), "reason": str(error) or "interrupted on the head"}
+            raise
+        finally:
+            _dismiss(own, head, end)
+    return status
+
+
+def gather(place: Place, own: RayNode, head: Head) -> list[Node]:
+    """The nodes of the run, once all are there with all their devices."""
+    nodes = started(own, head)
+    deadline = time.monotonic() + place.wait_seconds
+    said = 0
+    while True:
+        if len(nodes) != said:
+            said = len(nodes)
+            say(f"{said} of {place.nodes} nodes: {_listed(nodes)}")
+        _refuse_misfits(place, nodes)
+        if len(nodes) == place.nodes:
+            break
+        if time.monotonic() > deadline:
+            raise RunError(_missing(place, nodes))
+        time.sleep(LOOK_SECONDS)
+        own.check()
+        with contextlib.suppress(Unreachable):  # busy; were it gone, the check would tell
+            nodes = head.nodes()
+    head.write(MEMBERS, [node.name for node in nodes])
+    return nodes
+
+
+def started(own: RayNode, head: Head) -> list[Node]:
+    """Waits for this node's own Ray; the nodes that are there by then."""
+    limit = time.monotonic() + START_SECONDS
+    while time.monotonic() < limit:
+        time.sleep(LOOK_SECONDS)
+        own.check()
+        with contextlib.suppress(Unreachable):
+            nodes = head.nodes()
+            if any(node.name == own.name for node in nodes):
+                return nodes
+    raise RunError(f"Ray does not start on this node within {START_SECONDS:g} s; its logs are in {own.folder}")
+
+
+def _missing(place: Place, nodes: Sequence[Node]) -> str:
+    return (
+        f"{place.nodes - len(nodes)} of {place.nodes} nodes did not come within {place.wait_seconds:g} s; there: "
+        f"{_listed(nodes)}. Start the same command on each node that is missing, with its way to {place.head} open and the "
+        "head's token; where it runs already, its output says what it waits for. WAIT_SECONDS waits longer"
+    )
+
+
+def _refuse_misfits(place: Place, nodes: Sequence[Node]) -> None:
+    if len(nodes) > place.nodes:
+        raise ConfigError(
+            f"NNODES: {place.nodes}, but {len(nodes)} nodes came: {_listed(nodes)}; stop the extra ones, or set "
+            f"NNODES={len(nodes)} on every node"
+        )
+    for node in nodes:
+        for name, amount in place.resources.items():
+            if (there := node.resources.get(name, 0)) != amount:
+                raise ConfigError(
+                    f"DEVICES_PER_NODE: {node.address} gives {there:g} {name} and {place.address} {amount:g}; set the same "
+                    "number, of like devices, on every node"
+                )
+
+
+def train(trainer: Sequence[str], environment: Mapping[str, str], look: Callable[[], None] = lambda: None) -> int:
+    """The trainer's status. It hears of signals and is waited for, until the third; meanwhile `look` is called."""
+    process = cluster.start(trainer, environment)
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM]  # it finishes its step, gives the step up, is made to
+    try:
+        while (status := process.poll()) is None:
+            try:
+                time.sleep(LOOK_SECONDS)
+                look()
+            except KeyboardInterrupt:
+                process.send_signal(signals.pop() if signals else signal.SIGKILL)
+    finally:
+        cluster.stop(process)
+    return status if status >= 0 else 128 - status
+
+
+class _Watch:
+    """Names each node once that has gone; what becomes of the run is the trainer's affair."""
+
+    def __init__(self, head: Head, nodes: Sequence[Node]) -> None:
+        self._head, self._nodes = head, list(nodes)
+
+    def __call__(self) -> None:
+        with contextlib.suppress(Unreachable):
+            alive = {node.name for node in self._head.nodes()}
+            for node in [node for node in self._nodes if node.name not in alive]:
+                say(f"{node.address} is lost: its Ray has ended or cannot be reached")
+                self._nodes.remove(node)
+
+
+def _dismiss(own: RayNode, head: Head, end: Mapping[str, Any]) -> None:
+    """Tells the other nodes how the run ended, and gives them time to leave."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # what is left to do is short, and must be done
+    limit = time.monotonic() + LEAVE_SECONDS
+    with contextlib.suppress(Unreachable):
+        head.write(END, end)
+        while any(node.name != own.name for node in head.nodes()) and time.monotonic() < limit:
+            time.sleep(LOOK_SECONDS)
+
+
+# the others
+
+
+def follow(place: Place) -> int:
+    """The trainer's exit status, as the head tells it."""
+    head = _find_head(place)
+    with place.ray(f"--address={place.head}") as own:
+        gives = " and ".join(f"{amount:g} {name}" for name, amount in place.resources.items())
+        say(f"{place.address} joins the head at {place.head} with {gives}")
+        end = _stay(place, own, head)
+        own.keep_logs = end["status"] != 0
+    say(f"the run is over: {end['reason']}")
+    return int(end["status"])
+
+
+def _find_head(place: Place) -> Head:
+    """The head, once it answers; not one that is about to end an earlier run."""
+    file = cluster.token_file(place.environment)
+    deadline = time.monotonic() + place.wait_seconds
+    while True:
+        problem = f"there is no token at {file}; bring the head's there, or name its file with RAY_AUTH_TOKEN_PATH"
+        if cluster.there(file):
+            try:
+                head = Head(place.head, cluster.read_token(place.environment))
+                if head.read(END) is None:
+                    return head
+                problem = f"the run at {place.head} is ending"
+            except Unreachable as error:
+                problem = f"{error}; is it started, with this MASTER_ADDR and RAY_PORT?"
+        if time.monotonic() > deadline:
+            raise RunError(f"{place.address} waited {place.wait_seconds:g} s for the head: {problem}")
+        time.sleep(LOOK_SECONDS)
+
+
+def _stay(place: Place, own: RayNode, head: Head) -> dict[str, Any]:
+    """How the run ended, once it has; ConfigError when it goes on without this node."""
+    answered = time.monotonic()
+    while time.monotonic() - answered < SILENT_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        with contextlib.suppress(Unreachable):
+            end, members = head.read(END), head.read(MEMBERS)
+            answered = time.monotonic()
+            if end is not None:
+                return dict(end)
+            if members is not None and own.name not in members:
+                raise ConfigError(
+                    f"NNODES: the run at {place.head} has its {len(members)} nodes, and {place.address} is one too many"
+                )
+        own.check()
+    raise RunError(
+        f"the head at {place.head} has not answered for {SILENT_SECONDS:g} s: it was killed, or the network between is cut"
+    )
+
+
+def _listed(nodes: Sequence[Node]) -> str:
+    return ", ".join(node.address for node in nodes)
+
+
+def say(line: str) -> None:
+    print(f"launch: {line}", flush=True)

@@ -1,0 +1,175 @@
+"""Ascend NPUs: what torch_npu, HCCL, vllm-ascend and Ray want to be told of them.
+
+Names and defaults follow torch_npu, vllm-ascend 0.23 and the runtime environment of MindSpeed-RL.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+from rlcore_backends.common import environment, node_address, rendezvous
+from rlcore_backends.common.environment import COMMON
+from rlcore_backends.cpu.backend import cure_torchvision
+
+from rlcore.config.sections import Strict
+from rlcore.device import Backend
+from rlcore.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
+_CORES = 8  # for the process of one device, where the machine has as many
+
+DEFAULTS: Mapping[str, str] = {
+    **COMMON,
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `prepare` imports torch_npu and says what is missing; `import torch` would just die
+    "HCCL_CONNECT_TIMEOUT": "1800",  # seconds that processes wait for each other to connect; others may still load a model
+    "HCCL_EXEC_TIMEOUT": "3600",  # seconds of one collective
+    "HCCL_BUFFSIZE": "256",  # MiB of HCCL's buffers, each group's own
+    # several processes on one device, as training beside another's engine is, need ports of their own
+    "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+    "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
+    "TASK_QUEUE_ENABLE": "2",  # operators are launched by a thread of their own: more overlap, a higher peak of memory
+    "CPU_AFFINITY_CONF": "1",  # threads stay on the cores next to their device
+}
+
+NEEDED: Mapping[str, tuple[str, str]] = {
+    **environment.NEEDED,
+    "VLLM_ASCEND_ENABLE_NZ": ("0", "weights that are kept in the NZ layout cannot be updated in place"),
+    "VLLM_WORKER_MULTIPROC_METHOD": ("spawn", "a forked process cannot use the device"),
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": ("0", "each worker must see its own device only"),
+    "TORCH_TRANSFER_TO_NPU": ("0", "it turns torch.cuda into torch.npu and so hides code that is for another device"),
+}
+"""What the run cannot work without, and why."""
+
+DETERMINISTIC: Mapping[str, tuple[str, str]] = {
+    name: (value, "backend.options.deterministic")
+    for name, value in {
+        "HCCL_DETERMINISTIC": "true", "LCCL_DETERMINISTIC": "1", "CLOSE_MATMUL_K_SHIFT": "1",
+        "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0", "PYTHONHASHSEED": "0",
+    }.items()
+}  # fmt: skip
+"""What sums in the same order every time; torch's own part is in `prepare`."""
+
+
+class NpuOptions(Strict):
+    fused: bool = True
+    """Ascend's own kernels for attention (fp16 and bf16), norms, gated units and rotary positions; false: plain torch."""
+    cores: PositiveInt | None = None
+    """Processor cores of one device's process; unset is 8, or an equal share of a machine that has fewer."""
+    deterministic: bool = False
+    """The same run gives the same numbers, at some cost in speed."""
+    engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the device's memory that the engine may fill with its weights and its key-value cache."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
+    memory; 2: they are given up, since the next sync sends them all. Above 0 expandable segments are impossible."""
+
+
+class NpuBackend(Backend):
+    """Facts of Ascend devices."""
+
+    name: ClassVar[str] = "npu"
+    Options: ClassVar[type[NpuOptions]] = NpuOptions
+    default_engine: ClassVar[str] = "vllm"
+    environment_requirements: ClassVar[str] = "requirements/npu.txt"
+
+    def environment(self) -> Mapping[str, str]:
+        return {**DEFAULTS, **{name: value for name, (value, _) in self._needed().items()}}
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
+        yield from environment.wrong(self._needed(), given)
+        if self.options.sleep_level:
+            yield from environment.sleepless(ALLOCATOR, "expandable_segments:True", given)
+
+    def engine_options(self, engine: str) -> Mapping[str, Any]:
+        """Arguments of an engine that are this device's affair."""
+        if engine != "vllm":
+            return {}
+        return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_level > 0}
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("npu", local_rank)
+
+    def collectives(self) -> str:
+        """What the ranks agree on besides tensors is small, and in host memory."""
+        return "cpu:gloo,npu:hccl"
+
+    def group(self, address: str, rank: int, size: int) -> Any:
+        import torch_npu
+
+        kind = torch_npu._C._distributed_c10d.ProcessGroupHCCL
+        options = kind.Options()
+        options._timeout = rendezvous.PATIENCE
+        return kind(rendezvous.store(address, rank, size), rank, size, options)
+
+    def bundle(self) -> Mapping[str, float]:
+        """In Ray's names. Ray shows each process its own device by ASCEND_RT_VISIBLE_DEVICES, as number 0."""
+        return {"NPU": 1.0, "CPU": float(self.options.cores or min(_CORES, len(os.sched_getaffinity(0))))}
+
+    def sharing(self, devices: int) -> NpuBackend:
+        """As many cores each as there are, up to 8, unless the run file says how many."""
+        fair = max(1, min(_CORES, len(os.sched_getaffinity(0)) // devices))
+        return NpuBackend(self.options.model_copy(update={"cores": self.options.cores or fair}))
+
+    def network(self, address: str) -> Mapping[str, str]:
+        interface = node_address.interface(address)
+        return dict.fromkeys(("HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), interface) if interface else {}
+
+    def default_precision(self) -> str:
+        return "bf16"
+
+    def prepare(self) -> None:
+        """Gives torch the device. PluginError when torch_npu or what it stands on is missing."""
+        try:
+            import torch
+            import torch_npu  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            raise PluginError(f"backend.name npu: {_remedy(error)}") from error
+        if torch.cuda.is_available() or "torch_npu.contrib.transfer_to_npu" in sys.modules:
+            raise ConfigError(
+                "backend.name npu: transfer_to_npu is active: torch.cuda is torch.npu now, so that code for another device"
+                " runs unnoticed, and torch.jit.script does nothing; remove its import (torch_npu.contrib.transfer_to_npu)"
+            )
+        cure_torchvision()
+        if self.options.deterministic:
+            torch.use_deterministic_algorithms(True)
+        if self.options.fused:
+            from rlcore_backends.npu import operators
+
+            from rlcore.model import attention
+
+            attention.use(operators.attention, operators.DTYPES)
+
+    def fuse(self, model: nn.Module) -> nn.Module:
+        """Norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        if not self.options.fused:
+            return model
+        from rlcore_backends.common import fused
+        from rlcore_backends.npu import operators
+
+        return fused.fuse(model, operators.KERNELS)
+
+    def _needed(self) -> Mapping[str, tuple[str, str]]:
+        return {**NEEDED, **(DETERMINISTIC if self.options.deterministic else {})}
+
+
+def _remedy(error: BaseException) -> str:
+    """What is missing, and what to do about it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+        return f"torch_npu is not installed; pip install -r {NpuBackend.environment_requirements}"
+    if "cannot open shared object file" in text:
+        return (
+            f"torch_npu finds no CANN ({text}); run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`, or install the"
+            " toolkit and the driver that this torch_npu was built for"
+        )
+    return f"torch_npu does not import: {text}; its version must be that of torch, on a torch built for processors only"

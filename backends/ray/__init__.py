@@ -1,0 +1,1 @@
+"""Ray placements: pools of workers in processes of their own."""

@@ -1,0 +1,79 @@
+"""What the watch needs of Ray: a look at workers on every node, and what a worker's death means in words."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlcore.errors import WorkerDied
+from rlcore.monitor.heartbeat import Condition, Place, observe
+
+PATIENCE = 10.0  # seconds for a node to answer
+
+
+@ray.remote(num_cpus=0)
+class Observer:
+    """Stands on one node and reads what its workers show, which needs nothing of the workers."""
+
+    def look(self, places: Sequence[Place], with_stacks: bool) -> list[Condition]:
+        with ThreadPoolExecutor(len(places)) as pool:
+            return list(pool.map(lambda place: observe(place, with_stacks), places))
+
+
+class Observers:
+    """One on each node that has workers."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[Place]] = {}  # by Ray's node id
+        self._observers: dict[str, Any] = {}
+        self._closed, self._looking = False, threading.Lock()
+
+    def add(self, node: str, place: Place) -> None:
+        """A worker on the node of that id."""
+        with self._looking:
+            self._places.setdefault(node, []).append(place)
+            if node not in self._observers:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._observers[node] = Observer.options(scheduling_strategy=there).remote()
+
+    def look(self, with_stacks: bool) -> list[Condition]:
+        """Every worker's condition, in bounded time, from any thread; none after `close`."""
+        with self._looking:
+            if self._closed:
+                return []
+            asked = {node: self._observers[node].look.remote(places, with_stacks) for node, places in self._places.items()}
+            if asked:
+                ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+            return [one for node, answer in asked.items() for one in self._answer(node, answer)]
+
+    def close(self) -> None:
+        with self._looking:
+            self._closed = True
+            for observer in self._observers.values():
+                ray.kill(observer)
+
+    def _answer(self, node: str, answer: ray.ObjectRef) -> list[Condition]:
+        try:
+            return ray.get(answer, timeout=0)
+        except RayError as error:
+            reason = f"its node has not answered for {PATIENCE:.0f} s ({type(error).__name__})"
+            return [Condition(place.who, str(place), trouble=reason) for place in self._places[node]]
+
+
+def died(who: str, where: str, method: str, error: RayActorError) -> WorkerDied:
+    """What to tell of a worker that ended in the middle of `method`."""
+    said = " ".join(str(error).rpartition("Worker exit detail: ")[2].split())
+    if "node has died" in str(error):
+        cause = "its node has left the cluster: switched off, cut off, or its Ray was stopped"
+    elif "connection error code" in said:  # all that Ray can know of a process that said nothing
+        cause = "killed (for want of memory, if dmesg on that node says so) or crashed (then its log has the stacks)"
+    else:
+        cause = said
+    again = "--resume, or placement.max_restarts, goes on from the last checkpoint"
+    return WorkerDied(f"{who} ({where}) died in `{method}`: {cause}; {again}")

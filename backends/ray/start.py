@@ -1,0 +1,25 @@
+"""Where `placement.kind: ray` begins: what Ray reads when it is imported must stand before that."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from rlcore_backends.ray import debugging
+
+from rlcore.errors import PluginError
+from rlcore.model.resolved import Policy
+from rlcore.runtime.placement import Placement
+from rlcore.runtime.watchdog import Watch
+
+
+def open_pools(policy: Policy, watch: Watch) -> Placement:
+    """What `pools` opens. PluginError where Ray, or the debugger that is asked for, is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise PluginError("placement.kind: ray is not installed; on every node, pip install -r requirements/ray.txt")
+    debugging.check(os.environ)
+    for name, value in debugging.CONTROLLER.items():
+        os.environ.setdefault(name, value)
+    from rlcore_backends.ray.pools import open_pools
+
+    return open_pools(policy, watch)

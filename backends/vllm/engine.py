@@ -1,0 +1,186 @@
+"""Starting vLLM in this process, with arguments that hold for every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed, nn
+
+from rlcore.config.sections import LoraConfig, RolloutConfig
+from rlcore.device import Backend
+from rlcore.errors import ConfigError, PluginError, nearest
+from rlcore.monitor.heartbeat import unwatched
+from rlcore.protocols import Adapter
+
+if TYPE_CHECKING:
+    from vllm import LLM
+from rlcore_backends.vllm.internals import _runner, _undisturbed_random_state
+from rlcore_backends.vllm.rollout import VllmRollout
+from rlcore_backends.vllm.weights import VllmWeightsRollout
+
+_IMAGES_A_PROMPT = 16
+_LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams replace a lower one by it
+
+
+def build(
+    adapter: Adapter,
+    folder: Path,
+    backend: Backend,
+    config: RolloutConfig,
+    dtype: torch.dtype,
+    max_tokens: int,
+    seed: int,
+    lora: LoraConfig | None = None,
+    beat: Callable[[], None] = unwatched,
+    image_embeds: bool = False,
+    temperatures: Mapping[str, float] | None = None,
+) -> VllmRollout:
+    """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
+    if importlib.util.find_spec("vllm") is None:
+        raise PluginError(
+            f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
+            " or set rollout.engine=torch"
+        )
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
+    if distributed.is_initialized():
+        defaults |= _one_of_many(config.tensor_parallel)
+    _refuse_raised(temperatures or {})
+    _refuse_unknown(config.options)
+    if lora:
+        from rlcore_backends.vllm import lora as vllm_lora
+
+        defaults |= vllm_lora.engine_arguments(lora)
+    with _undisturbed_random_state():
+        from vllm import LLM
+
+        _register_class(folder)
+        _collect_earlier()
+        try:
+            llm = LLM(**(defaults | config.options))
+        except ValueError as error:
+            raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
+        if config.tensor_parallel > 1:
+            _unname_shared_memory()
+        _check_heads(_runner(llm).get_model())
+        level = _sleep_level(llm, backend)
+        if lora:
+            return vllm_lora.VllmAdditionsRollout(llm, adapter, beat, level, dtype, lora)
+        return VllmWeightsRollout(llm, adapter, beat, level, dtype, _shapes(folder))
+
+
+def _sleep_level(llm: LLM, backend: Backend) -> int:
+    """What the backend's options say, where they do, unless rollout.options has turned vLLM's sleep mode on or off."""
+    level = getattr(backend.options, "sleep_level", 0)
+    return (level or 1) if llm.llm_engine.vllm_config.model_config.enable_sleep_mode else 0
+
+
+def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int, image_embeds: bool) -> dict[str, Any]:
+    arguments = {
+        "model": str(folder),
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_tokens,
+        "seed": seed,
+        "enforce_eager": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",  # not the folder's: every sampling setting is ours
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
+        arguments["enable_mm_embeds"] = image_embeds
+    return arguments
+
+
+def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
+    """Arguments of an engine in one of several processes that have met: vLLM reads torchrun's variables there. Each process
+    sees one device."""
+    ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+
+
+def _collect_earlier() -> None:
+    """Ends this process's earlier engine now, if nobody holds it: vLLM tears down the process's groups when an engine is
+    collected, and later they would be those of the one that follows."""
+    gc.collect()
+
+
+def _unname_shared_memory() -> None:
+    """Takes the name from the memory that vLLM's tensor-parallel processes share on processors with AVX-512, once all have it.
+
+    Why: the name is the same in every run of processes that have met by themselves, and vLLM wants a new one: what a killed run
+        leaves behind keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
+    Delete when: vLLM's cpu_worker.py makes VLLM_DIST_IDENT of more than `env://`.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    module = getattr(group.device_communicator, "dist_module", None)
+    if name := getattr(module, "group_name", None):
+        Path("/dev/shm", f"{name.lstrip('/')}_{group.rank_in_group}").unlink(missing_ok=True)
+
+
+def _register_class(folder: Path) -> None:
+    """Has vLLM look at the model's class in this process.
+
+    Otherwise it starts one of its own to do so, which takes some ten seconds and dies where torchvision needs its cure.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def _check_heads(model: nn.Module) -> None:
+    """ConfigError for attention heads that vLLM starts with and then fails to compute."""
+    for layer in model.modules():
+        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: the engine's kernels are not for it
+        if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
+            known = ", ".join(map(str, kind.get_supported_head_sizes()))
+            raise ConfigError(
+                f"rollout.engine: vLLM's {kind.get_name()} has no kernel for this model's attention heads of {size} (it has"
+                f" {known}); set rollout.engine=torch"
+            )
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Of every tensor in the folder, from the headers of its files."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return shapes
+
+
+def _refuse_raised(temperatures: Mapping[str, float]) -> None:
+    """A temperature that vLLM would replace by a higher one, of which the trainer's log-probabilities know nothing."""
+    for key, temperature in temperatures.items():
+        if 0 < temperature < _LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"{key}: {temperature} is below {_LEAST_TEMPERATURE}, at which vLLM would sample instead; raise it to that, or"
+                " set rollout.engine=torch"
+            )
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    from vllm import EngineArgs
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in options:
+        if name not in known:
+            hint = nearest(name, known)
+            hint = hint if "did you mean" in hint else "; vLLM's engine arguments are what may stand here"
+            raise ConfigError(f"rollout.options.{name}: vLLM has no such engine argument{hint}")

@@ -1,0 +1,296 @@
+"""Which tensors an engine needs, where it keeps them, and proof that an update arrived."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.distributed.fingerprint import compare, fingerprint
+from rlcore.errors import RunError
+from rlcore.types import NamedTensors
+
+if TYPE_CHECKING:
+    pass
+
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a dense product, relative
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """What a packed matrix [N, K] does, where its numbers can no longer be read.
+
+    On the CPU vLLM keeps linear layers in oneDNN's own layout and drops the original.
+    """
+
+    dense: Tensor  # [N] times a random vector: every element counts, to rounding
+    column: Tensor  # [N] times a unit vector: one column, a different one for each version, to the bit
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Product) or self.dense.shape != other.dense.shape:
+            return False
+        distance, size = (self.dense.float() - other.dense.float()).norm(), self.dense.float().norm()
+        return torch.equal(self.column, other.column) and bool(distance <= _TOLERANCE[self.dense.dtype] * size)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the engine keeps a tensor: part `index` of the rows of `parameter` of a layer."""
+
+    layer: str
+    parameter: str
+    index: int
+
+
+def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
+    """Of a tensor under its Hugging Face name; `has` says which layers there are."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: nothing but names is in its mapper
+        mapper = mapper.get_rename_mapper()
+    mapped = next(iter(mapper.apply_list([name]) if mapper else ()), name)
+    layer, _, parameter = mapped.rpartition(".")
+    parent, _, leaf = layer.rpartition(".")
+    for fused, parts in _fused(model).items():
+        if leaf in parts and has(f"{parent}.{fused}"):
+            return _Place(f"{parent}.{fused}", parameter, parts.index(leaf))
+    return _Place(layer, parameter, 0)
+
+
+def _fused(model: nn.Module) -> dict[str, list[str]]:
+    """Layers that the engine computes as one, and what they are made of."""
+    return {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
+
+
+class _Ledger:
+    """Which tensors the engine needs, and how each can be read back. Names come from the served model itself."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self._fused = _fused(model)
+        self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
+        self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
+        self.needed = {place for name, _ in model.named_parameters() for place in self._places_of(name)}
+        self.tied = self._tied_heads()
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._shapes = {self.place(name): list(shape) for name, shape in shapes.items()}
+
+    def place(self, name: str) -> _Place:
+        """Of a tensor under its Hugging Face name."""
+        return locate(self.model, name, self._has)
+
+    def admit(self, name: str, tensor: Tensor) -> _Place:
+        """The tensor's place, or RunError before the engine sees it."""
+        place = self.place(name)
+        if place not in self.needed and place.layer not in self.tied:
+            raise RunError(f"weight sync: unexpected tensor {name}: the engine has no such weight; is this the served model?")
+        shape = self._shapes.get(place, list(tensor.shape))
+        if list(tensor.shape) != shape:
+            raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the engine holds {shape}")
+        return place
+
+    def part(self, place: _Place, tensor: Tensor) -> Tensor:
+        """What this rank of a tensor-parallel engine holds of it."""
+        layer = self.model.get_submodule(place.layer)
+        if getattr(layer, "tp_size", 1) == 1:
+            return tensor
+        sizes = getattr(layer, "output_sizes", None)
+        if sizes and place.index == 0 and len(tensor) == sum(sizes) and len(sizes) > 1:  # fused in the checkpoint already
+            return torch.cat([_rows_of(layer, index, one) for index, one in enumerate(tensor.split(sizes))])
+        return _rows_of(layer, place.index, tensor)
+
+    def as_held(self, place: _Place, tensor: Tensor) -> Tensor:
+        """In the numbers it is served in. A processor with AMX has biases of a bfloat16 model in float32."""
+        return tensor.to(self._dtypes.get(f"{place.layer}.{place.parameter}", self.dtype))
+
+    def title(self, place: _Place) -> str:
+        """The tensor's name in the engine, with fused layers taken apart."""
+        parent, _, leaf = place.layer.rpartition(".")
+        parts = self._fused.get(leaf)
+        return f"{parent}.{parts[place.index]}.{place.parameter}" if parts else f"{place.layer}.{place.parameter}"
+
+    def shipment(self, version: int) -> _Shipment:
+        return _Shipment(self, version)
+
+    def product(self, layer: str, version: int) -> _Product:
+        """[all rows of the layer]."""
+        module = self.model.get_submodule(layer)
+        probe = _probe(_width(module), version, self.dtype).to(self.device)
+        dense, column = module.quant_method.apply(module, probe, None)
+        return _Product(dense, column)
+
+    def heads_fed_by(self, place: _Place) -> list[str]:
+        """The output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
+        return [head for head in self.heads if place.parameter == "weight" and place.layer in (head, self.tied.get(head))]
+
+    def packed_bytes(self) -> int:
+        """Of the layers whose numbers can no longer be read."""
+        layers = (self.model.get_submodule(name) for name in self.packed)
+        return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
+
+    def serve_tied_heads(self) -> None:
+        """vLLM's reload packs the layers that it was sent weights for, and a tied head is sent none: on the CPU it would go on
+        multiplying by the embedding of before. It is given what the embedding has been packed to."""
+        for head, embedding in self.tied.items():
+            owner = self.model.get_submodule(embedding)
+            if hasattr(owner, "cpu_linear"):
+                self.model.get_submodule(head).cpu_linear = owner.cpu_linear
+
+    def parameter(self, layer: str, name: str) -> Tensor | None:
+        return getattr(self.model.get_submodule(layer), name, None) if self._has(layer) else None
+
+    def _has(self, layer: str) -> bool:
+        try:
+            self.model.get_submodule(layer)
+        except AttributeError:
+            return False
+        return True
+
+    def _places_of(self, name: str) -> list[_Place]:
+        layer, _, parameter = name.rpartition(".")
+        return [_Place(layer, parameter, index) for index in range(len(self._fused.get(layer.rpartition(".")[2], [0])))]
+
+    def _tied_heads(self) -> dict[str, str]:
+        """Head layer -> the embedding layer it shares its weight with."""
+        owners: dict[int, str] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(getattr(layer, "weight", None), Tensor) and name not in self.heads:
+                owners.setdefault(id(layer.weight), name)
+        modules = {name: self.model.get_submodule(name) for name in self.heads}
+        return {name: owners[id(layer.weight)] for name, layer in modules.items() if id(layer.weight) in owners}
+
+
+class _Shipment:
+    """One weight update: what was sent, noted as it streams by, against what the engine holds afterwards."""
+
+    def __init__(self, ledger: _Ledger, version: int) -> None:
+        self._ledger = ledger
+        self._version = version
+        self._parts: dict[tuple[str, str], dict[int, tuple[str, torch.Size]]] = defaultdict(dict)
+        self._sent: dict[str, Any] = {}
+        self._names: dict[_Place, str] = {}
+        self.last = ""
+        self.tensors = self.bytes = 0
+        self.seconds = 0.0
+
+    def watch(self, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            started = time.perf_counter()
+            self._note(name, tensor.detach())
+            self.seconds += time.perf_counter() - started
+            yield name, tensor.detach()
+
+    def verify(self) -> None:
+        with torch.inference_mode():
+            held = self._held()
+        compare(self._sent, held)
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        ledger, place = self._ledger, self._ledger.admit(name, tensor)
+        self.last = name
+        self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
+        tensor = ledger.part(place, tensor).to(ledger.dtype)
+        self._names[place] = name
+        self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
+        packed = place.layer in ledger.packed and place.parameter == "weight"
+        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(ledger.as_held(place, tensor))
+        for head in ledger.heads_fed_by(place):
+            self._sent[_served(head)] = _product(tensor, self._version)
+
+    def _held(self) -> dict[str, Any]:
+        """By Hugging Face name; by the engine's where nobody sent it."""
+        ledger = self._ledger
+        missing = [place for place in ledger.needed if place not in self._names]
+        incomplete = {(place.layer, place.parameter) for place in missing}
+        held: dict[str, Any] = {ledger.title(place): None for place in missing}
+        for (layer, parameter), parts in self._parts.items():
+            if (layer, parameter) in incomplete:
+                held |= {name: self._sent[name] for name, _ in parts.values()}  # where the others begin is unknown
+            else:
+                held |= self._parts_held(layer, parameter, [parts[index] for index in sorted(parts)])
+        return held | {_served(head): self._head_held(head) for head in ledger.heads}
+
+    def _parts_held(self, layer: str, parameter: str, parts: list[tuple[str, torch.Size]]) -> dict[str, Any]:
+        packed = layer in self._ledger.packed and parameter == "weight"
+        whole = self._ledger.product(layer, self._version) if packed else self._ledger.parameter(layer, parameter)
+        if whole is None:
+            return {}
+        held, start = {}, 0
+        for name, shape in parts:
+            rows = slice(start, start + shape[0])
+            start = rows.stop
+            held[name] = _Product(whole.dense[rows], whole.column[rows]) if packed else _fingerprint_as(whole[rows], shape)
+        return held
+
+    def _head_held(self, head: str) -> _Product:
+        product = self._ledger.product(head, self._version)
+        sent = self._sent.get(_served(head))
+        rows = slice(0, len(sent.dense) if sent else None)  # the engine pads the vocabulary
+        return _Product(product.dense[rows], product.column[rows])
+
+
+def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
+    """This rank's rows (or columns, of a layer that takes a part of the input) of part `index` of a layer."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(layer, VocabParallelEmbedding):
+        return tensor[layer.shard_indices.org_vocab_start_index : layer.shard_indices.org_vocab_end_index]
+    rank, size = layer.tp_rank, layer.tp_size
+    if isinstance(layer, QKVParallelLinear) and index > 0:  # few key and value heads are held by several ranks
+        rank, size = rank // layer.num_kv_head_replicas, size // layer.num_kv_head_replicas
+    if isinstance(layer, ColumnParallelLinear):
+        return tensor.chunk(size)[rank]
+    return tensor.chunk(size, dim=1)[rank] if isinstance(layer, RowParallelLinear) and tensor.dim() > 1 else tensor
+
+
+def _product(tensor: Tensor, version: int) -> _Product:
+    """What a packed layer with the weight [N, K] is expected to do."""
+    column = version % tensor.shape[1]
+    return _Product(tensor.mv(_noise(tensor.shape[1]).to(tensor)), tensor[:, column].clone())
+
+
+def _probe(width: int, version: int, dtype: torch.dtype) -> Tensor:
+    """[2, width]: a random row, and the unit row of the column that this version checks to the bit."""
+    probe = torch.zeros(2, width, dtype=dtype)
+    probe[0] = _noise(width)
+    probe[1, version % width] = 1
+    return probe
+
+
+@lru_cache
+def _noise(width: int) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(width))
+
+
+def _fingerprint_as(tensor: Tensor, shape: torch.Size) -> Any:
+    """Of the tensor in the shape it was sent in; its own where that does not fit."""
+    return fingerprint(tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor)
+
+
+def _served(head: str) -> str:
+    return f"{head} (as served)"
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return hasattr(layer, "quant_method") and isinstance(weight, Tensor) and weight.numel() == 0
+
+
+def _is_head(layer: nn.Module) -> bool:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return isinstance(layer, ParallelLMHead)
+
+
+def _width(layer: nn.Module) -> int:
+    """K of a layer [N, K]."""
+    return layer.embedding_dim if _is_head(layer) else getattr(layer, "input_size_per_partition", layer.input_size)

@@ -1,0 +1,76 @@
+"""An engine that takes whole weights, and proves that it holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlcore.errors import RunError
+from rlcore.protocols import Adapter
+from rlcore.runtime.memory import awake
+from rlcore.types import NamedTensors, Receipt
+
+if TYPE_CHECKING:
+    from vllm import LLM
+from rlcore_backends.vllm.manifest import _Ledger
+from rlcore_backends.vllm.rollout import VllmRollout
+
+
+class VllmWeightsRollout(VllmRollout):
+    """Takes whole weights, and proves that it holds them."""
+
+    def __init__(
+        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int, dtype: torch.dtype,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> None:  # fmt: skip
+        super().__init__(llm, adapter, beat, sleep_level)
+        self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """RunError names the tensors that are missing, unknown or not what was sent."""
+        awake(self._asleep, "a weight update")
+        started = time.perf_counter()
+        self._constants.note()
+        checking = time.perf_counter() - started
+        shipment = self._ledger.shipment(version)
+        self.version = None  # until what arrived has been proved
+        try:
+            with self._updating():
+                self._runner.reload_weights(weights_iterator=shipment.watch(weights))
+        except Exception as error:
+            self._leave_reload()
+            if isinstance(error, RunError):
+                raise
+            last = shipment.last or "the first tensor"
+            raise RunError(f"weight sync: the engine refused version {version} at {last}: {error!r}") from error
+        self._ledger.serve_tied_heads()
+        self._forget()
+        began = time.perf_counter()
+        shipment.verify()
+        self._check_update(version)
+        self.version = version
+        done = time.perf_counter()
+        checking += shipment.seconds + done - began
+        return Receipt(version, shipment.tensors, shipment.bytes, done - started, checking)
+
+    def _packed_bytes(self) -> int:
+        return self._ledger.packed_bytes()
+
+    def _leave_reload(self) -> None:
+        """Out of a half-done update, so that a whole one can follow."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with contextlib.suppress(Exception), self._updating():
+            finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
+
+    @contextlib.contextmanager
+    def _updating(self) -> Iterator[None]:
+        """As vLLM's own worker does it: layers ask for the engine's configuration while they take weights."""
+        from vllm.config import set_current_vllm_config
+
+        with torch.no_grad(), set_current_vllm_config(self._llm.llm_engine.vllm_config):
+            yield

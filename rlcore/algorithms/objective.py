@@ -1,0 +1,24 @@
+"""The objective of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlcore.types import Batch, TokenLoss, TokenView
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an actor minimizes: the sum over tokens of share x loss."""
+
+    loss: Callable[[TokenView], TokenLoss]
+    shares: Callable[[Batch], Tensor]  # [N], of a whole optimizer step; 0 where the loss does not count
+    unit: Callable[[Batch], float]  # what that step's reported means are means over
+    whole_groups: bool = False  # the loss of a sample needs the others of its group in the same forward pass
+
+
+def tokens(batch: Batch) -> float:
+    return float(batch.loss_mask.sum())

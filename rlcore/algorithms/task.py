@@ -1,0 +1,56 @@
+"""What each command trains for, and how a batch becomes optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from rlcore.algorithms import aggregation, dpo
+from rlcore.algorithms.loss import objective
+from rlcore.algorithms.objective import Objective, tokens
+from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.sft import negative_log_likelihood
+from rlcore.config.schema import RunConfig
+from rlcore.config.sections import OptimizerConfig
+from rlcore.types import Batch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The same on the controller, which deals batches, and on the workers, which step."""
+
+    objective: Objective
+    passes: Passes
+    optimizer: OptimizerConfig
+    temperature: float  # of the log-probabilities
+    compared: bool  # with the model it started from
+
+
+def recipe(task: str, config: RunConfig) -> Recipe:
+    """`task` is the command's name."""
+    return {"grpo": _grpo, "sft": _sft, "dpo": _dpo}[task](config)
+
+
+def _grpo(config: RunConfig) -> Recipe:
+    train, algorithm = config.train, config.algorithm
+    each = train.minibatches_per_step * train.epochs_per_step
+    passes = Passes(train.steps * each, train.minibatches_per_step, train.epochs_per_step, config.seed)
+    goal = objective(algorithm, config.rollout.max_new_tokens)
+    return Recipe(goal, passes, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0)
+
+
+def _sft(config: RunConfig) -> Recipe:
+    """Responses that nobody sampled: their probabilities are the model's own, at temperature 1."""
+    assert config.sft is not None
+    goal = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
+    return Recipe(goal, Passes(config.sft.steps), config.sft.optimizer, 1.0, compared=False)
+
+
+def _dpo(config: RunConfig) -> Recipe:
+    assert config.dpo is not None
+    goal = Objective(partial(dpo.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
+    return Recipe(goal, Passes(config.dpo.steps), config.dpo.optimizer, 1.0, compared=True)
+
+
+def _pairs(batch: Batch) -> float:
+    return float(len(batch.groups))

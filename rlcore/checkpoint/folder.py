@@ -1,0 +1,88 @@
+"""Saving and resuming. A checkpoint is a folder that appears whole or not at all; `latest` names the newest.
+
+    checkpoints/step_000010/model/               a Hugging Face folder
+    checkpoints/step_000010/optimizer.safetensors   first and second moments by parameter, optimizer.json the step count
+    checkpoints/step_000010/state.json           step, prompts drawn, random states
+    checkpoints/step_000010/generator.json       the random state of a device that draws by itself
+    checkpoints/latest                           "step_000010"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rlcore.checkpoint.state import random_states
+from rlcore.errors import ConfigError, RunError, Unwritten
+
+
+def save_checkpoint(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`. RunError
+    when there is no room for it."""
+    folder = run_folder / "checkpoints" / name
+    draft = folder.with_name(f".{name}.partial")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        (draft / "state.json").write_text(json.dumps({"random": random_states(), **state}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        replace_text(folder.parent / "latest", name)
+    except (OSError, Unwritten) as error:
+        raise RunError(f"{folder} cannot be written: {error}; {_whole(folder.parent)}") from error
+    return folder
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Says that a file could not be written as an Unwritten, which means the same in whatever process it happens."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Unwritten(str(error)) from error
+
+
+def _whole(checkpoints: Path) -> str:
+    """What there is to go on from when a checkpoint was not finished."""
+    pointer = checkpoints / "latest"
+    if not pointer.exists():
+        return "there is none before it; free some room and start again"
+    return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
+
+
+def latest_checkpoint(run_folder: Path) -> Path:
+    """The newest whole checkpoint; ConfigError when there is none."""
+    folder = newest_checkpoint(run_folder)
+    if folder is None:
+        raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
+    return folder
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The same; None when there is none yet."""
+    pointer = run_folder / "checkpoints" / "latest"
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / "state.json").exists():
+        raise ConfigError(f"--resume: {pointer} names {folder.name}, which is missing or not whole")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

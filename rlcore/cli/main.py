@@ -1,0 +1,138 @@
+"""The command line. Reads the run file and chooses the backend before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from bdb import BdbQuit
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlcore import registry
+from rlcore.cli.inspect import run_plan, run_show
+from rlcore.cli.launch import LAUNCHER, run_launch
+from rlcore.cli.machine import run_check, run_doctor
+from rlcore.cli.train import run_training
+from rlcore.diagnose.conformance.report import SECTIONS
+from rlcore.errors import RlcoreError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user's mistake, 1 the run failed, 130 interrupted."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest and "overrides" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that stand behind an option
+        options.overrides += rest
+    try:
+        return options.run(options) or 0
+    except RlcoreError as error:
+        print(f"rlcore: {error}", file=sys.stderr)
+        return error.status
+    except (KeyboardInterrupt, BdbQuit):
+        print("rlcore: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Command(argparse.ArgumentParser):
+    """A subcommand. Options that a plugin brings are asked for when the command is called: other commands never load it."""
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        if complete := self.get_default("complete"):
+            complete(self)
+        return super().parse_known_args(*arguments, **keywords)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlcore", description="Reinforcement learning for language and vision-language models.",
+        epilog="Exit status: 0 done, 2 your mistake (settings, data, a missing part), 1 the run failed, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"rlcore {metadata.version('rlcore')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    for name, module, what in (
+        ("grpo", "rlcore.train.grpo", "train by a policy gradient: the algorithm section (after a warm start, if sft is set)"),
+        ("sft", "rlcore.train.sft", "supervised training alone: the sft section"),
+        ("dpo", "rlcore.train.dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
+    ):
+        command = _command(commands, name, partial(run_training, module), what)
+        _add_run_folder(command)
+        command.add_argument("--debug", action="store_true", help="the same job in this process alone; breakpoint() is pdb")
+    launch = _command(commands, "launch", run_launch, "train over the devices of several nodes: the same line on each of them")
+    _add_run_folder(launch)
+    launch.add_argument("--train", choices=("grpo", "sft", "dpo"), default="grpo", help="what the head runs; default: grpo")
+    launch.set_defaults(complete=_add_launcher_options)
+    _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
+    _command(commands, "show", run_show, "every setting of the run, as YAML")
+    _add_doctor(commands)
+    _add_check(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, what: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    command.add_argument("file", metavar="RUN.yaml", help="the run file")
+    command.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the run file's")
+    installed = ", ".join(registry.names("backends"))
+    command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
+    command.set_defaults(run=run, debug=False)
+    return command
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    what = "look at this machine: devices, drivers, versions, ports, limits; what is wrong, with its remedy"
+    command = commands.add_parser(
+        "doctor", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Exit status: 0 nothing fails, 1 something does, 2 a wrong argument.",
+    )  # fmt: skip
+    installed = ", ".join(registry.names("doctors"))
+    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto")
+    command.add_argument("--json", action="store_true", help="one object instead of lines")
+    command.add_argument("--versions", action="store_true", help="only the versions that belong together, as a Markdown table")
+    command.set_defaults(run=run_doctor)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    what = "measure what every backend must do on this machine's devices: kernels, numbers, ranks, engine, a run that learns"
+    command = commands.add_parser(
+        "check", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Exit status: 0 everything is within its limit, 1 something is not, 2 a wrong argument.",
+    )  # fmt: skip
+    installed = ", ".join(registry.names("backends"))
+    command.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="settings of the small run: backend.options, rollout.engine, ..."
+    )
+    command.add_argument("--backend", metavar="NAME", default="auto", help=f"auto, {installed}; default: auto")
+    command.add_argument("--only", action="append", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="what was found, to paste into an issue; default: rlcore-check-<backend>.md"
+    )
+    command.set_defaults(run=run_check)
+
+
+def _add_run_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<run file's name>-<date>-<time>")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
+
+
+def _add_launcher_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("nodes", "Each can also be set as an environment variable: --ray-port as RAY_PORT.")
+    for name, field in registry.load("launchers", LAUNCHER).Options.model_fields.items():
+        flag, about = f"--{name.replace('_', '-')}", {"dest": field.alias, "default": None}
+        if field.annotation is bool:
+            group.add_argument(flag, action="store_true", help=field.description, **about)
+        else:
+            default = "" if field.is_required() or field.default is None else f"; default: {field.default}"
+            group.add_argument(flag, metavar="X", help=f"{field.description}{default}", **about)

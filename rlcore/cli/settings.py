@@ -1,0 +1,62 @@
+"""The run file of a command, checked against what is installed, and its backend."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from rlcore import registry
+from rlcore.config import loader
+from rlcore.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from rlcore.device import Backend
+
+ALONE = (
+    "placement.kind=local", "placement.devices=1", "placement.pools={}", "placement.max_staleness=0", "placement.options={}",
+    "placement.stall_seconds=0", "sharding.replicas=1", "sharding.sequence_parallel=1", "rollout.tensor_parallel=1",
+)  # fmt: skip
+
+
+def load_settings(options: argparse.Namespace) -> RunConfig:
+    chosen = [f"backend.name={options.backend}"] if options.backend else []
+    config = loader.load(options.file, [*options.overrides, *chosen, *(ALONE if options.debug else ())])
+    check_installed(config)
+    return config
+
+
+def check_installed(config: RunConfig) -> None:
+    """Every plugin by its name: one that is not there is named with its setting, before anything heavy is imported."""
+    wanted = [
+        ("backends", "backend.name", config.backend.name),
+        ("rollout_engines", "rollout.engine", config.rollout.engine),
+        ("placements", "placement.kind", config.placement.kind),
+        ("adapters", "model.adapter", config.model.adapter),
+        ("datasets", "data.train.name", config.data.train.name),
+        *([("datasets", "data.eval.name", config.data.eval.name)] if config.data.eval else []),
+        *(("rewards", f"reward.{index}.name", reward.name) for index, reward in enumerate(config.reward)),
+    ]
+    for group, key, name in wanted:
+        if name != "auto" and "." not in name:
+            registry.check(group, name, key)
+
+
+def prepared_backend(config: RunConfig) -> Backend:
+    """The chosen backend, with its environment in place: torch reads it when it is imported, which comes later."""
+    backend = chosen_backend(config)
+    backend.settle(os.environ)
+    return backend
+
+
+def chosen_backend(config: RunConfig) -> Backend:
+    """That of the run file; `auto` is the one whose devices are here, and says so."""
+    name = config.backend.name
+    if name == "auto":
+        from rlcore.diagnose import doctor
+
+        choice = doctor.choose()
+        name = choice.name
+        print(f"backend: {name} ({choice.why})")
+    kind = registry.load("backends", name)
+    return kind(loader.validate(kind.Options, config.backend.options, "backend.options."))

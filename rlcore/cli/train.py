@@ -1,0 +1,119 @@
+"""The training commands: the run folder, and the run in it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlcore.cli.run_folder import RECORD, Claim
+from rlcore.config import loader
+from rlcore.config.schema import RunConfig
+from rlcore.errors import ConfigError, WorkerDied
+from rlcore.runtime import jemalloc
+
+if TYPE_CHECKING:
+    from rlcore.monitor.console import Console
+from rlcore.cli.settings import load_settings, prepared_backend
+
+_HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with it, or another folder"
+
+
+def run_training(module: str, options: argparse.Namespace) -> None:
+    config = load_settings(options)
+    backend = prepared_backend(config)
+    folder = _run_folder(options)
+    with Claim(folder) as claim:
+        if options.resume:
+            claim.take()
+        train = importlib.import_module(module).train
+        from rlcore.monitor.console import Console
+
+        _hush()
+        console = Console(config.logging.samples_on_console)
+        if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
+            remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
+            console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
+        run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config))
+        _restarting(run, folder, options.resume, config.placement.max_restarts, console)
+    _closing(folder)
+
+
+def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: int, console: Console) -> None:
+    """The run, and again from its last checkpoint when a worker died, as often as may be."""
+    for left in range(restarts, -1, -1):
+        try:
+            return run(resume=resume)
+        except WorkerDied as error:
+            latest = folder / "checkpoints" / "latest"
+            if not left or not latest.exists():
+                raise
+            console.warn(f"{error}; restarting from {latest.read_text().strip()}, {left - 1} restarts are left")
+            resume = True
+
+
+def _run_folder(options: argparse.Namespace) -> Path:
+    """Where the run's files go; not made yet."""
+    stem = Path(options.file).stem
+    folder = options.run_dir or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = (folder / RECORD).exists()
+    if options.resume and options.run_dir is None:
+        raise ConfigError("--resume: say which run with --run-dir DIR")
+    if options.resume and not started:
+        raise ConfigError(f"--resume: {folder} holds no run (no {RECORD})")
+    if started and not options.resume:
+        raise ConfigError(_HOLDS_A_RUN.format(folder))
+    return folder
+
+
+def _begin(claim: Claim, config: RunConfig) -> None:
+    """Make the run folder and its record, unless the run goes on in one."""
+    folder, going_on = claim.folder, claim.taken
+    claim.take()
+    recorded = (folder / RECORD).exists()
+    if recorded and not going_on:  # another run began while this one was loading
+        raise ConfigError(_HOLDS_A_RUN.format(folder))
+    print(f"run folder: {folder}", flush=True)
+    if recorded:
+        return
+    try:
+        (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(loader.dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--run-dir: {folder} cannot be written: {error}; give another folder") from None
+
+
+def _environment() -> dict[str, object]:
+    installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
+    return {
+        "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "command": sys.argv,
+        "malloc": str(jemalloc.of_malloc() or "not jemalloc"),
+        "packages": dict(sorted(installed.items())),
+    }
+
+
+def _hush() -> None:
+    """Models load without bars of their own: stderr is for the run's bar and for mistakes."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _closing(folder: Path) -> None:
+    latest = folder / "checkpoints" / "latest"
+    print(
+        f"\nrun folder: {folder}\n"
+        f"  metrics.jsonl       every step's numbers\n"
+        f"  samples.jsonl       every sample with its score\n"
+        f"  tensorboard/        tensorboard --logdir {folder}\n"
+        + (f"  checkpoints/        {latest.read_text().strip()}/model loads with from_pretrained" if latest.exists() else "")
+    )

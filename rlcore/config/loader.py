@@ -1,0 +1,133 @@
+"""Reading a run file: YAML, overrides, validation, and one line for each mistake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from rlcore.config.schema import RunConfig
+from rlcore.config.sections import Strict
+from rlcore.errors import ConfigError, nearest
+
+
+class _KeyTwice(Exception):
+    """`LINE: 'key' is already set on line LINE`."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML, which would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise _KeyTwice(f"{line}: {key.value!r} is already set on line {lines[key.value]}; remove one")
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
+    return validate(RunConfig, read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file and the overrides say, not yet checked."""
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except _KeyTwice as twice:
+        raise ConfigError(f"{path}:{twice}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        found = _kind(values)
+        raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {found}")
+    for override in overrides:
+        values = _override(values, override)
+    return values
+
+
+def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
+    """`values` as `schema`, or one ConfigError with a line for each wrong key, each with its full name."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, prefix, detail) for detail in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(config: RunConfig) -> str:
+    """Every setting as YAML, in the order of the schema; reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"{override!r}: an override is a.b=value, for example train.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from None
+    return _with(values, key.split("."), value, key)
+
+
+def _with(values: Any, path: Sequence[str], value: Any, key: str) -> Any:
+    """`values` with the entry at `path` replaced; list entries are named by their index."""
+    head, *rest = path
+    if isinstance(values, list):
+        if not head.isdigit() or int(head) >= len(values):
+            raise ConfigError(f"{key}: {head!r} is not an entry of this list of {len(values)}")
+        index = int(head)
+        return [*values[:index], _with(values[index], rest, value, key) if rest else value, *values[index + 1 :]]
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key}: {head!r} stands below a plain value ({values!r}), not below a section")
+    return {**values, head: _with(values.get(head), rest, value, key) if rest else value}
+
+
+def _explain(schema: type[BaseModel], prefix: str, detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = prefix + ".".join(location)
+    kind, given = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: no such setting{nearest(location[-1], _fields(schema, location[:-1]))}"
+    if kind == "missing":
+        return f"{key}: must be set"
+    if kind == "value_error":
+        message = str(detail["ctx"]["error"])
+        return f"{key}.{message}" if key else message
+    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}; it is {_kind(given)}"
+
+
+def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The settings of the section at `path`."""
+    for name in path:
+        if name.isdigit():
+            continue
+        annotation = schema.model_fields[name].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        schema = next(part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel))
+    return list(schema.model_fields)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    return f"{value!r}" if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"

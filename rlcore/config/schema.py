@@ -1,0 +1,137 @@
+"""The whole run file, and what its sections demand of each other."""
+
+from __future__ import annotations
+
+from pydantic import (
+    NonNegativeInt,
+    model_validator,
+)
+
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.placement import COMPANIONS, PlacementConfig, ShardingConfig
+from rlcore.config.sections import (
+    BackendConfig,
+    CriticConfig,
+    DataConfig,
+    DpoConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    SftConfig,
+    Strict,
+    TrainConfig,
+    VisionConfig,
+)
+
+
+class RunConfig(Strict):
+    """One training run. `rlcore show RUN.yaml` prints every value."""
+
+    seed: NonNegativeInt = 0
+    model: ModelConfig
+    vision: VisionConfig = VisionConfig()
+    backend: BackendConfig = BackendConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: list[RewardConfig] = []
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig | None = None
+    """The value model of algorithm.advantage gae."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig | None = None
+    """Supervised warm start on the training rows' targets, before the first step of `rlcore grpo`; all of `rlcore sft`."""
+    dpo: DpoConfig | None = None
+    """All of `rlcore dpo`."""
+    evaluation: EvaluationConfig | None = None
+    logging: LoggingConfig = LoggingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    sharding: ShardingConfig = ShardingConfig()
+
+    @model_validator(mode="after")
+    def _one_sample_fits_a_microbatch(self) -> RunConfig:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.train.max_tokens_per_microbatch:
+            raise ValueError(
+                f"train.max_tokens_per_microbatch: {self.train.max_tokens_per_microbatch} cannot hold one sample of up to"
+                f" {longest} tokens (data.max_prompt_tokens {self.data.max_prompt_tokens} + rollout.max_new_tokens"
+                f" {self.rollout.max_new_tokens}); raise it to at least {longest} or lower the other two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_go_together(self) -> RunConfig:
+        algorithm, rollout, lora = self.algorithm, self.rollout, self.model.lora
+        if lora is not None and lora.sync == "adapter" and self.sft is not None:
+            raise ValueError(
+                "model.lora.sync: adapter sends the engine no other weights, and the warm start (sft) makes others; set"
+                " model.lora.sync=merged or remove sft"
+            )
+        if algorithm.advantage == "gae" and self.critic is None:
+            raise ValueError(
+                "critic: algorithm.advantage gae needs a value model; add the section (critic: {}) or choose another advantage"
+            )
+        if self.critic is not None and algorithm.advantage != "gae":
+            raise ValueError(f"critic: algorithm.advantage {algorithm.advantage} asks no critic; remove the section or set gae")
+        if algorithm.correction != "none" and (rollout.top_p < 1 or rollout.top_k):
+            key = f"rollout.top_p {rollout.top_p}" if rollout.top_p < 1 else f"rollout.top_k {rollout.top_k}"
+            raise ValueError(
+                f"algorithm.correction: {algorithm.correction} compares log-probabilities, and under {key} the engine's are of"
+                " another distribution than the trainer's; sample from the whole one or set algorithm.correction=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _devices_divide(self) -> RunConfig:
+        copies = self.sharding.replicas * self.sharding.sequence_parallel
+        for name, devices, roles in self.pools():
+            parts = {"sharding.replicas x sharding.sequence_parallel": copies} if {"actor", "reference"} & roles else {}
+            parts |= {"rollout.tensor_parallel": self.rollout.tensor_parallel} if "rollout" in roles else {}
+            for key, part in parts.items():
+                if devices % part:
+                    raise ValueError(f"{name}: {devices} devices cannot be split into equal parts of {part} ({key})")
+        return self
+
+    def pools(self) -> list[tuple[str, int, set[str]]]:
+        """Every pool's setting, devices and roles. A role that no pool lists goes with another."""
+        placement = self.placement
+        if not placement.pools:
+            return [("placement.devices", placement.devices, {"actor", *COMPANIONS, "rollout"})]
+        listed = {role for pool in placement.pools.values() for role in pool.roles}
+        return [
+            (
+                f"placement.pools.{name}.devices", pool.devices,
+                {*pool.roles, *(role for role, other in COMPANIONS.items() if role not in listed and other in pool.roles)},
+            )
+            for name, pool in placement.pools.items()
+        ]  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_tower_reads_for_all(self) -> RunConfig:
+        once, critic = self.model.images_are_read_once, self.critic
+        if self.vision.path is not None and not once:
+            raise ValueError(
+                "vision.path: a vision tower from elsewhere stands beside the actor and does not learn with it; add vision to"
+                " model.freeze or remove vision.path"
+            )
+        if once and critic is not None and critic.path is not None:
+            raise ValueError(
+                f"critic.path: under model.freeze [vision] the critic is given images as the policy's vision tower reads them,"
+                f" and {critic.path} has a tower of its own; remove critic.path or let vision learn"
+            )
+        for name, pool in self.placement.pools.items():
+            if "vision" in pool.roles and not once:
+                raise ValueError(
+                    f"placement.pools.{name}.roles: a vision tower that learns is a part of the actor; add vision to"
+                    " model.freeze or remove it here"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_rows(self) -> RunConfig:
+        if self.evaluation is not None and self.data.eval is None:
+            raise ValueError("evaluation: is set but data.eval names no rows; add data.eval or remove evaluation")
+        return self

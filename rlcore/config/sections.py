@@ -1,0 +1,219 @@
+"""Sections of the run file: models, data, rollout, rewards, training. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraConfig(Strict):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The product of the two small matrices counts alpha / rank times."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Layers by the end of their name."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What the engine is sent: whole weights with the product added, or the two small matrices alone."""
+
+
+class ModelConfig(Strict):
+    path: str
+    """A Hugging Face folder, or the name of an installed model source (tiny_qwen2_5_vl, smollm2, ...)."""
+    options: dict[str, Any] = {}
+    """Arguments of the model source."""
+    adapter: str = "auto"
+    """The model family; auto reads model_type from the folder's config.json."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the matrices are multiplied in; weights and optimizer stay fp32. auto asks the device."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions (arXiv 2106.09685) to weights that stay as they are."""
+    freeze: list[str] = []
+    """Parts that stay as they are, by the start of their names in the saved model; `vision` is the vision tower."""
+
+    @property
+    def images_are_read_once(self) -> bool:
+        """What a tower gives holds for a whole step where it does not learn."""
+        return "vision" in self.freeze
+
+
+class VisionConfig(Strict):
+    """The vision encoder: where `model.freeze` names vision, a role of its own that reads each image once a step for all."""
+
+    path: str | None = None
+    """A model of the same family, a folder or a source, whose vision tower takes the place of the policy's own."""
+    images_per_batch: PositiveInt = 16
+    """Images that the tower reads at a time."""
+
+
+class BackendConfig(Strict):
+    name: str = "auto"
+    options: dict[str, Any] = {}
+
+
+class DatasetConfig(Strict):
+    name: str = "rows"
+    """An installed data set (rows is any file by column names), or the dotted path of a function (path, **options) -> rows."""
+    path: str | None = None
+    """A file, or a folder of files; None where the data set makes its rows."""
+    options: dict[str, Any] = {}
+    max_rows: PositiveInt | None = None
+
+
+class DataConfig(Strict):
+    train: DatasetConfig
+    eval: DatasetConfig | None = None
+    max_prompt_tokens: PositiveInt = 1024
+    long_prompts: Literal["drop", "refuse"] = "drop"
+    """What becomes of rows longer than max_prompt_tokens: dropped and counted, or an error."""
+
+
+class SamplingConfig(Strict):
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: NonNegativeInt = 0
+    """0 is off."""
+
+
+class RolloutConfig(SamplingConfig):
+    engine: str = "auto"
+    """vllm, torch (slow, needs nothing) or any installed engine; auto is the backend's own."""
+    options: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+    tensor_parallel: PositiveInt = 1
+    """Devices of one engine; a pool of more has several engines."""
+    max_mismatch: PositiveFloat = 0.5
+    """Warn when the engine's and the actor's log-probabilities of the same tokens differ by more, on average."""
+
+    @model_validator(mode="after")
+    def _samples_have_a_distribution(self) -> RolloutConfig:
+        if self.temperature == 0:
+            raise ValueError("temperature: 0 gives every sample of a group the same text, so no advantage; use a value above 0")
+        return self
+
+
+class RewardConfig(Strict):
+    name: str
+    """An installed reward (math, math_verify, geo3k, ...) or a dotted path such as my_module.my_function."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class OptimizerConfig(Strict):
+    lr: PositiveFloat = 1e-6
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the rate rises linearly from lr / warmup_steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the rate does between the warm-up and the last optimizer step."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where linear and cosine end."""
+    max_grad_norm: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _the_rate_falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: {self.min_lr} is above lr {self.lr}; lower it")
+        return self
+
+
+class TrainConfig(Strict):
+    steps: NonNegativeInt = 100
+    prompts_per_step: PositiveInt = 8
+    minibatches_per_step: PositiveInt = 1
+    """Equal shares of a step's groups, shuffled; an optimizer step on each."""
+    epochs_per_step: PositiveInt = 1
+    """Passes over a step's samples."""
+    max_tokens_per_microbatch: PositiveInt = 16384
+    """No forward pass holds more tokens than this."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations."""
+    save_every: NonNegativeInt = 0
+    """0 saves at the end only."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide_the_prompts(self) -> TrainConfig:
+        if self.prompts_per_step % self.minibatches_per_step:
+            raise ValueError(
+                f"prompts_per_step: {self.prompts_per_step} prompts cannot be split into {self.minibatches_per_step} equal"
+                " minibatches; make one a multiple of the other"
+            )
+        return self
+
+
+class SftConfig(Strict):
+    steps: PositiveInt
+    rows_per_step: PositiveInt = 32
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    log_every: PositiveInt = 10
+
+
+class CriticConfig(Strict):
+    path: str | None = None
+    """The model that its weights start from; unset is the policy's own."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+
+
+class DpoConfig(Strict):
+    steps: PositiveInt
+    pairs_per_step: PositiveInt = 16
+    beta: PositiveFloat = 0.1
+    """How far the policy may leave the reference: the weight of the log-ratio."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Of loss sigmoid: the share of pairs taken to be labelled the wrong way round."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
+    log_every: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _smoothing_has_an_effect(self) -> DpoConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing} is a part of loss sigmoid, and {self.loss} has none; set it to 0 or"
+                " set dpo.loss=sigmoid"
+            )
+        return self
+
+
+class EvaluationConfig(SamplingConfig):
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0 leaves them out."""
+    before: bool = True
+    at_end: bool = True
+    samples: PositiveInt = 1
+    """Responses to each row; its score is their mean."""
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvaluationConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples: {self.samples} greedy responses to a row are one and the same; set temperature above 0")
+        return self
+
+
+class LoggingConfig(Strict):
+    tensorboard: bool = True
+    samples_on_console: NonNegativeInt = 1
+    """Samples of each step shown in full on the console."""

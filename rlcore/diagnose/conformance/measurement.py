@@ -1,0 +1,27 @@
+"""One measurement of a backend, against its limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["pass", "FAIL", "skipped"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number and what it may be. Faults that are counted may be 0."""
+
+    what: str
+    measured: float | None  # None: there is none, and `note` says why
+    limit: float = 0.0
+    at_least: bool = False  # the limit is the least that it may be
+    note: str = ""
+    broken: bool = False  # there is none because something failed
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.measured is None:
+            return "FAIL" if self.broken else "skipped"
+        within = self.measured >= self.limit if self.at_least else self.measured <= self.limit  # neither holds of nan
+        return "pass" if within else "FAIL"

@@ -1,0 +1,124 @@
+"""`rlcore doctor`: what stands between this machine and a run, before torch is imported; and which backend is at home here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rlcore import registry
+from rlcore.checks import Devices, Doctor, Finding, Trial, attempt
+from rlcore.diagnose import host
+from rlcore.errors import PluginError
+
+TORCH = Trial("import torch", "import torch; print(torch.__version__)", "python -c 'import torch' has the whole message")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and how it came to be chosen."""
+
+    name: str
+    devices: Devices
+    why: str
+
+
+def choose(name: str = "auto") -> Choice:
+    """What `--backend auto` is here: of the backends whose devices are seen, the one of highest precedence. Imports no torch.
+
+    Any other name is itself. PluginError where nothing of that name is installed.
+    """
+    if name != "auto":
+        registry.check("doctors", name, "--backend")
+        return Choice(name, _doctor(name).devices(), "as asked for")
+    doctors = {known: _doctor(known) for known in registry.names("doctors")}
+    seen = {known: doctor.devices() for known, doctor in doctors.items()}
+    there = [known for known in doctors if seen[known].count]
+    if not there:
+        raise PluginError(f"--backend auto: no devices are here of {', '.join(doctors) or 'any backend: none is installed'}")
+    chosen = max(there, key=lambda known: doctors[known].precedence)
+    passed = [f"; {known}: {seen[known].seen}" for known in doctors if doctors[known].precedence > doctors[chosen].precedence]
+    return Choice(chosen, seen[chosen], f"auto: {seen[chosen].seen}" + "".join(passed))
+
+
+def examine(name: str, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Everything that concerns a backend, as it is looked at; torch last, and in processes of its own."""
+    doctor = _doctor(name)
+    yield host.python(doctor.versions.get("Python", ""))
+    yield from doctor.findings()
+    yield from host.packages(doctor.pins, doctor.decisive)
+    yield host.own_requirements()
+    yield host.apex()
+    yield host.shared_memory()
+    yield from host.limits()
+    yield host.compiler(environment)
+    yield host.jemalloc(environment)
+    for launcher in registry.names("launchers"):
+        yield from registry.load("launchers", launcher).findings(environment)
+    yield from _trials(doctor)
+
+
+def _trials(doctor: Doctor) -> Iterator[Finding]:
+    imported = attempt(TORCH)
+    if imported.verdict == "ok":
+        yield imported
+        yield from map(attempt, doctor.trials)
+    else:
+        yield _explained(imported)
+
+
+def _explained(failed: Finding) -> Finding:
+    """torch imports what is installed as an extension of it; when that fails, torch fails."""
+    if "TORCH_DEVICE_BACKEND_AUTOLOAD" not in failed.seen:
+        return failed
+    remedy = (
+        "an installed extension of torch does not load: make known what it misses (source its toolkit's set_env.sh) or "
+        "uninstall it; export TORCH_DEVICE_BACKEND_AUTOLOAD=0 lets torch be imported without it"
+    )
+    return Finding(failed.what, "failure", failed.seen, remedy)
+
+
+def failed(findings: Sequence[Finding]) -> bool:
+    return any(finding.verdict == "failure" for finding in findings)
+
+
+def as_json(choice: Choice, findings: Sequence[Finding]) -> str:
+    """One object; `ok` is false where the exit status is 1."""
+    whole = {
+        "backend": choice.name, "why": choice.why, "devices": choice.devices.count, "ok": not failed(findings),
+        "findings": [asdict(finding) for finding in findings],
+    }  # fmt: skip
+    return json.dumps(whole, indent=1)
+
+
+def line(finding: Finding) -> str:
+    """One aligned line; the remedy of what is wrong on a second."""
+    first = f"{finding.verdict:8} {finding.what:16} {finding.seen}"
+    return f"{first}\n{'':9}-> {finding.remedy}" if finding.verdict in ("warning", "failure") else first
+
+
+def closing(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.verdict for finding in findings)
+    return f"{len(findings)} looked at: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+
+
+def table() -> str:
+    """The versions that belong together, as Markdown: a column a backend, from its requirements file and its plugin."""
+    names = sorted(registry.names("doctors"), key=lambda name: _doctor(name).precedence)
+    columns = {name: _column(_doctor(name)) for name in names}
+    rows = sorted({row for column in columns.values() for row in column}, key=str.lower)
+    body = [[row, *(columns[name].get(row, "") for name in names)] for row in rows]
+    lines = [["", *names], ["---"] * (len(names) + 1), *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _column(doctor: Doctor) -> dict[str, str]:
+    pins = host.read_pins(doctor.pins)
+    packages = {name: str(pins[name].specifier).removeprefix("==") for name in doctor.decisive}
+    return packages | {what: wanted.removeprefix("==") for what, wanted in doctor.versions.items()}
+
+
+def _doctor(name: str) -> Doctor:
+    return registry.load("doctors", name)()

@@ -1,0 +1,195 @@
+"""Weights, gradients and optimizer state dealt over the ranks of a pool (FSDP2, arXiv 2304.11277), and gathered again.
+
+Weights stay float32 and are gathered layer by layer in the compute dtype; gradients are summed in float32, once an optimizer
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from rlcore.distributed import world
+from rlcore.errors import ConfigError
+from rlcore.types import NamedTensors
+
+BUCKET_BYTES = 512 * 2**20
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the ranks of a pool share a model."""
+
+    mesh: DeviceMesh  # [shard], or [replicate, shard]
+    compute_dtype: torch.dtype
+    offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
+    exchange: Exchange | None = None  # for weights on their way to an engine; None is one collective a bucket
+    bucket_bytes: int = BUCKET_BYTES
+    sum_each: bool = False  # gradients are summed after each micro-batch: more traffic, and none is ever whole
+
+    @property
+    def home(self) -> torch.device:
+        """Where weights are between uses."""
+        return torch.device("cpu" if self.offload else self.mesh.device_type)
+
+    def apply(self, root: nn.Module, blocks: Iterable[nn.Module], whole: nn.Module | None = None) -> None:
+        """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does. Every rank keeps
+        all of `whole`, a part of `root`."""
+        low = None if self.compute_dtype == torch.float32 else self.compute_dtype
+        precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        pinned = self.mesh.device_type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
+        kept = set(whole.parameters()) if whole is not None else set()
+        for module in (*blocks, root):
+            sharded = fully_shard(
+                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root,
+                ignored_params=kept,
+            )
+            sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is one over all ranks, not a mean of theirs
+            sharded.set_force_sum_reduction_for_comms(True)
+
+
+def read(root: nn.Module, model: nn.Module, published_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
+    """Memory and values for parameters that are only shapes so far: each rank reads its own rows from the files in `folder`.
+
+    ConfigError names the first that the files do not have.
+    """
+    root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    stored = Stored(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            world.part(parameter).copy_(stored.rows(published_name(name), parameter))
+
+
+class Stored:
+    """The weights of a Hugging Face folder, read row by row."""
+
+    def __init__(self, folder: Path) -> None:
+        files = (safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors")))
+        self._folder = folder
+        self._files = {name: file for file in files for name in file.keys()}
+
+    def rows(self, name: str, like: Tensor) -> Tensor:
+        """What this rank holds of the tensor, in the dtype of the file."""
+        if name not in self._files:
+            raise ConfigError(
+                f"sharding.meta_init: the weights in {self._folder} have no tensor {name}, under which this family's are read"
+                " row by row; set sharding.meta_init=false to have every rank read the whole model"
+            )
+        rows = self._files[name].get_slice(name)
+        if not isinstance(like, DTensor):
+            return rows[:]
+        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        return rows[offset[0] : offset[0] + shape[0]]
+
+
+def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None) -> Iterator[T]:
+    """The rows; the backward pass of the last sends the gradients of all, or that of each its own."""
+    for number, row in enumerate(rows, start=1):
+        if sharding and isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sharding.sum_each or number == len(rows))
+        yield row
+
+
+def at_rest(module: nn.Module) -> None:
+    """After passes without a backward pass: no weight stays gathered, so that none grows stale."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+class Exchange(Protocol):
+    """How the ranks of a group show each other what they hold."""
+
+    def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
+        """Of each tensor this rank's elements, and how many the rank with most of them has -> [ranks x most] everyone's, in the
+        order of ranks. They stay as they are until the next call but one."""
+        ...
+
+
+class Collective:
+    """One all-gather for all the parts."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
+        ranks, first = self._group.size(), parts[0]
+        mine = torch.empty(sum(most), dtype=first.dtype, device=first.device)
+        for place, part in zip(mine.split(list(most)), parts, strict=True):
+            place[: part.numel()] = part
+        everyones = torch.empty(ranks, len(mine), dtype=mine.dtype, device=mine.device)
+        _all_gather(everyones.view(-1), mine, group=self._group)
+        return [columns.flatten() for columns in everyones.split(list(most), dim=1)]
+
+
+def gathered(named: NamedTensors, limit: int = BUCKET_BYTES, exchange: Exchange | None = None) -> NamedTensors:
+    """Whole tensors, in order and one at a time; ranks iterate together. At most `limit` bytes are gathered at once, or one
+    tensor that is larger."""
+    bucket: list[tuple[str, DTensor]] = []
+    size = 0
+    for name, parameter in named:
+        tensor = parameter.detach()
+        if not _by_rows(tensor):
+            yield from _opened(bucket, exchange)
+            bucket, size = [], 0
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            continue
+        if bucket and (size + tensor.nbytes > limit or tensor.dtype != bucket[0][1].dtype):
+            yield from _opened(bucket, exchange)
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    yield from _opened(bucket, exchange)
+
+
+def collected(named: NamedTensors) -> dict[str, Tensor]:
+    """Whole tensors in host memory on the first rank, nothing on the others, which take part."""
+    named = list(named)
+    dealt = {name for name, tensor in named if isinstance(tensor, DTensor)}
+    return {name: tensor.to("cpu", copy=name in dealt) for name, tensor in gathered(named) if world.first()}
+
+
+def fill(named: Iterable[tuple[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
+    """Each tensor becomes what `whole` has under its name, on every rank its part."""
+    with torch.no_grad():
+        for name, tensor in named:
+            tensor.copy_(as_dealt(whole[name], tensor))
+
+
+def as_dealt(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, where `like` is dealt over them; it is where `like` is."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    dealt = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # on the mesh's device
+    return dealt.to(like.device)
+
+
+def _by_rows(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and tensor.placements[-1] == Shard(0) and not any(
+        placement.is_shard() or placement.is_partial() for placement in tensor.placements[:-1]
+    )  # fmt: skip
+
+
+def _opened(bucket: Sequence[tuple[str, DTensor]], exchange: Exchange | None) -> Iterator[tuple[str, Tensor]]:
+    if not bucket:
+        return
+    mesh = bucket[0][1].device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    most = [math.ceil(len(tensor) / group.size()) * tensor.stride(0) for _, tensor in bucket]
+    everyones = (exchange or Collective(group))([tensor.to_local().flatten() for _, tensor in bucket], most)
+    for elements, (name, tensor) in zip(everyones, bucket, strict=True):
+        yield name, elements[: tensor.numel()].view(tensor.shape)

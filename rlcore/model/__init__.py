@@ -1,0 +1,1 @@
+"""The models under training: loaded, packed into rows, run, and optimized."""

@@ -1,0 +1,107 @@
+"""The model that learns: packed rows in, log-probabilities or optimizer steps out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.algorithms.objective import Objective
+from rlcore.algorithms.schedule import Passes
+from rlcore.config.sections import OptimizerConfig
+from rlcore.distributed import world
+from rlcore.distributed.fsdp import Sharding, accumulated, gathered, read
+from rlcore.model import lora
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.optimizer import ADAMW, Learner, Tally, combined
+from rlcore.model.packing import microbatches
+from rlcore.model.reference import TorchReference
+from rlcore.protocols import Adapter
+from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
+
+
+class TorchActor(TorchReference):
+    """The model that learns."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
+        passes: Passes, publish_additions: bool = False, sharding: Sharding | None = None, source: Path | None = None,
+        tower: nn.Module | None = None, adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
+    ) -> None:
+        """`publish_additions`: `weights` gives the low-rank additions alone."""
+        super().__init__(model, adapter, settings, sharding, source, tower)
+        self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
+        self._sharding = sharding
+        self.learner = Learner(model, optimizer, passes.total_steps, adamw)
+        self.learner.optimizer.register_step_post_hook(self.working.expire)
+
+    def update(self, batch: Batch) -> Metrics:
+        """One optimizer step on each share of the groups."""
+        steps = self.passes.steps(batch, self.objective, self.learner.steps)
+        return combined([(self.step(step), step.unit) for step in steps])
+
+    def step(self, batch: Batch) -> Tally:
+        """One optimizer step, of which `batch` is this rank's part."""
+        return self.learner.step(batch, self._losses(batch))
+
+    def weights(self) -> NamedTensors:
+        """Every parameter once, under its published name and in the compute dtype, low-rank additions added: a tied head is its
+        embedding. No more than a bucket of them is whole at a time."""
+        named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
+        published = ((self.adapter.published_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
+        dealt = self._sharding
+        return gathered(published, dealt.bucket_bytes, dealt.exchange) if dealt else gathered(published)
+
+    def save(self, folder: Path) -> None:
+        lora.save_merged(self.model, folder / "model")
+        lora.save_additions(self.model, folder)
+        if world.first():
+            self.adapter.save_processor(folder / "model")
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        if lora.has_additions(self.model):
+            lora.load_additions(self.model, folder)
+        else:
+            read(self.forward, self.model, self.adapter.published_name, folder / "model", self.settings.device)
+        self.learner.load(folder)
+
+    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+        """Micro-batch by micro-batch: the places in [N] of the tokens that count, and their loss."""
+        if not batch.unit:
+            return
+        rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
+        with self.working():
+            for packed in accumulated(self.forward, rows, self._sharding):
+                logprobs, entropy = self.forward(packed)
+                mask = batch.loss_mask[packed.index]
+                here = mask.to(logprobs.device)
+                index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
+                yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
+
+
+class AdapterOffReference:
+    """The actor's own model without its low-rank additions."""
+
+    def __init__(self, actor: TorchActor) -> None:
+        self.actor = actor
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        with lora.switched_off(self.actor.model):
+            return self.actor.logprobs(batch)
+
+
+def _view(batch: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> TokenView:
+    """The tokens at `index` of the batch."""
+
+    def here(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[index].to(logprobs.device)
+
+    _, sequence = batch.sequence[index].unique_consecutive(return_inverse=True)
+    return TokenView(
+        logprobs=logprobs, entropy=entropy, sequence=sequence.to(logprobs.device),
+        rollout_logprobs=batch.rollout_logprobs[index].to(logprobs.device), advantages=here(batch.advantages),
+        ref_logprobs=here(batch.ref_logprobs), old_logprobs=here(batch.old_logprobs), kl_coef=batch.kl_coef,
+    )  # fmt: skip

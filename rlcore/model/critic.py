@@ -1,0 +1,114 @@
+"""The value model of PPO: the policy's architecture with one number a token in place of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlcore.algorithms import aggregation, ppo
+from rlcore.algorithms.objective import Objective, tokens
+from rlcore.algorithms.schedule import Passes
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import OptimizerConfig
+from rlcore.distributed.fsdp import Sharding, accumulated, at_rest, collected, fill, read
+from rlcore.distributed.ulysses import Slice
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.optimizer import ADAMW, Learner, Tally, combined
+from rlcore.model.packing import microbatches
+from rlcore.model.precision import WorkingCopy, hold_frozen
+from rlcore.protocols import Adapter
+from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
+
+OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
+
+
+class ValueForward(nn.Module):
+    """One pass over a packed row."""
+
+    def __init__(self, backbone: nn.Module, adapter: Adapter, settings: ForwardSettings) -> None:
+        """`backbone` gives the hidden states; its vocabulary head stays unused. Values start at 0."""
+        super().__init__()
+        self.backbone, self.adapter, self.settings = backbone, adapter, settings
+        self.head = nn.Linear(adapter.head(backbone).shape[1], 1, device=settings.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, packed: Packed) -> Tensor:
+        """[M]: the value at the place from which each target is predicted."""
+        part = Slice(packed.tokens, self.settings.sequence)
+        hidden = part.at(self.adapter.hidden(self.backbone, packed, part), packed.sources)
+        values = functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).flatten().clone()
+        return part.all_of(values, packed.sources)  # a clone: FSDP wants no view to come out
+
+
+class TorchCritic:
+    """Says at each response token, before it is drawn, what the response will earn."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
+        optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None, source: Path | None = None,
+        adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
+    ) -> None:
+        self.settings, self.passes, self._sharding = settings, passes, sharding
+        self.forward = ValueForward(model, adapter, settings)
+        hold_frozen(self.forward, settings.compute_dtype)
+        if sharding:
+            sharding.apply(self.forward, adapter.blocks(model))
+        if source:
+            read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
+        self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
+        self.learner = Learner(self.forward, optimizer, passes.total_steps, adamw)
+        self.learner.optimizer.register_step_post_hook(self.working.expire)
+        self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
+
+    @torch.no_grad()
+    def values(self, batch: Batch) -> Tensor:
+        """[N] float32."""
+        result = torch.empty(len(batch.loss_mask))
+        with self.working():
+            for packed in microbatches(batch, self.settings.max_tokens):
+                result[packed.index] = self.forward(packed).cpu()
+        at_rest(self.forward)
+        return result
+
+    def update(self, batch: Batch) -> Metrics:
+        """One optimizer step on each share of the groups, towards `batch.returns`."""
+        steps = self.passes.steps(batch, OBJECTIVE, self.learner.steps)
+        return named(combined([(self.step(step), step.unit) for step in steps]))
+
+    def step(self, batch: Batch) -> Tally:
+        """One optimizer step, of which `batch` is this rank's part."""
+        return self.learner.step(batch, self._losses(batch))
+
+    def save(self, folder: Path) -> None:
+        if weights := collected(self.forward.named_parameters()):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / "critic.safetensors")
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        fill(self.forward.named_parameters(), load_file(folder / "critic.safetensors"))
+        self.learner.load(folder)
+
+    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+        assert batch.values is not None and batch.returns is not None
+        if not batch.unit:
+            return
+        with self.working():
+            for packed in accumulated(self.forward, microbatches(batch, self.settings.max_tokens), self._sharding):
+                mask = batch.loss_mask[packed.index]
+                index = packed.index[mask]
+                values = self.forward(packed)[mask.to(self.settings.device)]
+                before, returns = batch.values[index].to(values.device), batch.returns[index].to(values.device)
+                yield index, self._loss(ValueView(values, before, returns)) if len(index) else TokenLoss(values)
+
+
+def named(metrics: Metrics) -> Metrics:
+    """As the run reports them."""
+    return {name if "/" in name else f"critic/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,135 @@
+"""Where a model comes from: a Hugging Face folder, or an installed source that makes one. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlcore import registry
+from rlcore.config.sections import ModelConfig
+from rlcore.data.files import tried
+from rlcore.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from rlcore.protocols import Adapter
+
+Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
+
+
+def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
+    """The folder of `config.path`, complete. What a source makes is kept in `cache` under a name that holds its options.
+
+    ConfigError, in the name of the run file's `section`, when the path is neither a folder nor a source, lacks a part, or an
+    option is wrong.
+    """
+    folder = Path(config.path).expanduser()
+    sources = registry.names("models")
+    if config.path in sources and not (folder / "config.json").is_file():
+        return _made(config, cache, section)
+    if not folder.is_dir():
+        known = ", ".join(sources) or "none"
+        found = f"{config.path!r} is neither a folder nor an installed model source"
+        raise ConfigError(f"{section}.path: {found}; sources: {known}{tried(folder)}")
+    if config.options:
+        raise ConfigError(f"{section}.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
+    _check_complete(folder, section)
+    return folder
+
+
+def adapter_for(folder: Path, config: ModelConfig) -> Adapter:
+    """The adapter of the model family, from `config.adapter` or the folder's model_type; ConfigError lists the families."""
+    families = registry.names("adapters")
+    family = model_type(folder) if config.adapter == "auto" else config.adapter
+    if family not in families:
+        if config.adapter != "auto":
+            raise ConfigError(f"model.adapter: no family named {family!r}{nearest(family, families)}")
+        raise ConfigError(
+            f"model.path: {folder} is of the family {family!r}; supported: {', '.join(families)};"
+            " where one of them has the same layers, name it as model.adapter"
+        )
+    return registry.load("adapters", family)(folder)
+
+
+def model_type(folder: Path, section: str = "model") -> str:
+    """model_type of the folder's config.json."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError:
+        raise ConfigError(f"{section}.path: {folder} has no config.json; give the folder that holds it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "restore the model's own config.json"
+        raise ConfigError(f"{section}.path: {path} names no model_type: {error!r}; {remedy}") from None
+
+
+def context_length(folder: Path) -> int | None:
+    """The positions that the folder's text model has, where its config.json says."""
+    return _text_config(folder).get("max_position_embeddings")
+
+
+def query_heads(folder: Path) -> int | None:
+    """The same of its attention's query heads."""
+    return _text_config(folder).get("num_attention_heads")
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config)
+
+
+def _made(config: ModelConfig, cache: Path, section: str) -> Path:
+    source: Source = registry.load("models", config.path)
+    options = registry.checked_options(source, config.options, f"{section}.options.", given=1)
+    folder = cache / f"{config.path}-{_fingerprint(source, options)}"
+    if not folder.is_dir():
+        _make(source, options, folder)
+    _check_complete(folder, section)
+    return folder
+
+
+def _fingerprint(source: Source, options: Mapping[str, Any]) -> str:
+    """Of the options and of the code that makes the model: an upgrade never serves what an older version made."""
+    code = Path(inspect.getfile(inspect.unwrap(source))).read_bytes()
+    values = json.dumps(options, sort_keys=True, default=str).encode()
+    return hashlib.sha256(code + values).hexdigest()[:12]
+
+
+def _make(source: Source, options: Mapping[str, Any], folder: Path) -> None:
+    """Makes it beside its place and moves it there, so that a folder that is there is whole, whoever else is making it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ConfigError(f"{folder.parent}: models cannot be kept there: {error}; make it writable") from None
+    try:
+        source(unfinished, **options)
+        os.replace(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_complete(folder: Path, section: str) -> None:
+    model_type(folder, section)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in needed if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{section}.path: {folder} lacks {len(missing)} of {len(needed)} weight files ({missing[0]} first);"
+                " finish copying it"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{section}.path: {folder} has a config.json but no *.safetensors; copy the weights there in that format"
+        )

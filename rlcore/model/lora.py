@@ -1,0 +1,102 @@
+"""Low-rank additions to frozen weights (LoRA, Hu et al., arXiv 2106.09685), by the peft library.
+
+The model stays the family's own class with its layers wrapped, so every forward pass is the one of full training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlcore.config.sections import LoraConfig
+from rlcore.distributed.fsdp import collected, fill
+from rlcore.errors import ConfigError
+
+_NAME = "default"  # of peft's only adapter here
+_WRAPPED = ".base_layer"
+
+
+def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str] = ()) -> Any:
+    """`model` with additions on its linear layers that `targets` names, everything else frozen. Layers that are `frozen`
+    already and the one whose weight is `skip`, the head, have none. ConfigError lists what there is when none has such a name.
+    """
+    import peft
+
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.weight is not skip}
+    named = [
+        name for name in linear
+        if config.targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in config.targets)
+    ]  # fmt: skip
+    wanted = [name for name in named if name not in frozen]
+    if not wanted:
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear if name not in frozen}))
+        raise ConfigError(f"model.lora.targets: no linear layer that learns is called {config.targets}; the model has {ends}")
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0)
+    model.requires_grad_(False)
+    return peft.inject_adapter_in_model(settings, model, adapter_name=_NAME)
+
+
+def has_additions(model: nn.Module) -> bool:
+    return next(_wrapped(model), None) is not None
+
+
+def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under the name it has without additions, with them added. One at a time."""
+    layers = dict(_wrapped(model))
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(_WRAPPED)) if owner.endswith(_WRAPPED) else None
+        if ".lora_" in name:
+            continue
+        tensor = parameter.detach()
+        if layer is not None and leaf == "weight":
+            tensor = tensor + layer.get_delta_weight(_NAME).detach()
+        yield name.replace(_WRAPPED, ""), tensor
+
+
+def additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of every layer that has them."""
+    named = model.named_parameters()
+    return ((name.replace(f".{_NAME}", ""), parameter) for name, parameter in named if ".lora_" in name)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before training. What learns goes on asking for gradients: FSDP2 settles a layer's gradient dtype by
+    what asks for them at its first forward pass, and peft's own switch would leave nothing (pytorch #186998)."""
+    layers = [layer for _, layer in _wrapped(model)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """A Hugging Face folder that knows nothing of additions, written by the first rank."""
+    weights = collected((name, tensor.float()) for name, tensor in merged(model))  # frozen ones may be held in bf16
+    if weights:
+        tied = getattr(model, "_tied_weights_keys", None) or {}
+        twins = {name: weights[source] for name, source in dict(tied).items() if source in weights and name not in weights}
+        model.save_pretrained(folder, state_dict=weights | twins)
+
+
+def save_additions(model: nn.Module, folder: Path) -> None:
+    """additions.safetensors, if there are any."""
+    if has_additions(model) and (tensors := collected(additions(model))):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "additions.safetensors")
+
+
+def load_additions(model: nn.Module, folder: Path) -> None:
+    fill(additions(model), load_file(folder / "additions.safetensors"))
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight"))

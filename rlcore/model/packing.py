@@ -1,0 +1,200 @@
+"""Groups -> packed rows under a hard token cap, each prompt once.
+
+A packed row holds, for each group, the prompt and then its responses; positions restart after the prompt for each
+response, and each response attends to its prompt and itself (`attention.py`). A response's last token predicts nothing,
+so it is a target but never an input. Prefix sharing in training: PrefixGrouper (arXiv 2506.05433).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlcore.distributed.balance import over_ranks, spread
+from rlcore.errors import ConfigError
+from rlcore.types import Batch, Packed, Segment
+
+Shapes = Sequence[tuple[int, Sequence[int]]]  # of groups: prompt tokens, and response tokens of each sample
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some samples of one group; a group larger than the cap becomes several, each with the prompt."""
+
+    group: int
+    samples: tuple[int, ...]
+    tokens: int
+
+
+def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
+    """Micro-batches for groups of these shapes, none above `cap` forwarded tokens.
+
+    As few as first-fit-decreasing finds, then spread evenly over that many where the cap allows.
+    ConfigError names a sample that exceeds the cap by itself.
+    """
+    pieces = [piece for index, group in enumerate(groups) for piece in _split(index, *group, cap, names)]
+    pieces.sort(key=lambda piece: -piece.tokens)
+    packed = _first_fit(pieces, cap)
+    even = [[pieces[number] for number in share] for share in spread([piece.tokens for piece in pieces], len(packed))]
+    bins = even if all(_size(pieces) <= cap for pieces in even) else packed
+    return [sorted(pieces, key=lambda piece: (piece.group, piece.samples)) for pieces in bins]
+
+
+def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
+    """The pieces as one row."""
+    axes = max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1)
+    segments: list[Segment] = []
+    input_ids, targets, sources, index = _Row(), _Row(), _Row(), _Row()
+    position_ids: list[Tensor] = []
+    for piece in pieces:
+        group, start = batch.groups[piece.group], len(input_ids)
+        prompt, length, after = group.prompt, len(group.prompt.token_ids), group.prompt.next_position
+        input_ids.add(np.asarray(prompt.token_ids))
+        position_ids.append(_positions(prompt.position_ids, length, axes))
+        responses = []
+        for number in piece.samples:
+            tokens, first, here = group.samples[number].token_ids, batch.starts[piece.group][number], len(input_ids)
+            sources.add(np.array([start + length - 1]), np.arange(here, here + len(tokens) - 1))
+            input_ids.add(tokens[:-1])
+            targets.add(tokens)
+            index.add(np.arange(first, first + len(tokens)))
+            responses.append(len(tokens) - 1)
+            position_ids.append(torch.arange(after, after + len(tokens) - 1).expand(axes, -1))
+        segments.append(Segment(start, length, tuple(responses)))
+    positions = torch.cat(position_ids, dim=1)
+    prompts = (batch.groups[piece.group].prompt for piece in pieces)
+    return Packed(
+        input_ids=input_ids.tensor(),
+        position_ids=positions[0] if axes == 1 else positions,
+        segments=tuple(segments),
+        sources=sources.tensor(),
+        targets=targets.tensor(),
+        index=index.tensor(),
+        vision=[prompt.vision for prompt in prompts if prompt.vision is not None],
+    )
+
+
+def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
+    """The whole batch as packed rows, and rows without a target until there are `batch.rows`."""
+    rows = [pack(batch, pieces) for pieces in planned(batch, cap, whole_groups)]
+    return rows + [_IDLE] * (batch.rows - len(rows))
+
+
+def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Piece]]:
+    """`plan` of a batch, made once for all passes over the same samples. With `whole_groups`, ConfigError names a group that
+    does not fit into one micro-batch."""
+    shapes, names = _shapes(batch), _names(batch)
+    rows = _planned(shapes, cap, names)
+    if whole_groups:
+        _check_whole(rows, shapes, cap, names)
+    return rows
+
+
+def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
+    """Each rank's groups, and where their tokens stand in [N]. All ranks make the same number of forward passes."""
+    prompts = [len(group.prompt.token_ids) for group in batch.groups]
+    shares = over_ranks([prompt + size for prompt, size in zip(prompts, batch.sizes, strict=True)], ranks)
+    parts = [batch.select(share) for share in shares]
+    rows = max(len(planned(part, cap, whole_groups)) for part in parts)
+    return [(replace(part, rows=rows), batch.places(share)) for part, share in zip(parts, shares, strict=True)]
+
+
+@lru_cache(maxsize=512)  # parts of one step on that many ranks
+def _planned(shapes: tuple[tuple[int, tuple[int, ...]], ...], cap: int, names: tuple[str, ...]) -> list[list[Piece]]:
+    return plan(shapes, cap, names)
+
+
+def _shapes(batch: Batch) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    return tuple(
+        (len(group.prompt.token_ids), tuple(len(sample.token_ids) for sample in group.samples)) for group in batch.groups
+    )
+
+
+def _names(batch: Batch) -> tuple[str, ...]:
+    return tuple(group.prompt.row.id for group in batch.groups)
+
+
+def _split(group: int, prompt: int, responses: Sequence[int], cap: int, names: Sequence[str] | None) -> list[Piece]:
+    pieces: list[Piece] = []
+    samples: list[int] = []
+    tokens = prompt
+    for sample, response in enumerate(responses):
+        if prompt + response - 1 > cap:
+            name = names[group] if names else f"group {group}"
+            raise ConfigError(
+                f"{name}: sample {sample} needs {prompt + response - 1} tokens ({prompt} of the prompt, {response} of the"
+                f" response), more than train.max_tokens_per_microbatch {cap}; raise that limit"
+            )
+        if tokens + response - 1 > cap:
+            pieces.append(Piece(group, tuple(samples), tokens))
+            samples, tokens = [], prompt
+        samples.append(sample)
+        tokens += response - 1
+    if samples:
+        pieces.append(Piece(group, tuple(samples), tokens))
+    return pieces
+
+
+def _check_whole(rows: Sequence[Sequence[Piece]], groups: Shapes, cap: int, names: Sequence[str]) -> None:
+    cut = {piece.group for row in rows for piece in row if len(piece.samples) < len(groups[piece.group][1])}
+    for group in sorted(cut):
+        prompt, responses = groups[group]
+        raise ConfigError(
+            f"{names[group]}: its {len(responses)} responses need {prompt + sum(responses) - len(responses)} tokens in one"
+            f" forward pass, more than train.max_tokens_per_microbatch {cap}; raise that limit or remove the row"
+        )
+
+
+def _first_fit(pieces: Sequence[Piece], cap: int) -> list[list[Piece]]:
+    bins: list[list[Piece]] = []
+    room: list[int] = []
+    for piece in pieces:
+        place = next((i for i, free in enumerate(room) if free >= piece.tokens), None)
+        if place is None:
+            bins.append([])
+            room.append(cap)
+            place = len(bins) - 1
+        bins[place].append(piece)
+        room[place] -= piece.tokens
+    return bins
+
+
+def _size(pieces: Sequence[Piece]) -> int:
+    return sum(piece.tokens for piece in pieces)
+
+
+class _Row:
+    """Numbers of a packed row, as they come."""
+
+    def __init__(self) -> None:
+        self._parts: list[NDArray[np.integer]] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, *parts: NDArray[np.integer]) -> None:
+        self._parts += parts
+        self._length += sum(map(len, parts))
+
+    def tensor(self) -> Tensor:
+        """int64."""
+        return torch.from_numpy(np.concatenate(self._parts, dtype=np.int64))
+
+
+def _axes(position_ids: Tensor | None) -> int:
+    return 1 if position_ids is None else len(position_ids)
+
+
+def _positions(position_ids: Tensor | None, length: int, axes: int) -> Tensor:
+    return torch.arange(length).expand(axes, -1) if position_ids is None else position_ids
+
+
+_ZERO, _NONE = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), sources=_NONE, targets=_NONE, index=_NONE, vision=())

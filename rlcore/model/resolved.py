@@ -1,0 +1,129 @@
+"""The model under training, resolved: folder, family, precision, device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlcore.config.schema import RunConfig
+from rlcore.config.sections import LoraConfig, ModelConfig
+from rlcore.data.prompts import PromptSource
+from rlcore.data.rows import load_rows
+from rlcore.device import Backend
+from rlcore.distributed.ulysses import check_heads
+from rlcore.errors import ConfigError, nearest
+from rlcore.model import lora
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.loading import adapter_for, query_heads, resolve
+from rlcore.model.vision import check_tower
+
+MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
+EMULATED = (
+    "model.precision bf16: this {} has no bf16 instructions, and emulating them takes a hundred times as long as fp32;"
+    " model.precision=auto takes the fast one"
+)
+
+
+class Policy:
+    """The model that is trained, and how it is run: what every role on this device is made from."""
+
+    def __init__(self, config: RunConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+        backend.prepare()
+        self.folder = resolve(config.model, MODEL_CACHE)
+        self.tower_folder = self._tower_folder()
+        if heads := query_heads(self.folder):
+            check_heads(heads, config.sharding.sequence_parallel)
+        self.adapter = adapter_for(self.folder, config.model)
+        fast, asked = backend.default_precision(), config.model.precision
+        self.precision = precision = fast if asked == "auto" else asked
+        why = f"what this {backend.name} is fastest in" if asked == "auto" else "as model.precision says"
+        self.notice = f"precision: {precision}, {why}"
+        self.caution = EMULATED.format(backend.name) if precision == "bf16" != fast else None
+        self.settings = ForwardSettings(
+            device=backend.device(0),
+            compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            max_tokens=config.train.max_tokens_per_microbatch,
+            temperature=config.rollout.temperature,
+            tile_bytes=backend.tile_bytes,
+        )
+
+    def load(self, folder: Path) -> torch.nn.Module:
+        """The model with the weights of `folder`, in float32 on the device."""
+        return self.adapter.load(folder, torch.float32).to(self.settings.device)
+
+    def critic_folder(self) -> Path:
+        """Of the model that the critic starts from."""
+        settings = self.config.critic
+        assert settings is not None
+        return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE, "critic")
+
+    def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
+        """`model` with what the run file says of training it: frozen parts, low-rank additions, checkpointed layers."""
+        config = self.config.model
+        tower = self.adapter.vision_tower(model)
+        for part in config.freeze:
+            self._freeze(model, part, tower)
+        if config.lora:
+            model = lora.attach(model, config.lora, self.adapter.head(model), _frozen(model))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"model.freeze: {', '.join(config.freeze)} is every weight: nothing is left to train; name fewer")
+        if self.config.train.gradient_checkpointing:
+            _checkpoint_layers(model)
+        return model
+
+    def encoder_tower(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """The vision tower of `model`, where it does not learn and one reads the images for all."""
+        return self.adapter.vision_tower(model) if self.config.model.images_are_read_once else None
+
+    @property
+    def additions(self) -> LoraConfig | None:
+        """Set where the engine is sent low-rank additions alone."""
+        settings = self.config.model.lora
+        return settings if settings and settings.sync == "adapter" else None
+
+    def _tower_folder(self) -> Path | None:
+        """Of the model whose vision tower takes the place of the policy's own."""
+        if self.config.vision.path is None:
+            return None
+        folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision")
+        check_tower(self.folder, folder)
+        return folder
+
+    def _freeze(self, model: torch.nn.Module, part: str, tower: torch.nn.Module | None) -> None:
+        """ConfigError when nothing of the model is called so."""
+        if part == "vision" and tower is not None:
+            tower.requires_grad_(False)
+            return
+        names = {self.adapter.published_name(name): parameter for name, parameter in model.named_parameters()}
+        chosen = [parameter for name, parameter in names.items() if name == part or name.startswith(f"{part}.")]
+        if not chosen:
+            parts = sorted({name.split(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names})
+            raise ConfigError(f"model.freeze: no weight of {self.config.model.path} starts with {part!r}{nearest(part, parts)}")
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+
+    def prompts(self, seed: int) -> PromptSource:
+        """The training rows, shuffled by `seed`."""
+        data = self.config.data
+        return PromptSource(load_rows(data.train), self.adapter, data.max_prompt_tokens, data.long_prompts, seed)
+
+
+def _frozen(model: torch.nn.Module) -> set[str]:
+    """Layers none of whose weights learn."""
+    return {
+        name for name, layer in model.named_modules()
+        if (weights := list(layer.parameters(recurse=False))) and not any(weight.requires_grad for weight in weights)
+    }  # fmt: skip
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Only the checkpointed layers themselves are told that they train: dropout below them stays off."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # after the backend has made it importable
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True

@@ -1,0 +1,1 @@
+"""The rollout engine of the core itself: plain torch."""

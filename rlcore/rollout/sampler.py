@@ -1,0 +1,293 @@
+"""The plain-torch sampler: slow, needs no engine, and the yardstick for engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlcore.config.loader import validate
+from rlcore.config.sections import LoraConfig, RolloutConfig, Strict
+from rlcore.device import Backend
+from rlcore.distributed.fingerprint import Constants, Fingerprint, compare, fingerprint
+from rlcore.errors import RunError
+from rlcore.model import lora as low_rank
+from rlcore.model.precision import wide_tables
+from rlcore.monitor.heartbeat import unwatched
+from rlcore.protocols import Adapter
+from rlcore.runtime.memory import Parked, awake, holding
+from rlcore.types import Group, NamedTensors, Prompt, Receipt, Sample, Sampling
+
+_ROWS = 256  # sequences continued at a time
+_ATTENTION = "rlcore_cached"
+_REMEDY = "something in this process writes to the sampler's model: an adapter, a hook or a debugger"
+
+
+class TorchOptions(Strict):
+    """`rollout.options` of this sampler: there are none."""
+
+
+def build(
+    adapter: Adapter,
+    folder: Path,
+    backend: Backend,
+    config: RolloutConfig,
+    dtype: torch.dtype,
+    max_tokens: int,
+    seed: int,
+    lora: LoraConfig | None = None,
+    beat: Callable[[], None] = unwatched,
+    image_embeds: bool = False,
+    temperatures: Mapping[str, float] | None = None,
+) -> TorchRollout:
+    """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
+    validate(TorchOptions, config.options, "rollout.options.")
+    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens, lora, beat)
+
+
+class TorchRollout:
+    """Serves one model; prompts of one length are continued together.
+
+    Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
+    """
+
+    def __init__(
+        self, model: Any, adapter: Adapter, max_tokens: int, lora: LoraConfig | None = None,
+        beat: Callable[[], None] = unwatched,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._adapter = adapter
+        self._max_tokens = max_tokens
+        self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
+        self.version: int | None = 0
+        self._lora = lora
+        self._beat = beat
+        self._asleep = False
+        self._parked = Parked(self._model.parameters)
+        self._constants = Constants(self._model, _remade(self._model))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
+        by rounding at most."""
+        groups = dict(self.stream(prompts, sampling))
+        return [groups[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        awake(self._asleep, "sampling")
+        holding(self.version)
+        for places in _alike(prompts, max(1, _ROWS // sampling.samples)):
+            with torch.inference_mode():
+                groups = self._groups([prompts[place] for place in places], places, sampling)
+            yield from zip(places, groups, strict=True)
+
+    def pause(self) -> None:
+        self._constants.note()
+        self._asleep = True
+        self._parked.pause()
+
+    def resume(self) -> None:
+        """RunError names what did not come back as it was."""
+        self._parked.resume()
+        self._constants.check("waking the engine", _REMEDY)
+        self._asleep = False
+
+    def device_bytes(self) -> int:
+        return self._parked.device_bytes()
+
+    def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
+        """RunError names the tensors that are missing, unknown or not what was sent."""
+        awake(self._asleep, "a weight update")
+        started, size = time.perf_counter(), 0
+        self._constants.note()
+        checking = time.perf_counter() - started
+        self.version = None  # until what arrived has been proved
+        if self._lora:
+            weights = self._make_room(dict(weights), self._lora)
+        held, sent = self._weights(), {}
+        with torch.no_grad():
+            for name, tensor in weights:
+                target = held.get(name)
+                if target is not None and target.shape != tensor.shape:
+                    shapes = f"was sent as {list(tensor.shape)}, the sampler holds {list(target.shape)}"
+                    raise RunError(f"weight sync: {name} {shapes}; is this the served model?")
+                tensor = tensor.detach() if target is None else tensor.detach().to(target.dtype)
+                began = time.perf_counter()
+                sent[name] = fingerprint(tensor)
+                checking += time.perf_counter() - began
+                size += tensor.nbytes
+                if target is not None:
+                    target.copy_(tensor)
+        began = time.perf_counter()
+        compare(sent, *self._held())
+        self._constants.check(f"the update to version {version}", _REMEDY, updated=True)
+        checking += time.perf_counter() - began
+        self.version = version
+        return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
+
+    def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
+        """The same, once the model has a place for each."""
+        if not low_rank.has_additions(self._model):
+            layers = sorted({name.rpartition(".lora_")[0] for name in additions})
+            places = [name for name, _ in self._model.named_modules() if self._adapter.published_name(name) in layers]
+            low_rank.attach(self._model, lora.model_copy(update={"targets": places}), skip=self._adapter.head(self._model))
+        return additions.items()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is served, under the names that an actor sends."""
+        if self._lora:
+            return {self._adapter.published_name(name): tensor for name, tensor in low_rank.additions(self._model)}
+        named = self._model.state_dict(keep_vars=True).items()
+        return {self._adapter.published_name(name): tensor for name, tensor in named}
+
+    def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
+        """Fingerprints of everything served, and which names share storage with which."""
+        owners: dict[int, str] = {}
+        held, tied = {}, {}
+        for name, tensor in self._weights().items():
+            owner = owners.setdefault(id(tensor), name)
+            held[name] = held[owner] if owner != name else fingerprint(tensor)
+            if owner != name:
+                tied[name] = owner
+        return held, tied
+
+    def _groups(self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling) -> list[Group]:
+        generators = [torch.Generator().manual_seed(_seed(sampling.seed, sampling.first + place)) for place in places]
+        steps = list(self._steps(prompts, sampling, generators))
+        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # of [S, R], one a prompt
+        logprobs = torch.stack([values for _, values in steps], dim=1).split(sampling.samples)
+        return [
+            Group(prompt, [self._sample(*sample) for sample in zip(*drawn, strict=True)])
+            for prompt, *drawn in zip(prompts, token_ids, logprobs, strict=True)
+        ]
+
+    def _steps(
+        self, prompts: Sequence[Prompt], sampling: Sampling, generators: Sequence[torch.Generator]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token and log-probability [prompts x samples] of each step, until every sample has stopped."""
+        logits, cache = _joined([self._read(prompt) for prompt in prompts])
+        cache.batch_repeat_interleave(sampling.samples)
+        logits = logits.repeat_interleave(sampling.samples, dim=0)
+        positions = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(sampling.samples)
+        running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        room = self._max_tokens - len(prompts[0].token_ids)
+        for step in range(min(sampling.max_new_tokens, room)):
+            if step:
+                logits = self._continue(tokens, cache, positions + step - 1)  # noqa: F821 - of the step before
+            tokens, logprobs = draw(logits, sampling, generators)
+            self._beat()
+            yield tokens, logprobs
+            running &= ~torch.isin(tokens, self._stop)
+            if not running.any():
+                return
+
+    def _read(self, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Logits [1, V] after the prompt, and the key-value cache of one sequence."""
+        device, positions = self._model.device, prompt.position_ids
+        positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
+        output = self._model(
+            inputs_embeds=self._adapter.embedded(self._model, prompt)[None],
+            position_ids=positions.to(device) if positions.dim() > 1 else positions[None].to(device),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], output.past_key_values
+
+    def _continue(self, tokens: Tensor, cache: Any, positions: Tensor) -> Tensor:
+        """tokens [S] at positions [S] -> logits [S, V] after them."""
+        positions = positions.to(tokens.device)[:, None]
+        if self._model.config.get_text_config().rope_parameters.get("mrope_section"):
+            positions = positions.expand(3, -1, -1)
+        output = self._model(input_ids=tokens[:, None], position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1]
+
+    def _sample(self, token_ids: Tensor, logprobs: Tensor) -> Sample:
+        stops = torch.isin(token_ids, self._stop).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else len(token_ids)
+        tokens, values = token_ids[:length].int().cpu().numpy(), logprobs[:length].clone().cpu().numpy()
+        finish = "stop" if len(stops) else "length"
+        return Sample(tokens, values, self._adapter.decode(tokens.tolist()), finish, self.version)
+
+
+def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """[S, V] -> token [S] and its log-probability [S] float32, an equal share of the rows from each generator. Temperature 0
+    takes the likeliest token."""
+    logits = logits.float() / (sampling.temperature or 1.0)
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        tokens = logprobs.argmax(-1)
+    else:
+        logprobs = _truncated(logits, sampling.top_k, sampling.top_p).log_softmax(-1)
+        shares = logprobs.exp().cpu().chunk(len(generators))
+        drawn = [torch.multinomial(odds, 1, generator=one)[:, 0] for odds, one in zip(shares, generators, strict=True)]
+        tokens = torch.cat(drawn).to(logits.device)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Everything but the `top_k` likeliest tokens, and then but the likeliest that make up `top_p`, at -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        probabilities, order = logits.softmax(-1).sort(descending=True)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def _alike(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
+    """The places of prompts of the same length, at most so many at a time."""
+    by_length: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.token_ids), []).append(place)
+    for places in by_length.values():
+        yield from (places[first : first + most] for first in range(0, len(places), most))
+
+
+def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """Logits [1, V] and the cache of each of several prompts of one length, as one."""
+    logits, caches = zip(*read, strict=True)
+    for first, *others in zip(*(cache.layers for cache in caches), strict=True):
+        first.keys = torch.cat([first.keys, *(layer.keys for layer in others)])
+        first.values = torch.cat([first.values, *(layer.values for layer in others)])
+    return torch.cat(logits), caches[0]
+
+
+def folded(seed: int) -> int:
+    """32 bits, all that torch's generator of a processor reads of a seed; what stands above them counts too."""
+    return (seed ^ seed >> 32) % 2**32
+
+
+def _seed(seed: int, place: int) -> int:
+    return folded((seed * 1_000_003 + place) % 2**63)
+
+
+def _remade(model: nn.Module) -> Iterator[Tensor]:
+    """Tables of positions that transformers computes anew in the forward pass, for as long a sequence as it has seen."""
+    for layer in model.modules():
+        if any(kind in str(getattr(layer, "rope_type", "")) for kind in ("dynamic", "longrope")):
+            yield from layer.buffers(recurse=False)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """A copy with the framework's own attention: the packed one of training knows no key-value cache."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    family = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    own = {"": "sdpa", "text_config": _ATTENTION, "vision_config": "sdpa"} if vision else _ATTENTION
+    return wide_tables(family.from_pretrained(folder, dtype=dtype, attn_implementation=own))
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:
+    """In the dtype of the layer: float32 tables have turned queries and keys, and the cache has made its values alike."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    states = (each.to(next(module.parameters()).dtype) for each in (query, key, value))
+    return sdpa_attention_forward(module, *states, *others, **options)

@@ -1,0 +1,175 @@
+"""Who is on the device: explicit phases, each with what it needs there; the rest may be parked in host memory.
+
+A part is parked by its storages: the bytes are copied to the host and the storage shrinks to nothing, so that every tensor,
+view and shard that stands on it stays the object it was.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlcore.distributed.world import part
+from rlcore.errors import RunError
+from rlcore.monitor.clock import Clock
+from rlcore.runtime import jemalloc
+from rlcore.types import Metrics
+
+PHASES: dict[str, frozenset[str]] = {
+    "encode": frozenset({"vision"}),
+    "infer": frozenset({"engine"}),
+    "reshard": frozenset({"parameters", "vision", "engine"}),
+    "send": frozenset({"parameters", "vision"}),
+    "reference": frozenset({"reference"}),
+    "score": frozenset({"parameters"}),
+    "train": frozenset({"parameters", "optimizer"}),
+    "save": frozenset({"parameters", "optimizer", "vision"}),
+}
+"""What each phase needs. Gradients live and die inside `train`."""
+BESIDE = frozenset({"encode"})
+"""Phases that send nobody away: a vision tower is small, and others come and go around it."""
+MOVES = {phase: "resharding_to_infer" for phase in ("encode", "infer", "reshard", "send")} | {
+    phase: "resharding_to_train" for phase in ("reference", "score", "train", "save")
+}
+"""What moving parts for a phase counts as; moving the reference has stages of its own."""
+
+
+class PhaseError(RunError):
+    """Something was asked of a part that is not on the device."""
+
+
+class Resident(Protocol):
+    """A part that holds device memory."""
+
+    def pause(self) -> None:
+        """Off the device."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def device_bytes(self) -> int: ...
+
+
+class Parked:
+    """Tensors that leave the device and come back."""
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], keep: bool = True) -> None:
+        """`tensors` lists what there is now: an optimizer has nothing before its first step. What is not kept comes back as
+        zeros."""
+        self._tensors, self._keep = tensors, keep
+        self._away: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
+
+    def pause(self) -> None:
+        for tensor in self._held():
+            storage, copy = tensor.untyped_storage(), None
+            if self._keep:
+                copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu").copy_(tensor)
+            self._away.append((storage, storage.nbytes(), copy))
+            storage.resize_(0)
+
+    def resume(self) -> None:
+        for storage, size, copy in self._away:
+            storage.resize_(size)
+            bytes_of(storage).copy_(copy) if copy is not None else bytes_of(storage).zero_()
+        self._away = []
+
+    def device_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._held())
+
+    def _held(self) -> list[Tensor]:
+        """The bytes of each storage, once: tied weights share one."""
+        tensors = [part(tensor) for tensor in self._tensors()]
+        for tensor in tensors:
+            if not tensor.untyped_storage().resizable():  # a file that was mapped into memory
+                tensor.data = tensor.data.clone()
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return list({storage.data_ptr(): bytes_of(storage) for storage in storages if storage.nbytes()}.values())
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class Residence:
+    """The parts of one process, and which of them are on its device."""
+
+    def __init__(self, clock: Clock, parked: Collection[str]) -> None:
+        """`parked`: the parts that leave the device while no phase needs them."""
+        self._clock, self._parked = clock, frozenset(parked)
+        self._parts: dict[str, Resident] = {}
+        self._away: set[str] = set()
+        self._most: dict[str, int] = {}
+
+    def settle(self, name: str, part: Resident | None) -> None:
+        """A new part, on the device; None forgets one."""
+        self._parts.pop(name, None)
+        self._away.discard(name)
+        if part is not None:
+            self._parts[name] = part
+
+    @contextmanager
+    def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
+        """On the device is what the phase needs; `stage` times what is done meanwhile, without the moves."""
+        needs, move = PHASES[name], MOVES[name]
+        leaving = set() if name in BESIDE else self._parts.keys() & self._parked - needs - self._away
+        for one in sorted(leaving):
+            with self._clock.span("ref_offload" if one == "reference" else move):
+                self._parts[one].pause()
+            self._away.add(one)
+        coming = needs & self._away
+        for one in sorted(coming):
+            with self._clock.span("ref_onload" if one == "reference" else move):
+                self._parts[one].resume()
+            self._away.discard(one)
+        if leaving or coming:
+            with self._clock.span(move):
+                jemalloc.purge()  # after both: what came may stand where what left was
+        with self._clock.span(stage) if stage else nullcontext():
+            yield
+        self.note(name)
+
+    def note(self, phase: str, extra: int = 0) -> None:
+        """`extra` bytes are there besides the parts."""
+        held = extra + sum(part.device_bytes() for part in self._parts.values())
+        self._most[phase] = max(self._most.get(phase, 0), held)
+
+    def memory(self) -> Metrics:
+        """`memory/<phase>`: the most that the parts held on the device in that phase since the last call, GiB."""
+        most, self._most = self._most, {}
+        return {f"memory/{phase}": held / 2**30 for phase, held in most.items()}
+
+
+def awake(asleep: bool, what: str) -> None:
+    """PhaseError for an engine that is asked while it is off the device."""
+    if asleep:
+        raise PhaseError(f"{what} was asked of an engine that is paused; resume it first")
+
+
+def holding(version: int | None) -> int:
+    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up, or an update
+    that failed."""
+    if version is None:
+        raise PhaseError(
+            "sampling was asked of an engine that gave up its weights when it was paused, or whose last update failed;"
+            " send it weights first"
+        )
+    return version
+
+
+def memory(device: torch.device | None = None) -> Metrics:
+    """`memory/peak_rss_gib`: the most memory this process has held so far. `memory/peak_device_gib`: the most that torch has
+    held on a device with memory of its own. `memory/host_*`: what its malloc holds now, where that is jemalloc. All GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    metrics = {"memory/peak_rss_gib": peak / 2**20}
+    if device is not None and device.type != "cpu":
+        metrics["memory/peak_device_gib"] = torch.get_device_module(device).max_memory_allocated(device) / 2**30
+    allocator = jemalloc.of_malloc()
+    stats = allocator.stats() if allocator else None
+    held = {f"memory/host_{name}": size / 2**30 for name, size in asdict(stats).items()} if stats else {}
+    return metrics | held

@@ -1,0 +1,136 @@
+"""Where the roles of a run are: pools of workers, and roles that deal a batch over a pool and join what comes back.
+
+One pool with every role is the integrated worker; several are disaggregated; one whose only worker is this process is local.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlcore import registry
+from rlcore.algorithms.task import recipe
+from rlcore.config.schema import RunConfig
+from rlcore.model.resolved import Policy
+from rlcore.monitor.clock import Span
+from rlcore.runtime.pool import Here, Member, Pool, Store, results
+from rlcore.runtime.roles import PooledActor, PooledCritic, PooledEncoder, PooledReference, PooledReward, PooledRollout
+from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.worker import ROLES, Worker
+from rlcore.types import Batch, Metrics, Receipt
+
+_PINGS = 5
+
+
+class Placement:
+    """The roles of a run, and the weights that pass between them."""
+
+    def __init__(
+        self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None,
+        store: Store | None = None,
+    ) -> None:  # fmt: skip
+        """`pools`: of each role, and of rewards if they have one; `close` ends their workers; `store`: that of all pools."""
+        self._store = store or Store()
+        self.config, self._of, self._close = config, pools, close
+        self.pools = list(dict.fromkeys(pool for role, pool in pools.items() if role != "reward"))
+        self.reward = PooledReward(pools["reward"]) if "reward" in pools else None
+        self.rollout = PooledRollout(pools["rollout"], config.rollout.tensor_parallel)
+        self.version = 0
+        self.receipt: Receipt | None = None  # of the weights the engines serve
+        self._late = {member: _clock_difference(member) for pool in set(pools.values()) for member in pool.members}
+
+    @property
+    def compares_elsewhere(self) -> bool:
+        """Whether reference and actor can work at a time."""
+        return self._of["reference"] is not self._of["actor"]
+
+    @property
+    def devices(self) -> int:
+        return sum(len(pool.members) for pool in self.pools)
+
+    def __enter__(self) -> Placement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def start_engines(self) -> None:
+        self._of["rollout"].all("start_engine")
+
+    def load(self, task: str, folder: Path | None = None) -> None:
+        """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
+        way, cap = recipe(task, self.config), self.config.train.max_tokens_per_microbatch
+        results([member.call("load", task, folder) for pool in self.pools for member in pool.members])
+        self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
+        self.actor = PooledActor(self._of["actor"], way, cap)
+        self.reference = PooledReference(self._of["reference"], "reference_logprobs", cap) if way.compared else None
+        self.critic = PooledCritic(self.actor) if task == "grpo" and self.config.critic else None
+
+    def sync_weights(self) -> Receipt:
+        """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
+        if self.receipt is None or set(self._of["rollout"].all("served")) != {self.version}:
+            self.receipt = max(self._synced(), key=lambda receipt: receipt.seconds)
+        return self.receipt
+
+    def update(self, batch: Batch) -> Metrics:
+        """All optimizer steps of this batch: a new version of the weights."""
+        result = self.critic.update(batch) if self.critic else {}
+        result |= self.actor.update(batch)
+        self.version += 1
+        return result
+
+    def spans(self) -> list[Span]:
+        """What every worker did since the last call, on this process's clock."""
+        members = list(self._late)
+        return [
+            replace(span, start=span.start + self._late[member], end=span.end + self._late[member], worker=number)
+            for number, (member, spans) in enumerate(zip(members, self._all("spans"), strict=True), start=1)
+            for span in spans
+        ]
+
+    def traffic(self) -> Metrics:
+        """`placement/bytes`: pickled between this process and the workers since the last call. See `Store.bytes`."""
+        return {"placement/bytes": float(self._store.bytes())}
+
+    def memory(self) -> Metrics:
+        """Of the worker that holds most."""
+        reports = self._all("memory")
+        names = dict.fromkeys(name for report in reports for name in report)
+        return {name: max(report.get(name, 0.0) for report in reports) for name in names}
+
+    def _synced(self) -> list[Receipt]:
+        """Of every engine."""
+        actor, rollout = self._of["actor"], self._of["rollout"]
+        if actor is rollout:
+            return rollout.all("sync", self.version)
+        sent = [member.call("send") for member in actor.members]
+        return results([*sent, *(member.call("receive", self.version) for member in rollout.members)])[len(sent) :]
+
+    def _all(self, method: str) -> list[Any]:
+        return results([member.call(method) for member in self._late])
+
+
+def local(policy: Policy, watch: Watch) -> Placement:
+    """Every role in this process."""
+    pool = Pool([Here(Worker(policy, pulse=watch.pulse))])
+    return Placement(policy.config, dict.fromkeys(ROLES, pool))
+
+
+def start(policy: Policy, watch: Watch) -> Placement:
+    """The workers that the run file asks for, watched."""
+    open_pools: Callable[[Policy, Watch], Placement] = registry.load("placements", policy.config.placement.kind)
+    return open_pools(policy, watch)
+
+
+def _clock_difference(member: Member) -> float:
+    """What to add to the member's clock to have this process's: that of the quickest answer."""
+    pings = []
+    for _ in range(_PINGS):
+        asked = time.perf_counter()
+        there = member.call("now").result()
+        answered = time.perf_counter()
+        pings.append((answered - asked, (asked + answered) / 2 - there))
+    return min(pings)[1]

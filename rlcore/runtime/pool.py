@@ -1,0 +1,168 @@
+"""Pools: identical workers, one a device, and how calls and batches are dealt over them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlcore.errors import RlcoreError, WorkerDied
+from rlcore.model.optimizer import Tally, combined
+from rlcore.model.packing import deal
+from rlcore.runtime.worker import Worker
+from rlcore.types import Batch, Group, Metrics
+
+_AFTERMATH = 5.0  # seconds in which the death of a worker is known here after it has broken others
+T = TypeVar("T")
+
+
+class Member(Protocol):
+    """One worker, wherever it runs."""
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Starts the method of `rlcore.runtime.worker.Worker`; calls to one member run in order."""
+        ...
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """Starts a method that yields; what it yields, as it does where the worker is in another process."""
+        ...
+
+
+class Here:
+    """The worker in this process."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            with self.worker.pulse.stage(method):
+                future.set_result(getattr(self.worker, method)(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """All at once: whoever consumes it would only hold up this process's own work."""
+        with self.worker.pulse.stage(method):
+            return iter(list(getattr(self.worker, method)(*arguments)))
+
+
+class Store:
+    """Where a value is put that several workers read, or one reads several times, so that it is sent once. Workers in this
+    process need none: what they are given they have."""
+
+    def put(self, value: T) -> T:
+        """What stands for the value in what workers are sent; they see the value."""
+        return value
+
+    def group(self, group: Group) -> Group:
+        """The same for a group, as models read it: put once, however often it is asked for."""
+        return group
+
+    def bytes(self) -> int:
+        """Pickled between this process and its workers since the last call: the arguments of every call, once for each worker,
+        every answer, and what was put here or by a worker, once however many read it."""
+        return 0
+
+
+class Pool:
+    """Identical workers, one a device. Neighbours, `sequence` at a time, get the same part of a batch."""
+
+    def __init__(self, members: Sequence[Member], sequence: int = 1, store: Store | None = None) -> None:
+        self.members, self.sequence, self.store = members, sequence, store or Store()
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """Every member's answer to the same call."""
+        return results([member.call(method, *arguments) for member in self.members])
+
+    def parts(self, method: str, parts: Sequence[Any], neighbours: int) -> list[Any]:
+        """The answer to each part, which goes to that many neighbours."""
+        sent = self.shared(parts, neighbours)
+        calls = [member.call(method, sent[number // neighbours]) for number, member in enumerate(self.members)]
+        return results(calls)[::neighbours]
+
+    def shared(self, parts: Sequence[T], readers: int) -> Sequence[T]:
+        """The parts as they are sent to that many workers each."""
+        return [self.store.put(part) for part in parts] if readers > 1 else parts
+
+    def dealt(self, method: str, batch: Batch, cap: int) -> Tensor:
+        """[N] of a method that maps the tokens of a batch to one number a token."""
+        tokens = Batch(batch.groups, batch.rollout_logprobs, batch.loss_mask)
+        parts, places = zip(*deal(tokens, len(self.members) // self.sequence, cap), strict=True)
+        result = torch.empty(len(batch.loss_mask))
+        for place, values in zip(places, self.parts(method, self._sent(parts), self.sequence), strict=True):
+            result[place] = values
+        return result
+
+    def stepped(self, method: str, steps: Sequence[Batch], cap: int, whole_groups: bool) -> Metrics:
+        """Optimizer steps of which each rank takes its part; what they report together."""
+        dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
+        ranks = [self._sent([part for part, _ in parts]) for parts in zip(*dealt, strict=True)]
+        tallies = self.parts(method, ranks, self.sequence)
+        of_steps = zip(*tallies, strict=True)
+        return combined([(_joined(one), step.unit) for step, one in zip(steps, of_steps, strict=True)])
+
+    def _sent(self, parts: Sequence[Batch]) -> list[Batch]:
+        """Their groups travel once."""
+        return [replace(part, groups=[self.store.group(group) for group in part.groups]) for part in parts]
+
+
+def even(count: int, parts: int) -> list[range]:
+    """0 to `count` in that many stretches, which differ in length by one at most."""
+    return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+def results(futures: Sequence[Future[Any]]) -> list[Any]:
+    """Of all, or the first error of any; of a worker's death and what it broke in the others, the death."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    if any(_unexplained(future) for future in done):
+        done, _ = wait(futures, timeout=_AFTERMATH)
+    errors = [error for future in done if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if isinstance(error, WorkerDied)), errors[0])
+    return [future.result() for future in futures]
+
+
+def merged(streams: Sequence[Iterator[T]]) -> Iterator[T]:
+    """What each yields, as it comes."""
+    arrived: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
+
+    def drain(stream: Iterator[T]) -> None:
+        try:
+            for item in stream:
+                arrived.put(item)
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
+    for stream in streams:
+        threading.Thread(target=drain, args=(stream,), daemon=True).start()
+    running = len(streams)
+    while running:
+        item = arrived.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            running -= 1
+        else:
+            yield item
+
+
+def _joined(tallies: Sequence[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total += tally
+    return total
+
+
+def _unexplained(future: Future[Any]) -> bool:
+    """Whether it failed with something that may have its cause in another worker, such as a connection that broke."""
+    return future.exception() is not None and not isinstance(future.exception(), RlcoreError)

@@ -1,0 +1,134 @@
+"""The roles of a run as the trainer calls them: each deals a batch over its pool and joins what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rlcore.algorithms.task import Recipe
+from rlcore.model import critic
+from rlcore.monitor.clock import Clock
+from rlcore.protocols import Reward
+from rlcore.runtime.pool import Pool, even, merged
+from rlcore.types import Batch, Group, Metrics, Prompt, Sampling, Score
+
+
+class PooledReference:
+    def __init__(self, pool: Pool, method: str, cap: int) -> None:
+        self.pool, self.method, self.cap = pool, method, cap
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        return self.pool.dealt(self.method, batch, self.cap)
+
+
+class PooledActor(PooledReference):
+    """Counts optimizer steps as its workers do."""
+
+    def __init__(self, pool: Pool, way: Recipe, cap: int) -> None:
+        super().__init__(pool, "logprobs", cap)
+        self.way, self.steps = way, 0
+
+    def update(self, batch: Batch) -> Metrics:
+        goal = self.way.objective
+        steps = self.way.passes.steps(batch, goal, self.steps)
+        self.steps += len(steps)
+        return self.pool.stepped("update", steps, self.cap, goal.whole_groups)
+
+    def save(self, folder: Path) -> None:
+        """The critic's state too, if there is one."""
+        self.pool.all("save", folder)
+
+    def load(self, folder: Path) -> None:
+        self.steps = self.pool.all("restore", folder)[0]
+
+
+class PooledCritic:
+    def __init__(self, actor: PooledActor) -> None:
+        self.actor = actor
+
+    def values(self, batch: Batch) -> Tensor:
+        return self.actor.pool.dealt("values", batch, self.actor.cap)
+
+    def update(self, batch: Batch) -> Metrics:
+        steps = self.actor.way.passes.steps(batch, critic.OBJECTIVE, self.actor.steps)
+        return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
+
+
+class Scorer(Protocol):
+    def begin(self, group: Group) -> Future[list[Score]]:
+        """Of the group's samples, in order."""
+        ...
+
+
+class InlineReward:
+    """Scores in this process, at once."""
+
+    def __init__(self, reward: Reward, clock: Clock) -> None:
+        self.reward, self.clock = reward, clock
+
+    def begin(self, group: Group) -> Future[list[Score]]:
+        future: Future[list[Score]] = Future()
+        with self.clock.span("reward"):
+            future.set_result(self.reward.score([group])[0])
+        return future
+
+
+class PooledReward:
+    """Workers take turns."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._turns = cycle(pool.members)
+
+    def begin(self, group: Group) -> Future[list[Score]]:
+        """Without what only models read."""
+        row = replace(group.prompt.row, images=())
+        bare = replace(group.prompt, row=row, vision=None, position_ids=None)
+        return next(self._turns).call("score", replace(group, prompt=bare))
+
+
+class PooledEncoder:
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Each worker reads the images of as many prompts as the others, give or take one."""
+        visions = [prompt.vision for prompt in prompts]
+        parts = [visions[share.start : share.stop] for share in even(len(visions), len(self.pool.members))]
+        read = [vision for part in self.pool.parts("embed", parts, neighbours=1) for vision in part]
+        return [replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)]
+
+
+class PooledRollout:
+    def __init__(self, pool: Pool, devices: int) -> None:
+        """`devices` of one engine."""
+        self.pool, self.devices = pool, devices
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        groups = dict(self.stream(prompts, sampling))
+        return [groups[place] for place in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """Groups of every engine as they are finished. Each engine takes as many prompts as the others, give or take one; a
+        prompt's seed is that of its place here."""
+        prompts = [self._kept(prompt) for prompt in prompts]
+        read = [prompt.for_models() for prompt in prompts]
+        shares = even(len(prompts), len(self.pool.members) // self.devices)
+        parts = [(read[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
+        sent = self.pool.shared(parts, self.devices)
+        calls = [
+            member.stream("generate", sent[number // self.devices], number % self.devices == 0)
+            for number, member in enumerate(self.pool.members)
+        ]
+        yield from ((place, Group(prompts[place], samples)) for place, samples in merged(calls))
+
+    def _kept(self, prompt: Prompt) -> Prompt:
+        """With pixels that the actor will read too, put where it finds them. Embeddings are there."""
+        if prompt.vision is None or "pixel_values" not in prompt.vision:
+            return prompt
+        return replace(prompt, vision={**prompt.vision, "pixel_values": self.pool.store.put(prompt.vision["pixel_values"])})

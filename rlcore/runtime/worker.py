@@ -1,0 +1,291 @@
+"""The roles of one process on one device, and the weights that pass between them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rlcore.algorithms.task import Recipe, recipe
+from rlcore.checkpoint.folder import writing
+from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
+from rlcore.distributed import world
+from rlcore.distributed.broadcast import Link
+from rlcore.distributed.fsdp import Sharding
+from rlcore.errors import ConfigError
+from rlcore.model.actor import AdapterOffReference, TorchActor
+from rlcore.model.critic import TorchCritic
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.optimizer import Learner, Tally
+from rlcore.model.reference import TorchReference
+from rlcore.model.resolved import Policy
+from rlcore.model.vision import VisionEncoder, lone_tower, replace_tower
+from rlcore.monitor.clock import Clock, Span
+from rlcore.monitor.heartbeat import Pulse
+from rlcore.protocols import Rollout
+from rlcore.runtime.factory import start_rollout
+from rlcore.runtime.memory import Parked, Residence, memory
+from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
+
+T = TypeVar("T")
+ROLES = ("actor", "reference", "rollout", "vision")
+
+
+class Worker:
+    """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
+
+    def __init__(
+        self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None,
+        put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:  # fmt: skip
+        """`pulse`: beats at whatever a role finishes. `put`: makes of a tensor what stands for it in an answer, where other
+        workers read it and the controller does not."""
+        self._put = put
+        self.policy, self.config, self.roles, self.pulse = policy, policy.config, frozenset(roles), pulse or Pulse()
+        device = policy.settings.device
+        if not torch.get_device_module(device).is_available():
+            raise ConfigError(
+                f"backend.name {policy.backend.name}: this process sees no {device.type} device; look at what is plugged in,"
+                " at its driver, and at the variables that hide devices, or choose another backend"
+            )
+        self.clock = Clock(finish=partial(torch.get_device_module(device).synchronize, device))
+        self.residence = Residence(self.clock, self.config.placement.offload)
+        self.ranks = world.ALONE
+        self.encoder: VisionEncoder | None = None
+        self.actor: TorchActor | None = None
+        self.reference: TorchReference | AdapterOffReference | None = None
+        self.critic: TorchCritic | None = None
+        self.rollout: Rollout | None = None
+        self._link: Link | None = None
+
+    def join(self, rank: int, size: int, address: str) -> None:
+        """Become one of the ranks that meet at `address` (host:port)."""
+        backend, config = self.policy.backend, self.config.sharding
+        self.ranks = world.join(
+            rank, size, address, backend.collectives(), self.policy.settings.device, config.replicas, config.sequence_parallel
+        )
+
+    def start_engine(self) -> None:
+        """Weights reach it by `sync`."""
+        if "rollout" in self.roles:
+            self.rollout = start_rollout(self.policy, self.pulse.beat)
+            self.residence.settle("engine", self.rollout)
+
+    def load(self, task: str, folder: Path | None = None) -> None:
+        """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
+        self.encoder = self.actor = self.reference = self.critic = None
+        way, trained = recipe(task, self.config), "actor" in self.roles
+        compared = way.compared and "reference" in self.roles
+        if trained or compared:
+            seed_random_states(self.config.seed)  # on every rank the same
+            self._build(way, folder or self.policy.folder, trained, compared)
+        if "vision" in self.roles and self.config.model.images_are_read_once:
+            self.encoder = self._encoder()
+        if trained and task == "grpo" and self.config.critic:
+            model, source = self._model(self.policy.critic_folder())
+            if (tower := self.policy.encoder_tower(model)) is not None:
+                tower.requires_grad_(False)
+            self.critic = TorchCritic(
+                model, self.policy.adapter, self._settings(), self.config.algorithm, self.config.critic.optimizer, way.passes,
+                self._sharding(), source, self.policy.backend.adamw,
+            )  # fmt: skip
+        self._settle()
+
+    def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
+        """A model, and where its weights are still to be read from. Low-rank additions need weights to stand beside."""
+        policy = self.policy
+        if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
+            return policy.backend.fuse(policy.load(folder)), None
+        return policy.backend.fuse(policy.adapter.outline(folder, torch.float32)), folder
+
+    def _build(self, way: Recipe, folder: Path, trained: bool, compared: bool) -> None:
+        policy, sharding = self.policy, self._sharding()
+        model, source = self._model(folder)
+        settings = replace(self._settings(), temperature=way.temperature)
+        additions = self.config.model.lora is not None and trained  # without them the model is the reference
+        tower = policy.encoder_tower(model)
+        fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
+        if trained:
+            self.actor = TorchActor(
+                policy.trainable(model), policy.adapter, settings, way.objective, way.optimizer, way.passes,
+                publish_additions=policy.additions is not None, sharding=sharding, source=source, tower=tower,
+                adamw=policy.backend.adamw,
+            )  # fmt: skip
+        if compared:
+            self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
+                fixed.requires_grad_(False), policy.adapter, settings, sharding, source, tower
+            )  # fmt: skip
+        if self.actor and policy.tower_folder:
+            replace_tower(self.actor.model, policy.adapter, policy.tower_folder)
+
+    def _encoder(self) -> VisionEncoder:
+        """With the actor's tower, where that is in this process."""
+        policy = self.policy
+        if self.actor:
+            tower = policy.adapter.vision_tower(self.actor.model)
+        else:
+            tower = lone_tower(policy.adapter, policy.folder, policy.tower_folder, policy.settings.device)
+        return VisionEncoder(_there(tower), policy.adapter, self._settings(), self.config.vision.images_per_batch)
+
+    def _settle(self) -> None:
+        """Who holds memory now."""
+        trained = [role for role in (self.actor, self.critic) if role]
+        learners = [role.learner for role in trained]
+        fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
+        tower = self.policy.encoder_tower(self.actor.model) if self.actor else self.encoder.tower if self.encoder else None
+        self.residence.settle("vision", Parked(tower.parameters) if tower is not None else None)
+        self.residence.settle("parameters", Parked(lambda: _weights(trained, tower)) if trained else None)
+        self.residence.settle("optimizer", Parked(lambda: _moments(learners)) if learners else None)
+        self.residence.settle("reference", Parked(lambda: _tensors(fixed, tower)) if fixed else None)
+        for learner in learners:
+            learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
+
+    def embed(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
+        """What the encoder makes of each prompt's images. The embeddings stay where the roles that come after can read them."""
+        with self.residence.phase("encode", "image_embeds"):
+            read = _there(self.encoder).read(visions)
+        return [vision and {**vision, "image_embeds": self._put(vision["image_embeds"])} for vision in read]
+
+    def generate(
+        self, part: tuple[Sequence[Prompt], Sampling], answers: bool = True
+    ) -> Iterator[tuple[int, Sequence[Sample]]]:
+        """The samples of each prompt as they are finished, with its place in the whole call. The processes of one engine draw
+        the same; one of them `answers`."""
+        prompts, sampling = part
+        with self.residence.phase("infer", "rollout"):
+            if prompts:
+                for place, group in _there(self.rollout).stream(prompts, sampling):
+                    if answers:
+                        yield sampling.first + place, group.samples
+
+    def served(self) -> int | None:
+        """The version of the weights that the engine of this process holds; None when it has to be sent them again."""
+        return _there(self.rollout).version
+
+    def sync(self, version: int) -> Receipt:
+        """The engine of this process serves the weights of its actor."""
+        with self.residence.phase("reshard", "resharding_to_infer"):
+            return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
+
+    def link(self, rank: int, size: int, address: str) -> None:
+        """One end of what weights travel through to the engines of other pools; rank 0 sends."""
+        group = self.policy.backend.group(address, rank, size)
+        self._link = Link(group, self.policy.settings.device, self._bucket)
+
+    def send(self) -> None:
+        """The actor's weights, gathered by all ranks and sent by the first."""
+        with self.residence.phase("send", "resharding_to_infer"):
+            weights = _there(self.actor).weights()
+            if world.first():
+                _there(self._link).send(weights)
+            else:
+                for _ in weights:
+                    pass
+
+    def receive(self, version: int) -> Receipt:
+        """The engine of this process serves the weights that are being sent."""
+        with self.residence.phase("reshard", "resharding_to_infer"):
+            return _there(self.rollout).load_weights(_there(self._link).receive(), version)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        phase = "score" if isinstance(self.reference, AdapterOffReference) else "reference"
+        with self.residence.phase(phase, "reference_model"):
+            return _there(self.reference).logprobs(batch)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        with self.residence.phase("score", "old_log_p"):
+            return _there(self.actor).logprobs(batch)
+
+    def values(self, batch: Batch) -> Tensor:
+        with self.residence.phase("score", "values"):
+            return _there(self.critic).values(batch)
+
+    def update(self, steps: Sequence[Batch]) -> list[Tally]:
+        """This rank's part of each optimizer step."""
+        with self.residence.phase("train", "update"):
+            return [_there(self.actor).step(step) for step in steps]
+
+    def update_critic(self, steps: Sequence[Batch]) -> list[Tally]:
+        with self.residence.phase("train", "update"):
+            return [_there(self.critic).step(step) for step in steps]
+
+    def save(self, folder: Path) -> None:
+        with self.residence.phase("save"), writing():
+            _there(self.actor).save(folder)
+            save_generator(self.policy.settings.device, folder)
+            if self.critic:
+                self.critic.save(folder / "critic")
+
+    def restore(self, folder: Path) -> int:
+        """The number of optimizer steps that the checkpoint has behind it."""
+        actor = _there(self.actor)
+        with self.residence.phase("save"):
+            actor.load(folder)
+            load_generator(self.policy.settings.device, folder)
+            if self.critic:
+                self.critic.load(folder / "critic")
+        return actor.learner.steps
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def spans(self) -> list[Span]:
+        """Since the last call, on this process's clock."""
+        return self.clock.take()
+
+    def memory(self) -> Metrics:
+        return {**memory(self.policy.settings.device), **self.residence.memory()}
+
+    def _settings(self) -> ForwardSettings:
+        """The policy's, as they are in this process."""
+        return replace(self.policy.settings, sequence=self.ranks.sequence, beat=self.pulse.beat)
+
+    def _sharding(self) -> Sharding | None:
+        mesh, config, backend = self.ranks.mesh, self.config.sharding, self.policy.backend
+        if mesh is None:
+            return None
+        exchange = backend.exchange(mesh.get_group(mesh.ndim - 1), self._bucket)
+        return Sharding(
+            mesh, self.policy.settings.compute_dtype, config.cpu_offload, exchange, self._bucket,
+            sum_each=config.gradient_sync == "each",
+        )  # fmt: skip
+
+    @property
+    def _bucket(self) -> int:
+        """Bytes: half of what may be gathered at once, since two halves take turns."""
+        return self.config.sharding.bucket_mib * 2**20 // 2
+
+
+def _weights(roles: Sequence[TorchActor | TorchCritic], tower: torch.nn.Module | None) -> Iterator[Tensor]:
+    """And the copies that they run on."""
+    for role in roles:
+        yield from _tensors(role.forward, tower)
+        yield from role.working.tensors()
+
+
+def _tensors(module: torch.nn.Module, without: torch.nn.Module | None) -> Iterator[Tensor]:
+    left_out = {id(tensor) for tensor in without.parameters()} if without is not None else set()
+    return (tensor for tensor in module.parameters() if id(tensor) not in left_out)
+
+
+def _moments(learners: Sequence[Learner]) -> Iterator[Tensor]:
+    states = (state for learner in learners for state in learner.optimizer.state.values())
+    return (value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes."""
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return sum(world.part(weight.grad).nbytes for weight in weights if weight.grad is not None)
+
+
+def _there(role: T | None) -> T:
+    assert role is not None, "a placement calls a worker for the roles it has"
+    return role

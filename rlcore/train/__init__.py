@@ -1,0 +1,1 @@
+"""The training commands: grpo, sft and dpo, and the steps they share."""

@@ -1,0 +1,61 @@
+"""Evaluation on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlcore.config.schema import RunConfig
+from rlcore.data.prompts import Prompts, encode_all
+from rlcore.data.rows import load_rows
+from rlcore.model.resolved import Policy
+from rlcore.runtime.placement import Placement
+from rlcore.runtime.roles import Scorer
+from rlcore.train.sampling import sampling, scored_in_order
+from rlcore.types import Group, Metrics, Prompt, Score
+
+EVALUATION_SEED = 1 << 31  # far from every step's; a host's generators read the lower 32 bits only
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out rows, sampled and scored."""
+
+    groups: list[Group]
+    scores: list[list[Score]]
+
+    def metrics(self) -> Metrics:
+        """`eval/score`: the mean over rows of each row's mean. A failed reward counts in `eval/error`, never as 0."""
+        values = [[score.value for score in group if score.value is not None] for group in self.scores]
+        rows = [sum(row) / len(row) for row in values if row]
+        lengths = [len(sample.token_ids) for group in self.groups for sample in group.samples]
+        return {
+            **({"eval/score": sum(rows) / len(rows)} if rows else {}),
+            "eval/rows": float(len(self.groups)),
+            "eval/error": float(sum(score.status != "value" for group in self.scores for score in group)),
+            "eval/response_length": sum(lengths) / len(lengths),
+        }
+
+
+def evaluate(placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
+    """Every held-out row once, under the evaluation's own sampling."""
+    assert config.evaluation is not None
+    placement.sync_weights()
+    prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+    drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
+    scored = scored_in_order(drawn, reward)
+    return Evaluation(scored.groups, scored.scores)
+
+
+def _held_out(policy: Policy) -> Prompts | None:
+    data = policy.config.data
+    if policy.config.evaluation is None or data.eval is None:
+        return None
+    return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+
+
+def _unread(config: RunConfig) -> str | None:
+    """What is said of held-out rows that nothing asks for; a run may leave its evaluation out for once."""
+    if config.data.eval is None:
+        return None
+    return "data.eval: no row of it is evaluated, because evaluation is not set; add it (evaluation: {}) or remove data.eval"

@@ -1,0 +1,100 @@
+"""What a run will do, in numbers, before it does it."""
+
+from __future__ import annotations
+
+from rlcore.config.schema import RunConfig
+from rlcore.data.prompts import Prompts, encode_all
+from rlcore.data.rows import load_rows
+from rlcore.device import Backend
+from rlcore.model.loading import adapter_for, resolve
+from rlcore.model.packing import plan as microbatches
+from rlcore.model.resolved import MODEL_CACHE
+
+CAP = "train.max_tokens_per_microbatch"
+
+
+def read(config: RunConfig, backend: Backend) -> tuple[Prompts, Prompts | None]:
+    """The rows that train and those of the evaluations, as the model reads them."""
+    backend.prepare()
+    data, adapter = config.data, adapter_for(resolve(config.model, MODEL_CACHE), config.model)
+
+    def prompts(key: str) -> Prompts:
+        rows = load_rows(getattr(data, key), f"data.{key}")
+        return encode_all(rows, adapter, data.max_prompt_tokens, data.long_prompts)
+
+    return prompts("train"), prompts("eval") if config.evaluation and data.eval else None
+
+
+def describe(config: RunConfig, training: Prompts, held_out: Prompts | None) -> str:
+    """Prompts, samples, optimizer steps and micro-batches, each with the arithmetic behind it."""
+    train, group = config.train, config.algorithm.group_size
+    passes = train.steps * train.prompts_per_step / len(training)
+    prompts = train.prompts_per_step
+    longest_prompt, longest_response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    share = prompts // train.minibatches_per_step
+    ranks = _data_ranks(config)
+    full = [(longest_prompt, [longest_response] * group)] * -(-share // ranks)
+    cap = train.max_tokens_per_microbatch
+    most = len(microbatches(full, cap))
+    longest = longest_prompt + longest_response
+    lines = [
+        ("training rows", _rows(training)),
+        ("prompts a step", f"{prompts} (train.prompts_per_step)"),
+        ("samples a step", f"{prompts * group} = {prompts} prompts x {group} (algorithm.group_size)"),
+        ("optimizer steps a step", _optimizer_steps(config) + f", {share * group} samples each"),
+        ("micro-batches an optimizer step", f"at most {most}{_each(ranks)}, none above {cap} tokens ({CAP})"),
+        ("longest sample", f"{longest} tokens = {longest_prompt} prompt + {longest_response} response"),
+        ("steps", f"{train.steps} (train.steps)"),
+        ("prompts in all", f"{train.steps * prompts} = {passes:.2f} passes over the training rows"),
+        ("samples in all", f"{train.steps * prompts * group}"),
+        ("optimizer steps in all", f"{train.steps * train.epochs_per_step * train.minibatches_per_step}"),
+    ]  # fmt: skip
+    if config.placement.kind != "local":
+        lines.append(("devices", _devices(config)))
+    if config.sft:
+        examples = config.sft.steps * config.sft.rows_per_step
+        lines.insert(0, ("warm start", f"{config.sft.steps} supervised steps x {config.sft.rows_per_step} rows = {examples}"))
+    if config.evaluation:
+        lines.append(("evaluation", _evaluations(config)))
+    if held_out is not None:
+        lines.append(("evaluation rows", _rows(held_out)))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _rows(prompts: Prompts) -> str:
+    dropped = f" ({prompts.dropped_long} more are longer than data.max_prompt_tokens and dropped)"
+    return f"{len(prompts)}{dropped if prompts.dropped_long else ''}"
+
+
+def _optimizer_steps(config: RunConfig) -> str:
+    minibatches, epochs = config.train.minibatches_per_step, config.train.epochs_per_step
+    if epochs == 1:
+        return f"{minibatches} (train.minibatches_per_step)"
+    return f"{epochs * minibatches} = {epochs} passes (train.epochs_per_step) x {minibatches} (train.minibatches_per_step)"
+
+
+def _data_ranks(config: RunConfig) -> int:
+    """Parts that a batch is dealt into: the actor's devices, less those that share a row."""
+    devices = next(devices for _, devices, roles in config.pools() if "actor" in roles)
+    return devices // config.sharding.sequence_parallel
+
+
+def _each(ranks: int) -> str:
+    return f" on each of {ranks} ranks" if ranks > 1 else ""
+
+
+def _devices(config: RunConfig) -> str:
+    pools = config.pools()
+    idle = {"reference"} if not config.algorithm.kl_coef and not config.dpo else set()
+    idle |= set() if config.model.images_are_read_once else {"vision"}
+    parts = [f"{devices} for {', '.join(sorted(roles - idle))}" for _, devices, roles in pools]
+    return f"{sum(devices for _, devices, _ in pools)} = {' + '.join(parts)} ({config.placement.kind})"
+
+
+def _evaluations(config: RunConfig) -> str:
+    settings = config.evaluation
+    assert settings is not None
+    moments = ["before training"] * settings.before + [f"every {settings.every} steps"] * bool(settings.every)
+    moments += ["at the end"] * settings.at_end
+    return f"{', '.join(moments)}: {settings.samples} response(s) a row, temperature {settings.temperature}"

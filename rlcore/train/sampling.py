@@ -1,0 +1,107 @@
+"""A step's prompts, sampled and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+from rlcore.algorithms import dapo
+from rlcore.config.schema import RunConfig
+from rlcore.config.sections import SamplingConfig
+from rlcore.data.prompts import PromptSource
+from rlcore.monitor.clock import Clock
+from rlcore.runtime.placement import Placement
+from rlcore.runtime.pool import results
+from rlcore.runtime.roles import Scorer
+from rlcore.types import Group, Prompt, Receipt, Sampling, Score
+
+REFILL_SEED = 1 << 24  # from one refill of a step to the next
+"""Stages of drawing and scoring samples, which for the next step may happen during this one."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Groups and what the reward said of each of their samples."""
+
+    groups: list[Group]
+    scores: list[list[Score]]
+
+    def __add__(self, other: Scored) -> Scored:
+        return Scored(self.groups + other.groups, self.scores + other.scores)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step learns from."""
+
+    kept: Scored
+    replaced: Scored
+    receipt: Receipt
+    drawn: int  # prompts, in the whole run up to here
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws a step's prompts, samples and scores them."""
+
+    placement: Placement
+    reward: Scorer
+    source: PromptSource
+    config: RunConfig
+    clock: Clock
+
+    def __call__(self, number: int, receipt: Receipt) -> Sampled:
+        """Of step `number`, with the weights of the receipt."""
+        kept, replaced = collect(self.placement, self.reward, self.source.draw, self.config, number, self.clock)
+        return Sampled(kept, replaced, receipt, self.source.drawn)
+
+
+def synced(placement: Placement, clock: Clock) -> Receipt:
+    with clock.span("resharding_to_infer"):
+        return placement.sync_weights()
+
+
+def collect(
+    placement: Placement, reward: Scorer, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
+    clock: Clock,
+) -> tuple[Scored, Scored]:
+    """A step's groups, and those that were replaced because they taught nothing (DAPO's dynamic sampling).
+
+    At most algorithm.max_refills times other prompts are drawn for them; what is still missing then stays missing, but a step
+    in which no group at all has signal keeps the last ones.
+    """
+    kept, replaced = Scored([], []), Scored([], [])
+    for refill in range(config.algorithm.max_refills + 1):
+        with clock.span("data"):
+            prompts = draw(config.train.prompts_per_step - len(kept.groups))
+        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+        seed = config.seed + number + refill * REFILL_SEED
+        drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
+        scored = scored_in_order(drawn, reward)
+        if not config.algorithm.max_refills:
+            return scored, replaced
+        signal = [dapo.has_signal(scores) for scores in scored.scores]
+        kept += _chosen(scored, signal)
+        replaced += _chosen(scored, [not one for one in signal])
+        if len(kept.groups) == config.train.prompts_per_step:
+            break
+    if not kept.groups:
+        last = len(scored.groups)
+        kept, replaced = scored, Scored(replaced.groups[:-last], replaced.scores[:-last])
+    return kept, replaced
+
+
+def scored_in_order(drawn: Iterable[tuple[int, Group]], reward: Scorer) -> Scored:
+    """Each group as it comes, while engines in other processes go on with the rest."""
+    begun = {place: (group, reward.begin(group)) for place, group in drawn}
+    in_order = [begun[place] for place in sorted(begun)]
+    return Scored([group for group, _ in in_order], results([scores for _, scores in in_order]))
+
+
+def sampling(config: SamplingConfig, samples: int, seed: int) -> Sampling:
+    return Sampling(samples, config.max_new_tokens, config.temperature, config.top_p, config.top_k, seed)
+
+
+def _chosen(scored: Scored, wanted: Sequence[bool]) -> Scored:
+    return Scored(list(compress(scored.groups, wanted)), list(compress(scored.scores, wanted)))

@@ -1,0 +1,67 @@
+"""How far the engine's log-probabilities are from the trainer's, in each precision, for text and for images, before and after
+an update: a bound that a weight which did not arrive breaks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlcore import registry
+from rlcore.config.schema import RunConfig
+from rlcore.model.resolved import Policy
+from rlcore.runtime.placement import local
+from rlcore.runtime.watchdog import Watch
+from rlcore.types import Batch, Sampling
+
+SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # heads of 64, which the engine has kernels for
+DATA = {"tiny_qwen3": "arithmetic", "tiny_qwen2_5_vl": "geometry_figures"}
+LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (0.015, 0.15)}  # nats: on average, and at most
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("source", DATA)
+def test_the_engine_is_as_near_to_the_trainer_as_its_precision_says(source, precision, tmp_path):
+    """In a process of its own: an engine that is collected takes the groups of one that starts with it."""
+    program = [sys.executable, __file__, source, precision, str(tmp_path)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def measure(source: str, precision: str, folder: str) -> None:
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options(threads=1, kv_cache_gib=0.1))
+    backend.settle(os.environ)
+    backend.prepare()
+    for engine in ["torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])]:
+        config = RunConfig.model_validate({
+            "model": {"path": source, "options": SIZES, "precision": precision},
+            "data": {"train": {"name": DATA[source]}, "max_prompt_tokens": 96},
+            "rollout": {"engine": engine, "max_new_tokens": 12}, "algorithm": {"group_size": 4}, "optimizer": {"lr": 1e-3},
+        })  # fmt: skip
+        near(Policy(config, backend), Path(folder), *LIMITS[precision])
+
+
+def near(policy: Policy, folder: Path, mean: float, most: float) -> None:
+    with local(policy, Watch(0, folder)) as run:
+        run.load("grpo")
+        run.start_engines()
+        prompts = policy.prompts(seed=0).draw(4)
+        for version in range(3):
+            assert run.sync_weights().version == version
+            batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 12, seed=version)))
+            gap = (run.actor.logprobs(batch) - batch.rollout_logprobs).abs()
+            assert gap.mean() < mean and gap.max() < most, (version, float(gap.mean()), float(gap.max()))
+            run.update(replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask))))
+        moved = (run.actor.logprobs(batch) - batch.rollout_logprobs).abs()
+        assert moved.mean() > 2 * mean, "weights that do not arrive show"
+
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])

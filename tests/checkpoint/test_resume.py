@@ -1,0 +1,478 @@
+"""A run that is stopped, however it is stopped, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlcore.checkpoint.folder import latest_checkpoint, read_state, save_checkpoint
+from rlcore.checkpoint.state import random_states, restore_random_states
+from rlcore.cli import train
+from rlcore.cli.main import INTERRUPTED, main
+from rlcore.cli.run_folder import Claim
+from rlcore.data.prompts import PromptSource
+from rlcore.errors import ConfigError, RunError
+from rlcore.monitor.sinks import Sinks
+from rlcore.runtime.signals import Interruption
+
+REWARD = "test_resume.graded"
+STEPS = 5
+TRAIN_CALLS, EVAL_CALLS = 2 * 4, 3  # of the reward: a step's, an evaluation's
+calls = 0
+
+
+def graded(response, answer, fields, *, signal: int = 0, call: int = 0):
+    """A score with some spread; on its `call`-th call it sends `signal` to its own process."""
+    module = importlib.import_module("test_resume")  # whatever name this file runs under
+    module.calls += 1
+    if module.calls == call:
+        os.kill(os.getpid(), signal)
+    return len(set(response)) / 10
+
+
+def reward_call(step: int) -> int:
+    """The second reward call of that step's samples, evaluations (before, and after every second step) counted in."""
+    return EVAL_CALLS + (step - 1) * TRAIN_CALLS + ((step - 1) // 2) * EVAL_CALLS + 2
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tiny_llama):
+    """A run with a warm start, a reference, minibatches, evaluation, epochs of five rows and a checkpoint every two steps."""
+    if "vllm" in sys.modules:
+        pytest.fail("an earlier test loaded vLLM into this process, which changes rounding; call its file test_vllm_*.py")
+    rows = {"name": "arithmetic", "options": {"count": 5, "max_value": 9}}
+    file = tmp_path_factory.mktemp("settings") / "run.yaml"
+    file.write_text(
+        yaml.safe_dump({
+            "model": {"path": str(tiny_llama), "precision": "fp32"},
+            "backend": {"options": {"threads": 1}},
+            "data": {
+                "train": rows, "max_prompt_tokens": 64,
+                "eval": {"name": "arithmetic", "options": {"split": "test", "count": EVAL_CALLS}},
+            },
+            "sft": {"steps": 2, "rows_per_step": 2, "optimizer": {"lr": 1e-3}},
+            "rollout": {"engine": "torch", "max_new_tokens": 6},
+            "reward": [{"name": REWARD}],
+            "algorithm": {"group_size": 4, "kl_coef": 0.1},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 7},
+            "train": {
+                "steps": STEPS, "prompts_per_step": 2, "minibatches_per_step": 2, "save_every": 2,
+                "max_tokens_per_microbatch": 128,
+            },
+            "evaluation": {"every": 2, "at_end": False, "max_new_tokens": 6, "temperature": 1.0},
+        }),
+        encoding="utf-8",
+    )  # fmt: skip
+    return ["grpo", str(file), "--run-dir"]
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch, backend):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    importlib.import_module("test_resume").calls = 0
+    yield
+    backend.prepare()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, command):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        assert main([*command, str(folder)]) == 0
+    return folder
+
+
+def numbers(folder):
+    """metrics.jsonl without what a clock or the operating system says."""
+    clock = re.compile(r"timing/.*|memory/.*|sync/.*seconds|.*_tps|tps_throughput")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.dumps({name: value for name, value in row.items() if not clock.fullmatch(name)}) for row in rows]
+
+
+def assert_same(folder, expected):
+    assert numbers(folder) == numbers(expected)
+    assert (folder / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
+    assert_same_state(folder, expected)
+
+
+def assert_same_state(folder, expected, last=STEPS):
+    last = Path("checkpoints") / f"step_{last:06d}"
+    for name in ("model/model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (folder / last / name).read_bytes() == (expected / last / name).read_bytes(), name
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in numbers(folder)]
+
+
+def test_the_run_that_is_compared_with_says_something(uninterrupted):
+    """It learns, its reference is not its policy, and it passes more than one epoch."""
+    rows = [json.loads(line) for line in numbers(uninterrupted)]
+    assert steps(uninterrupted) == [0, 1, 2, 3, 4, 5]
+    assert all(row["grad_norm"] > 0 for row in rows[1:])
+    assert rows[3]["actor/kl_loss"] > rows[1]["actor/kl_loss"] > 0, "minibatches: the second is off the reference already"
+
+
+def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
+    """Killed while step 4 is scored: step 3 is written but not in the checkpoint of step 2, and is done again."""
+    folder = tmp_path / "run"
+    killed = [f"reward.0.options={{signal: {int(signal.SIGKILL)}, call: {reward_call(4)}}}"]
+    program = "import sys; from rlcore.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
+    arguments = [sys.executable, "-c", program, *command, str(folder), *killed]
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert steps(folder) == [0, 1, 2, 3]
+    assert latest_checkpoint(folder).name == "step_000002"
+    warm = (folder / "sft" / "metrics.jsonl").read_bytes()
+    assert main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+    assert (folder / "sft" / "metrics.jsonl").read_bytes() == warm, "the warm start is read, not made again"
+
+
+VARIANTS = {
+    "ppo": ["algorithm.name=ppo", "critic={optimizer: {lr: 1.0e-3}}"],
+    "lora": ["model.lora={rank: 4}"],
+    "adaptive": ["algorithm.kl_target=0.001", "algorithm.kl_horizon=20"],
+    "dapo": ["algorithm.name=dapo", "train.epochs_per_step=2"],
+    "schedule": ["optimizer.schedule=cosine", "optimizer.min_lr=1.0e-5", "train.gradient_checkpointing=true"],
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_every_kind_of_state_is_resumed(command, tmp_path, overrides):
+    """Stopped in step 4, gone on from step 2 or 3, against the same run left alone."""
+    stopped = [f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {reward_call(4)}}}", *overrides]
+    assert main([*command, str(tmp_path / "whole"), *overrides]) == 0
+    importlib.import_module("test_resume").calls = 0
+    assert main([*command, str(tmp_path / "stopped"), *stopped]) == INTERRUPTED
+    assert main([*command, str(tmp_path / "stopped"), "--resume", *overrides]) == 0
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted, tmp_path, number, capsys):
+    """While step 4 is scored nothing of it is worth keeping: step 3 is saved."""
+    folder, before = tmp_path / "run", signal.getsignal(number)
+    assert main([*command, str(folder), f"reward.0.options={{signal: {int(number)}, call: {reward_call(4)}}}"]) == 130
+    assert capsys.readouterr().err == "rlcore: interrupted\n"
+    assert steps(folder) == [0, 1, 2, 3]
+    assert latest_checkpoint(folder).name == "step_000003"
+    assert signal.getsignal(number) is before
+    assert main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+
+
+def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, tmp_path, capsys):
+    """During the evaluation that follows step 2: the step is evaluated, saved and written, then the run stops."""
+    folder = tmp_path / "run"
+    call = reward_call(3) - 2
+    assert main([*command, str(folder), f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {call}}}"]) == 130
+    assert "stopping after this step is saved; once more to stop at once" in capsys.readouterr().err
+    assert numbers(folder) == numbers(uninterrupted)[:3]
+    assert latest_checkpoint(folder).name == "step_000002"
+    assert main([*command, str(folder), "--resume"]) == 0
+    assert_same(folder, uninterrupted)
+
+
+def test_a_warm_start_is_gone_on_with_where_it_was_stopped(command, uninterrupted, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSource, "draw", at_draw(2, send))
+        assert main([*command, str(folder)]) == INTERRUPTED
+    assert not (folder / "metrics.jsonl").exists()
+    assert latest_checkpoint(folder / "sft").name == "step_000001"
+    assert main([*command, str(folder), "--resume"]) == 0
+    assert numbers(folder / "sft") == numbers(uninterrupted / "sft")
+    assert_same(folder, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
+    def files():
+        return {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and "tfevents" not in path.name}
+
+    before = files()
+    assert main([*command, str(uninterrupted), "--resume"]) == 0
+    assert files() == before
+
+
+# training that samples nothing
+
+
+def at_draw(call, act):
+    """`PromptSource.draw` that acts before its `call`-th call; each of them draws a random number too, as a data set may."""
+    real, calls = PromptSource.draw, []
+
+    def draw(self, count):
+        calls.append(random.random())
+        if len(calls) == call:
+            act()
+        return real(self, count)
+
+    return draw
+
+
+def die():
+    raise MemoryError("as if the process were gone")
+
+
+@pytest.fixture(params=["sft", "dpo"])
+def training(request, tmp_path, tiny_llama):
+    """Six steps of two rows of five, with a checkpoint every second."""
+    rows = [{"prompt": f"{n} + {n}?", "answer": "", "good": f"It is {2 * n}.", "bad": f"{n}"} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"answer": None, "target": "good", **({"rejected": "bad"} if request.param == "dpo" else {})}
+    size = {"sft": "rows_per_step", "dpo": "pairs_per_step"}[request.param]
+    values = {
+        "model": {"path": str(tiny_llama)}, "backend": {"options": {"threads": 1}},
+        "data": {"train": {"path": str(tmp_path / "rows.jsonl"), "options": columns}, "max_prompt_tokens": 64},
+        request.param: {"steps": 6, size: 2, "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 2}},
+        "train": {"save_every": 2, "max_tokens_per_microbatch": 512}, "logging": {"tensorboard": False},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return [request.param, str(tmp_path / "run.yaml"), "--run-dir"]
+
+
+def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(training, tmp_path, monkeypatch):
+    """Interrupted in the fourth step, whose third is saved; dead in the fourth, which has the second to go on from."""
+    whole = tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSource, "draw", at_draw(0, die))
+        assert main([*training, str(whole)]) == 0
+    assert {path.name for path in (whole / "checkpoints").glob("step*")} == {f"step_{n:06d}" for n in (2, 4, 6)}
+    for act, saved in ((send, "step_000003"), (die, "step_000002")):
+        folder = tmp_path / act.__name__
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptSource, "draw", at_draw(4, act))
+            try:
+                assert main([*training, str(folder)]) == INTERRUPTED
+            except MemoryError:
+                assert act is die
+        assert latest_checkpoint(folder).name == saved
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptSource, "draw", at_draw(0, die))
+            assert main([*training, str(folder), "--resume"]) == 0
+        assert numbers(folder) == numbers(whole)
+        assert_same_state(folder, whole, last=6)
+
+
+# one process a run folder
+
+
+def meddling(response, answer, fields, *, command: list[str], folder: str):
+    """Tries, on its first call, to go on with the run that calls it, from another process."""
+    module = importlib.import_module("test_resume")
+    module.calls += 1
+    if module.calls == 1:
+        arguments = [sys.executable, "-m", "rlcore", *command, folder, "--resume"]
+        module.meddled = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    return len(set(response)) / 10
+
+
+def test_a_run_that_lives_keeps_its_folder_to_itself(command, uninterrupted, tmp_path):
+    module, folder = importlib.import_module("test_resume"), tmp_path / "run"
+    options = json.dumps({"command": command, "folder": str(folder)})
+    meddler = ["reward.0.name=test_resume.meddling", f"reward.0.options={options}"]
+    assert main([*command, str(folder), *meddler]) == 0
+    assert module.meddled.returncode == 2
+    assert module.meddled.stderr == (
+        f"rlcore: --run-dir: {folder} is being written by pid {os.getpid()} on {socket.gethostname()}; wait for it or end it,"
+        " or give another folder\n"
+    )
+    assert_same_state(folder, uninterrupted)
+
+
+def test_death_gives_a_run_folder_back(tmp_path):
+    program = (
+        "import sys; from rlcore.cli.run_folder import *\n"
+        "one = Claim(Path(sys.argv[1])); one.take(); print('taken'); input()"
+    )
+    holder = subprocess.Popen([sys.executable, "-uc", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"taken\n"
+        with Claim(tmp_path) as claim, pytest.raises(ConfigError, match=f"is being written by pid {holder.pid} on "):
+            claim.take()
+        holder.kill()
+    with Claim(tmp_path) as claim:
+        claim.take()
+        claim.take()  # again by the same process, as after a worker's death
+        assert claim.taken
+
+
+def test_a_run_that_began_while_another_was_loading_is_not_written_over(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with Claim(tmp_path) as claim, pytest.raises(ConfigError, match="already holds a run; give --resume to go on with it"):
+        train._begin(claim, None)
+
+
+# checkpoints
+
+
+def filling(response, answer, fields, *, call: int):
+    """From its `call`-th call on no file of this process grows beyond 200 KB."""
+    module = importlib.import_module("test_resume")
+    module.calls += 1
+    if module.calls == call:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return len(set(response)) / 10
+
+
+def test_a_full_disk_names_the_checkpoint_that_is_whole_and_can_be_gone_on_from(command, uninterrupted, tmp_path, capsys):
+    folder, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = ["reward.0.name=test_resume.filling", f"reward.0.options={{call: {reward_call(4)}}}"]
+    try:
+        assert main([*command, str(folder), *full]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"rlcore: {folder}/checkpoints/step_000004 cannot be written: ")
+    assert said.endswith("; step_000002 is whole: free some room, then go on from it with --resume")
+    assert main([*command, str(folder), "--resume"]) == 0
+    assert_same_state(folder, uninterrupted)
+
+
+def content(text):
+    def write(folder):
+        (folder / "weights").write_text(text, encoding="utf-8")
+
+    return write
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
+
+    def fail(folder):
+        (folder / "weights").write_text("half of", encoding="utf-8")
+        raise OSError("disk full")
+
+    with pytest.raises(RunError, match="step_000002 cannot be written: disk full; step_000001 is whole: free some room"):
+        save_checkpoint(tmp_path, "step_000002", {"step": 2}, fail)
+    assert latest_checkpoint(tmp_path).name == "step_000001"
+    assert not (tmp_path / "checkpoints" / "step_000002").exists()
+    save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert read_state(latest_checkpoint(tmp_path))["step"] == 2
+    assert (latest_checkpoint(tmp_path) / "weights").read_text(encoding="utf-8") == "second"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000001", "step_000002", "latest"}
+
+
+def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
+    with monkeypatch.context() as patch:
+        patch.setattr("rlcore.checkpoint.folder.replace_text", lambda path, text: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert latest_checkpoint(tmp_path).name == "step_000001"
+    save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("again"))
+    assert (latest_checkpoint(tmp_path) / "weights").read_text(encoding="utf-8") == "again"
+
+
+def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
+    real = os.replace
+
+    def dies(source, target):
+        if Path(source).is_dir():
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
+    assert latest_checkpoint(tmp_path).name == "step_000001"
+
+
+def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
+    (folder / "state.json").unlink()
+    with pytest.raises(ConfigError, match="names step_000001, which is missing or not whole"):
+        latest_checkpoint(tmp_path)
+
+
+def test_random_states_come_back():
+    import numpy
+    import torch
+
+    saved = json.loads(json.dumps(random_states()))
+    first = (random.random(), numpy.random.rand(), torch.rand(1).item())
+    restore_random_states(saved)
+    assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == first
+
+
+# what was written
+
+
+def test_lines_of_unfinished_steps_are_dropped_whatever_characters_a_sample_holds(tmp_path):
+    sinks = Sinks(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        sinks.write(step, {"score": 0.5}, [{"response": "one\u2028two\x85three\x0bfour"}])
+    sinks.close()
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write('{"step": 4, "response": "cut off é'.encode()[:-1])
+    Sinks(tmp_path, tensorboard=False, first_step=3).close()
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [line["step"] for line in kept] == [1, 2]
+    assert kept[0]["response"] == "one\u2028two\x85three\x0bfour"
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 2
+
+
+# signals
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def test_outside_a_step_a_signal_stops_at_once():
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+        send()
+    assert not interruption.abandoned
+
+
+def test_afterwards_signals_find_the_handlers_of_before():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with Interruption():
+        assert not {signal.getsignal(number) for number in numbers} & set(before)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():
+    with Interruption() as interruption:
+        interruption.hold()
+        send()
+        with pytest.raises(KeyboardInterrupt):
+            interruption.release()
+        assert not interruption.abandoned
+    with Interruption() as interruption:
+        interruption.hold()
+        send()
+        with pytest.raises(KeyboardInterrupt):
+            send()
+        assert interruption.abandoned
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_nobody_could_catch_stops_before_the_next_step():
+    class Ends:
+        def __del__(self):
+            send()  # what is raised here, Python prints and forgets
+
+    with Interruption() as interruption:
+        Ends()
+        interruption.hold()
+        with pytest.raises(KeyboardInterrupt):
+            interruption.release()
+        assert not interruption.abandoned

@@ -1,0 +1,261 @@
+"""Four ranks, of which 2 or 4 share each row: log-probabilities, entropies, values and gradients are those of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rlcore_backends.common import node_address
+
+from rlcore import registry
+from rlcore.algorithms import aggregation
+from rlcore.algorithms.objective import Objective, tokens
+from rlcore.algorithms.schedule import Passes
+from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.schema import RunConfig
+from rlcore.config.sections import OptimizerConfig
+from rlcore.distributed import world
+from rlcore.distributed.fsdp import Sharding, fill
+from rlcore.errors import ConfigError
+from rlcore.model.actor import TorchActor
+from rlcore.model.critic import OBJECTIVE, TorchCritic
+from rlcore.model.forward import ForwardSettings
+from rlcore.model.packing import deal
+from rlcore.model.resolved import Policy
+from rlcore.model.vision import VisionEncoder
+from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
+
+MODELS = {  # fewer key and value heads than ranks, and a number of them that the ranks do not divide
+    "tiny_llama": {"hidden_size": 96, "heads": 12, "key_value_heads": 3, "layers": 2},
+    "tiny_qwen3": {"hidden_size": 64, "heads": 4, "key_value_heads": 1, "layers": 2},
+    "tiny_qwen2_5_vl": {"layers": 2, "vision_layers": 2},
+}
+BOUND = 1e-5  # of each parameter's gradient by itself; most are within 5e-7
+CAP = 80  # several micro-batches
+UNCLIPPED = OptimizerConfig(max_grad_norm=1e9)
+
+
+def loss(view):
+    return TokenLoss(view.advantages * view.logprobs - 0.1 * view.entropy, {"logprobs": view.logprobs, "entropy": view.entropy})
+
+
+def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, sharding=None):
+    adapter = adapter_of(folder)
+    model = adapter.load(folder, torch.float32)
+    if frozen:
+        adapter.vision_tower(model).requires_grad_(False)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return TorchActor(
+        model, adapter, settings_of(cap, sequence), Objective(loss, aggregation.token_mean, tokens), UNCLIPPED, Passes(1),
+        sharding=sharding, tower=adapter.vision_tower(model) if frozen else None,
+    )  # fmt: skip
+
+
+def critic_of(folder, sequence=None, sharding=None):
+    adapter = adapter_of(folder)
+    model, settings = adapter.load(folder, torch.float32), settings_of(CAP, sequence)
+    role = TorchCritic(model, adapter, settings, AlgorithmConfig(), UNCLIPPED, Passes(1), sharding)
+    fill([("head", role.forward.head.weight)], {"head": torch.linspace(-1, 1, 96)[None]})
+    return role
+
+
+def adapter_of(folder):
+    return registry.load("adapters", folder.name.removeprefix("tiny_"))(folder)
+
+
+def settings_of(cap, sequence):
+    return ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9, sequence)
+
+
+# what the rows hold
+
+
+def batch_of(groups):
+    """One sample is masked out: a rank does not learn from all the targets it holds."""
+    random = torch.Generator().manual_seed(2)
+    batch = Batch.of(groups)
+    drawn = [torch.randn(len(batch.loss_mask), generator=random) for _ in range(3)]
+    mask = batch.per_token(torch.arange(len(batch.samples)) != 1)
+    return replace(batch, advantages=drawn[0], values=drawn[1], returns=drawn[2], loss_mask=mask)
+
+
+def samples(*lengths):
+    random = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(8, 200, (length,), generator=random).tolist() for length in lengths]
+    return [Sample(ids, [0.0] * len(ids), "", "stop", 0) for ids in drawn]
+
+
+def questions(folder):
+    """Three prompts with four samples each."""
+    rows = [Row(text, [{"role": "user", "content": text}]) for text in ("3 + 4?", "What is 12 + 30?", "5?")]
+    return batch_of([Group(adapter_of(folder).encode(row), samples(9, 4, 1, 6)) for row in rows])
+
+
+def pictures(folder, heights_of_each=((56, 112), (84,), ())):
+    """Prompts with two images, one and none."""
+    random = np.random.default_rng(0)
+    groups = []
+    for number, heights in enumerate(heights_of_each):
+        images = [Image.fromarray(random.integers(0, 255, (height, 112, 3), dtype=np.uint8)) for height in heights]
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "Which?"}]
+        row = Row(str(number), [{"role": "user", "content": parts}], images=images)
+        groups.append(Group(adapter_of(folder).encode(row), samples(5, 2)))
+    return batch_of(groups)
+
+
+def a_picture_for_one(folder):
+    """Two rows, one of them without an image. Where two pairs share rows, one pair's tower has nothing to read."""
+    return pictures(folder, ((84,), ()))
+
+
+def pictures_read(folder):
+    """The same, as a frozen tower has read them before."""
+    batch, adapter = pictures(folder), adapter_of(folder)
+    tower = adapter.vision_tower(adapter.load(folder, torch.float32))
+    prompts = VisionEncoder(tower, adapter, settings_of(CAP, None), 2).embed([group.prompt for group in batch.groups])
+    return replace(batch, groups=[replace(group, prompt=prompt) for group, prompt in zip(batch.groups, prompts, strict=True)])
+
+
+def shortest(_):
+    """A row of two tokens: fewer than there are ranks. Where two pairs share rows, one pair has none."""
+    return batch_of([Group(Prompt(Row("short", []), [9], [9]), samples(2))])
+
+
+CASES = {
+    "several rows": ("tiny_llama", actor_of, {}, questions),
+    "checkpointed layers": ("tiny_qwen3", actor_of, {"cap": 4096, "checkpointed": True}, questions),
+    "two tokens": ("tiny_qwen3", actor_of, {}, shortest),
+    "a tower that learns": ("tiny_qwen2_5_vl", actor_of, {}, pictures),
+    "a tower that learns from some": ("tiny_qwen2_5_vl", actor_of, {"cap": 40}, a_picture_for_one),
+    "a frozen tower": ("tiny_qwen2_5_vl", actor_of, {"cap": 4096, "frozen": True}, pictures_read),
+    "a critic": ("tiny_llama", critic_of, {}, questions),
+}
+
+
+# what a rank finds
+
+
+def found(models, case, sharing=1, ranks=world.ALONE):
+    """Of one optimizer step: what it is given and makes of each of its tokens, where they stand in [N], and the gradients."""
+    name, role_of, options, rows = CASES[case]
+    sharding = Sharding(ranks.mesh, torch.float32) if ranks.mesh else None
+    role, gradients = role_of(models / name, sequence=ranks.sequence, sharding=sharding, **options), {}
+    role.learner.optimizer.register_step_pre_hook(lambda *_: gradients.update(
+        (name, world.whole(weight.grad)) for name, weight in role.learner.model.named_parameters() if weight.requires_grad
+    ))  # fmt: skip
+    (step,) = role.passes.steps(rows(models / name), getattr(role, "objective", OBJECTIVE), 0)
+    part, places = deal(step, ranks.size // sharing, role.settings.max_tokens)[ranks.rank // sharing]
+    tokens = {"given": role.values(part) if role_of is critic_of else role.logprobs(part)}
+    role.learner.step(part, seen(role._losses(part), tokens, len(places)))
+    return {"tokens": tokens, "places": places, "gradients": gradients}
+
+
+def seen(losses, tokens, count):
+    for index, result in losses:
+        for name, values in result.means.items():
+            tokens.setdefault(name, torch.zeros(count))[index] = values.detach()
+        yield index, result
+
+
+def kept(models, sequence=None):
+    """The bytes that one pass over a long row keeps for the backward pass, weights aside."""
+    role, storages = actor_of(models / "tiny_llama", cap=4096, sequence=sequence), {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    prompt = Prompt(Row("long", []), [9] * 1000, [9] * 1000)
+    (step,) = role.passes.steps(batch_of([Group(prompt, samples(50, 50, 50, 50))]), role.objective, 0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _losses = list(role._losses(step))  # held: what is freed may be counted again under its old address
+    weights = {weight.untyped_storage().data_ptr() for weight in role.model.parameters()}
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
+
+
+def rank(models, results, mine, *addresses):
+    """What one of four ranks does: it shares rows with one other, then with all."""
+    from torch import distributed as dist
+
+    kind = registry.load("backends", "cpu")
+    backend = kind(kind.Options(threads=1))
+    backend.prepare()
+    for sharing, address in zip((2, 4), addresses, strict=True):
+        ranks = world.join(mine, 4, address, backend.collectives(), backend.device(0), replicas=1, sequence=sharing)
+        everything = {case: found(models, case, sharing, ranks) for case in CASES}
+        torch.save({**everything, "kept": kept(models, ranks.sequence)}, results / f"{sharing} {mine}.pt")
+        dist.destroy_process_group()
+
+
+# and what it must find
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequence")
+    for name, options in MODELS.items():
+        registry.load("models", name)(folder / name, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folders, tmp_path_factory):
+    results = tmp_path_factory.mktemp("ranks")
+    addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
+    command = [sys.executable, __file__, str(folders), str(results)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*command, str(mine), *addresses], env=environment) for mine in range(4)]
+    assert [process.wait(timeout=300) for process in ranks] == [0] * 4
+    return results
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def sharing(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def theirs(results, sharing):
+    """What each of the ranks found."""
+    return [torch.load(results / f"{sharing} {mine}.pt", weights_only=True) for mine in range(4)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_has_what_one_rank_has(folders, theirs, sharing, case):
+    alone = found(folders, case)
+    for one in (each[case] for each in theirs):
+        for name, expected in alone["tokens"].items():
+            values = one["tokens"].get(name, torch.empty(0))  # a rank without rows sees none
+            assert torch.allclose(values, expected[one["places"]], rtol=BOUND, atol=BOUND), name
+        assert one["gradients"].keys() == alone["gradients"].keys()
+        for name, expected in alone["gradients"].items():
+            assert (one["gradients"][name] - expected).norm() <= BOUND * expected.norm(), name
+    assert sum(len(each[case]["places"]) for each in theirs) == sharing * len(alone["places"])
+
+
+def test_a_rank_keeps_its_share_of_a_long_row(folders, theirs, sharing):
+    share = {2: 0.6, 4: 0.4}[sharing]  # masks, and heads repeated until the ranks divide them, are not shared
+    assert max(each["kept"] for each in theirs) < share * kept(folders)
+
+
+def test_query_heads_that_cannot_be_dealt_are_refused_before_anything_is_loaded(folders, backend):
+    config = RunConfig.model_validate({
+        "model": {"path": str(folders / "tiny_qwen2_5_vl"), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
+        "placement": {"kind": "ray", "devices": 3}, "sharding": {"sequence_parallel": 3},
+    })  # fmt: skip
+    wrong = r"sharding\.sequence_parallel: 3 devices do not divide the model's 4 query heads; use one of 1, 2, 4"
+    with pytest.raises(ConfigError, match=wrong):
+        Policy(config, backend)
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

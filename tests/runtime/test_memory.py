@@ -1,0 +1,175 @@
+"""What is parked is off the device and comes back as it was; what is asked of it meanwhile is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_files import ARITHMETIC, write
+from torch import nn
+
+from rlcore import registry
+from rlcore.cli.main import main
+from rlcore.config.sections import RolloutConfig
+from rlcore.monitor.clock import Clock
+from rlcore.rollout import sampler as torch_sampler
+from rlcore.runtime.memory import Parked, PhaseError, Residence, holding
+from rlcore.types import Row, Sampling
+
+
+@pytest.fixture
+def model():
+    tied = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    tied[1].weight = tied[0].weight
+    return tied
+
+
+def test_parked_weights_leave_and_come_back_to_the_bit(model):
+    before, first = model[0].weight.detach().clone(), model[0].weight
+    view = model[0].weight.detach()[2:3]
+    parked = Parked(model.parameters)
+    assert parked.device_bytes() == 7 * 4 * 4, "tied weights are held once"
+    parked.pause()
+    assert parked.device_bytes() == 0 == first.untyped_storage().nbytes()
+    parked.resume()
+    assert model[0].weight is first is model[1].weight
+    assert torch.equal(first, before) and torch.equal(view, before[2:3])
+
+
+def test_a_storage_that_several_tensors_stand_on_is_parked_once():
+    whole = torch.arange(12.0)
+    parts = [whole[:4], whole[4:].view(2, 4), whole]
+    parked = Parked(lambda: parts)
+    assert parked.device_bytes() == whole.nbytes
+    parked.pause()
+    parked.resume()
+    assert torch.equal(whole, torch.arange(12.0)) and torch.equal(parts[1][1], torch.arange(8.0, 12.0))
+
+
+def test_what_need_not_be_kept_comes_back_as_zeros(model):
+    parked = Parked(model.parameters, keep=False)
+    parked.pause()
+    parked.resume()
+    assert not model[0].weight.any()
+
+
+def test_an_optimizer_has_nothing_to_park_before_its_first_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    parked = Parked(lambda: [value for state in optimizer.state.values() for value in state.values() if value.dim()])
+    parked.pause()
+    parked.resume()
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert parked.device_bytes() == 2 * 7 * 4 * 4
+    parked.pause()
+    parked.resume()
+    optimizer.step()
+
+
+class Part:
+    def __init__(self):
+        self.there = True
+
+    def pause(self):
+        assert self.there
+        self.there = False
+
+    def resume(self):
+        assert not self.there
+        self.there = True
+
+    def device_bytes(self):
+        return 2**30 * self.there
+
+
+def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
+    clock = Clock()
+    residence = Residence(clock, ["engine", "optimizer", "parameters", "reference"])
+    parts = {name: Part() for name in ("engine", "optimizer", "parameters", "reference")}
+    for name, part in parts.items():
+        residence.settle(name, part)
+
+    def there():
+        return {name for name, part in parts.items() if part.there}
+
+    for phase, needed in (
+        ("reshard", {"engine", "parameters"}), ("infer", {"engine"}), ("infer", {"engine"}), ("reference", {"reference"}),
+        ("score", {"parameters"}), ("train", {"parameters", "optimizer"}), ("send", {"parameters"}),
+    ):  # fmt: skip
+        with residence.phase(phase):
+            assert there() == needed, phase
+    memory = residence.memory()
+    assert memory == {
+        "memory/reshard": 2, "memory/infer": 1, "memory/reference": 1, "memory/score": 1, "memory/train": 2, "memory/send": 1
+    }  # fmt: skip
+    stages = [span.stage for span in clock.take()]
+    assert stages.count("ref_onload") == 1 and stages.count("ref_offload") == 2
+    assert set(stages) == {"ref_onload", "ref_offload", "resharding_to_infer", "resharding_to_train"}
+
+
+def test_the_memory_of_a_phase_is_the_most_of_its_visits():
+    residence = Residence(Clock(), [])
+    residence.settle("engine", Part())
+    for parameters in (None, Part(), None):
+        residence.settle("parameters", parameters)
+        with residence.phase("reshard"):
+            pass
+    residence.note("train", extra=2**31)
+    assert residence.memory() == {"memory/reshard": 2, "memory/train": 3}
+    assert residence.memory() == {}, "each call begins anew"
+
+
+def test_what_may_not_leave_stays():
+    residence, part = Residence(Clock(), []), Part()
+    residence.settle("engine", part)
+    with residence.phase("train"):
+        assert part.there
+
+
+def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
+    adapter = registry.load("adapters", "llama")(tiny_llama)
+    engine = torch_sampler.build(adapter, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
+    prompt = adapter.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
+    before = engine.generate([prompt], Sampling(2, 4))
+    engine.pause()
+    with pytest.raises(PhaseError, match="sampling was asked of an engine that is paused; resume it first"):
+        engine.generate([prompt], Sampling(2, 4))
+    with pytest.raises(PhaseError, match="a weight update was asked of an engine that is paused"):
+        engine.load_weights([], 1)
+    engine.resume()
+    for now, then in zip(engine.generate([prompt], Sampling(2, 4))[0].samples, before[0].samples, strict=True):
+        assert now.token_ids.tolist() == then.token_ids.tolist()
+        assert now.logprobs == pytest.approx(then.logprobs, abs=1e-5), "to rounding: they lie elsewhere in memory"
+
+
+def test_an_engine_without_weights_refuses_prompts_and_says_what_it_needs():
+    assert holding(0) == 0, "those that it was started with"
+    with pytest.raises(PhaseError, match="when it was paused, or whose last update failed; send it weights first"):
+        holding(None)
+
+
+def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(tmp_path, tiny_llama, monkeypatch):
+    """After a warm start and a resume, and between an evaluation and the next step, when a checkpoint has sent it away."""
+
+    class Forgetful(torch_sampler.TorchRollout):
+        def pause(self):
+            super().pause()
+            self.version = None
+
+        def stream(self, prompts, sampling):
+            holding(self.version)
+            return super().stream(prompts, sampling)
+
+    sections = {
+        "placement": {"offload": ["engine"]}, "evaluation": {"every": 1, "max_new_tokens": 4},
+        "sft": {"steps": 1, "rows_per_step": 2}, "train": {"steps": 3, "prompts_per_step": 2, "save_every": 1},
+        "data": {"train": ARITHMETIC, "eval": ARITHMETIC, "max_prompt_tokens": 64},
+    }  # fmt: skip
+    file = str(write(tmp_path, tiny_llama, **sections))
+    lines = {}
+    for name, engine in (("kept", torch_sampler.TorchRollout), ("given up", Forgetful)):
+        monkeypatch.setattr(torch_sampler, "TorchRollout", engine)
+        folder = ["--run-dir", str(tmp_path / name)]
+        assert main(["grpo", file, "train.steps=1", *folder]) == 0
+        assert main(["grpo", file, "--resume", *folder]) == 0
+        lines[name] = (tmp_path / name / "samples.jsonl").read_text()
+    assert lines["kept"] == lines["given up"]
