@@ -17,7 +17,7 @@ Verdict = Literal["ok", "warning", "failure", "absent"]  # absent: not there, an
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at."""
 
     what: str
@@ -58,16 +58,16 @@ class Doctor(Protocol):
 
     def devices(self) -> Devices: ...
 
-    def findings(self) -> Iterator[Finding]: ...
+    def check_results(self) -> Iterator[CheckResult]: ...
 
 
-def compared(what: str, version: str | None, wanted: str, missing: str, remedy: str) -> Finding:
+def compared(what: str, version: str | None, wanted: str, missing: str, remedy: str) -> CheckResult:
     """A version against a specifier; `missing` says where one was looked for."""
     if version is None:
-        return Finding(what, "failure", missing, remedy)
+        return CheckResult(what, "failure", missing, remedy)
     if not satisfies(version, wanted):
-        return Finding(what, "failure", f"{version}, not {wanted}", remedy)
-    return Finding(what, "ok", version)
+        return CheckResult(what, "failure", f"{version}, not {wanted}", remedy)
+    return CheckResult(what, "ok", version)
 
 
 def satisfies(version: str, wanted: str) -> bool:
@@ -78,13 +78,13 @@ def satisfies(version: str, wanted: str) -> bool:
         return False
 
 
-def loads(library: str) -> Finding:
+def loads(library: str) -> CheckResult:
     """Whether the loader finds a shared library and all that it asks for: tried by a process of its own."""
     program = f"import ctypes; ctypes.CDLL({library!r}); print('the loader finds it, and all that it needs')"
     return attempt(Trial(library, program, "its folder must be in LD_LIBRARY_PATH before Python starts", 30))
 
 
-def attempt(trial: Trial) -> Finding:
+def attempt(trial: Trial) -> CheckResult:
     """What came of it."""
     try:
         done = subprocess.run(
@@ -92,11 +92,11 @@ def attempt(trial: Trial) -> Finding:
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Finding(trial.what, "failure", f"no answer within {trial.seconds:g} s", trial.remedy)
+        return CheckResult(trial.what, "failure", f"no answer within {trial.seconds:g} s", trial.remedy)
     if done.returncode == 0:
-        return Finding(trial.what, "ok", _last_line(done.stdout))
+        return CheckResult(trial.what, "ok", _last_line(done.stdout))
     ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    return Finding(trial.what, "failure", error_in(done.stderr) or ended, trial.remedy)
+    return CheckResult(trial.what, "failure", error_in(done.stderr) or ended, trial.remedy)
 
 
 def error_in(text: str) -> str:

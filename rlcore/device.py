@@ -37,7 +37,7 @@ class Backend(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = options or self.Options()
-        self.given: Mapping[str, str] = {}  # of `environment`, what the user has set, once this is settled
+        self.given: Mapping[str, str] = {}  # of `environment`, what the user has set, once it has been applied
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device: ...
@@ -58,7 +58,7 @@ class Backend(ABC):
         """What the user has set to something that this device cannot work with, each with what it needs and why."""
         return ()
 
-    def settle(self, environment: MutableMapping[str, str]) -> None:
+    def apply_environment(self, environment: MutableMapping[str, str]) -> None:
         """Completes the environment of this process; `given` is for those that it starts elsewhere. ConfigError lists every
         conflict at once."""
         if wrong := list(self.conflicts(environment)):
@@ -101,7 +101,7 @@ class Backend(ABC):
         """What is quicker than a collective to gather weights in buckets, if there is something."""
         return None
 
-    def bundle(self) -> Mapping[str, float]:
+    def device_resources(self) -> Mapping[str, float]:
         """What a scheduler of many machines calls one device, and how much of it that is."""
         return {"CPU": 1.0}
 

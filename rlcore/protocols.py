@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from rlcore.monitor.heartbeat import unwatched
+from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.types import Batch, Group, Metrics, NamedTensors, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
-    from rlcore.checks import Finding
+    from rlcore.checks import CheckResult
     from rlcore.config.sections import LoraConfig, RolloutConfig
     from rlcore.device import Backend
     from rlcore.distributed.ulysses import Slice
@@ -93,14 +93,14 @@ class Reward(Protocol):
     def score(self, groups: Sequence[Group]) -> list[list[Score]]: ...
 
 
-class Adapter(Protocol):
+class ModelFamily(Protocol):
     """A model family."""
 
     stop_token_ids: frozenset[int]  # the tokens that end a turn
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
-    def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+    def meta_model(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The same model whose parameters have shapes but no memory."""
         ...
 
@@ -140,7 +140,7 @@ class Adapter(Protocol):
         """[V, D]: the output projection (the embedding itself where they are tied)."""
         ...
 
-    def published_name(self, name: str) -> str:
+    def hf_name(self, name: str) -> str:
         """The Hugging Face name of a parameter of the loaded model."""
         ...
 
@@ -149,7 +149,7 @@ class Adapter(Protocol):
         ...
 
 
-class VisionAdapter(Adapter, Protocol):
+class VisionModelFamily(ModelFamily, Protocol):
     """A model family with a vision tower."""
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
@@ -161,8 +161,8 @@ class Engine(Protocol):
     """Builds a Rollout. Registered by name; `rollout.engine` chooses."""
 
     def __call__(
-        self, *, adapter: Adapter, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
-        max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = unwatched,
+        self, *, family: ModelFamily, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
+        max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = no_heartbeat,
         image_embeds: bool = False, temperatures: Mapping[str, float] | None = None,
     ) -> Rollout:
         """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`. The engine calls `beat` at
@@ -188,7 +188,7 @@ class Launcher(Protocol):
         ...
 
     @classmethod
-    def findings(cls, environment: Mapping[str, str]) -> Iterator[Finding]:
+    def check_results(cls, environment: Mapping[str, str]) -> Iterator[CheckResult]:
         """What of this node `rlcore doctor` looks at, before torch is imported."""
         ...
 

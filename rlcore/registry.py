@@ -15,7 +15,7 @@ from rlcore.config.loader import validate
 from rlcore.config.sections import Strict
 from rlcore.errors import PluginError, nearest
 
-GROUPS = ("backends", "doctors", "adapters", "models", "rollout_engines", "placements", "rewards", "datasets", "launchers")
+GROUPS = ("backends", "doctors", "families", "models", "rollout_engines", "placements", "rewards", "datasets", "launchers")
 
 
 def names(group: str) -> list[str]:

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 Metrics = dict[str, float]
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
 Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once they have been read, image_embeds [tokens, D]
-_TOKEN_FIELDS = ("rollout_logprobs", "loss_mask", "advantages", "ref_logprobs", "old_logprobs", "values", "returns", "shares")
+_TOKEN_FIELDS = (
+    "rollout_logprobs",
+    "loss_mask",
+    "advantages",
+    "ref_logprobs",
+    "old_logprobs",
+    "values",
+    "returns",
+    "loss_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ class Batch:
     values: Tensor | None = None  # [N] float32, the critic's before this step's updates
     returns: Tensor | None = None  # [N] float32, what it should have said
     kl_coef: float = 0.0  # of this step
-    shares: Tensor | None = None  # [N] float32, of an optimizer step's whole loss; 0 where it does not count
-    unit: float = 0.0  # what that step's reported means are means over, on all ranks together
+    loss_weights: Tensor | None = None  # [N] float32, of an optimizer step's whole loss; 0 where it does not count
+    denominator: float = 0.0  # what that step's reported means are means over, on all ranks together
     rows: int = 0  # forward passes that every rank makes, at least
 
     @classmethod
@@ -200,7 +209,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AdvantageInputs:
     """What advantages are made of: S responses and what they earned. In float64, whatever it is given in."""
 
     rewards: Tensor  # [S] float64; 0 where invalid

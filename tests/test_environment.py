@@ -10,7 +10,7 @@ import pytest
 from rlcore import registry
 from rlcore.config.schema import RunConfig
 from rlcore.errors import ConfigError
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 
 DEVICES = ("cpu", "cuda", "npu")
 
@@ -27,7 +27,7 @@ def test_what_the_user_has_set_wins_and_is_known_apart(name):
     for variable in free:
         backend, environment = made(name), {"HOME": "/home/user", variable: "mine"}
         expected = backend.environment() | environment
-        backend.settle(environment)
+        backend.apply_environment(environment)
         assert environment == expected and backend.given == {variable: "mine"}
 
 
@@ -36,16 +36,16 @@ def test_an_engine_in_a_process_of_its_own_is_refused_before_anything_is_set(nam
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     said = rf"backend\.name {name}: .* unset them.*\n  VLLM_ENABLE_V1_MULTIPROCESSING=1, needed is 0 \(the engine is in"
     with pytest.raises(ConfigError, match=said):
-        made(name).settle(environment)
+        made(name).apply_environment(environment)
     assert environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 def test_an_allocator_that_is_set_under_its_older_name_stays():
     backend, environment = made("cuda"), {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
-    backend.settle(environment)
+    backend.apply_environment(environment)
     assert environment["PYTORCH_ALLOC_CONF"] == backend.given["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_ALLOC_CONF": "max_split_size_mb:32"}
-    made("cuda").settle(environment)
+    made("cuda").apply_environment(environment)
     assert environment["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:32", "which torch reads first"
 
 
@@ -57,26 +57,27 @@ def test_an_allocator_that_is_set_under_its_older_name_stays():
 def test_an_allocator_that_no_engine_can_sleep_on_is_refused_with_both_remedies(name, variable, value):
     for level in (1, 2):
         with pytest.raises(ConfigError, match=rf"unset them, or change the option(.|\n)*{variable}={value}, .*sleep_level"):
-            made(name, sleep_level=level).settle({variable: value})
-    made(name, sleep_level=0).settle({variable: value})
+            made(name, sleep_level=level).apply_environment({variable: value})
+    made(name, sleep_level=0).apply_environment({variable: value})
 
 
 def test_an_allocator_that_torch_does_not_read_is_no_conflict():
-    made("cuda").settle({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "PYTORCH_ALLOC_CONF": "backend:native"})
+    unread = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "PYTORCH_ALLOC_CONF": "backend:native"}
+    made("cuda").apply_environment(unread)
 
 
 def test_workers_on_ray_have_what_the_user_has_set_and_their_share_of_the_rest(tiny_llama, cluster):
     from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.model.resolved import Policy
+    from rlcore.model.resolved import ResolvedModel
 
     config = RunConfig.model_validate({
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "options": {"wait_seconds": 30}},
     })  # fmt: skip
     backend, environment = made("cpu"), {"TORCH_CPP_LOG_LEVEL": "WARNING", "UNRELATED": "1"}
-    backend.settle(environment)
-    with ray_pools.open_pools(Policy(config, backend), Watch(0, Path())) as placement:
+    backend.apply_environment(environment)
+    with ray_pools.open_pools(ResolvedModel(config, backend), Watchdog(0, Path())) as placement:
         for member in placement.pools[0].members:
             pid = member.where.split()[1]
             started = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))

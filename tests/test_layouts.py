@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.loss import objective, policy_loss
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import PRESETS, AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.actor import TorchActor
@@ -40,11 +40,11 @@ ALONE = {1: 4096, 2: 200, 8: 50}  # the same where every sample brings its own p
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama):
-    return registry.load("adapters", "llama")(tiny_llama)
+def family(tiny_llama):
+    return registry.load("families", "llama")(tiny_llama)
 
 
-def batch_of(adapter):
+def batch_of(family):
     """Two prompts x 8 responses of 1 to 9 tokens; everything an algorithm may look at is off by a little."""
     random = torch.Generator().manual_seed(1)
 
@@ -56,7 +56,7 @@ def batch_of(adapter):
     for row in rows:
         lengths = torch.randint(1, LIMIT + 1, (8,), generator=random).tolist()
         ids = [torch.randint(8, 200, (length,), generator=random).tolist() for length in lengths]
-        groups.append(Group(adapter.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
+        groups.append(Group(family.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
     batch = Batch.of(groups)
     old = near(torch.full((len(batch.loss_mask),), -5.3), 0.3)
     return replace(
@@ -70,11 +70,11 @@ def alone(batch):
     return replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
 
 
-def actor_of(adapter, folder, config, cap, sharding=None):
+def actor_of(family, folder, config, cap, sharding=None):
     settings = ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9)
     unclipped = OptimizerConfig(max_grad_norm=1e9)
-    model = adapter.load(folder, torch.float32)
-    return TorchActor(model, adapter, settings, objective(config, LIMIT), unclipped, Passes(1), sharding=sharding)
+    model = family.load(folder, torch.float32)
+    return TorchActor(model, family, settings, objective(config, LIMIT), unclipped, MinibatchSchedule(1), sharding=sharding)
 
 
 def gradient_of(actor, batch):
@@ -90,7 +90,7 @@ def gradient_of(actor, batch):
     return metrics, seen[0]
 
 
-def padded(adapter, folder, batch, config, shift=None):
+def padded(family, folder, batch, config, shift=None):
     """Loss and gradient from transformers' own forward pass of a padded rectangle in float64, with the same formula on top."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     if shift is not None:
@@ -116,7 +116,7 @@ def padded(adapter, folder, batch, config, shift=None):
         torch.cat(logprobs)[keep], torch.cat(entropies)[keep], batch.sequence[keep].unique_consecutive(return_inverse=True)[1],
         batch.rollout_logprobs[keep], batch.advantages[keep], batch.ref_logprobs[keep], batch.old_logprobs[keep], batch.kl_coef,
     )  # fmt: skip
-    loss = (policy_loss(view, config).loss * aggregation.shares(batch, config, LIMIT)[keep]).sum()
+    loss = (policy_loss(view, config).loss * aggregation.loss_weights(batch, config, LIMIT)[keep]).sum()
     loss.backward()
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
@@ -126,15 +126,15 @@ def apart(gradient, yardstick):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_layout_has_the_padded_gradient(adapter, tiny_llama, name):
+def test_every_layout_has_the_padded_gradient(family, tiny_llama, name):
     config = AlgorithmConfig(**SETTINGS[name])
-    batch = batch_of(adapter)
-    _, yardstick = padded(adapter, tiny_llama, batch, config)
+    batch = batch_of(family)
+    _, yardstick = padded(family, tiny_llama, batch, config)
     reports, gradients = [], []
     for layout, caps in ((batch, SHARED), (alone(batch), ALONE)):
         for count, cap in caps.items():
             assert len(microbatches(layout, cap)) == count
-            metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, cap), layout)
+            metrics, gradient = gradient_of(actor_of(family, tiny_llama, config, cap), layout)
             assert apart(gradient, yardstick) < ROUNDING, (len(layout.groups), count)
             reports.append(metrics)
             gradients.append(gradient)
@@ -143,35 +143,35 @@ def test_every_layout_has_the_padded_gradient(adapter, tiny_llama, name):
         assert apart(gradient, gradients[0]) < 1e-6
 
 
-def test_the_gradient_is_the_slope_of_the_loss(adapter, tiny_llama):
+def test_the_gradient_is_the_slope_of_the_loss(family, tiny_llama):
     """Along the gradient itself, by central differences of a float64 forward pass."""
-    config, batch = AlgorithmConfig(), batch_of(adapter)
-    _, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch)
+    config, batch = AlgorithmConfig(), batch_of(family)
+    _, gradient = gradient_of(actor_of(family, tiny_llama, config, 4096), batch)
     step = 1e-3 * gradient / gradient.norm()
-    above, below = (padded(adapter, tiny_llama, batch, config, shift=sign * step)[0] for sign in (1, -1))
+    above, below = (padded(family, tiny_llama, batch, config, shift=sign * step)[0] for sign in (1, -1))
     assert (above - below) / 2e-3 == pytest.approx(float(gradient.norm()), rel=1e-3)
 
 
-def test_a_mean_by_micro_batch_is_caught(adapter, tiny_llama, monkeypatch):
+def test_a_mean_by_micro_batch_is_caught(family, tiny_llama, monkeypatch):
     """The classic mistake: each micro-batch divides by its own tokens."""
-    config, batch = AlgorithmConfig(), batch_of(adapter)
-    _, yardstick = padded(adapter, tiny_llama, batch, config)
+    config, batch = AlgorithmConfig(), batch_of(family)
+    _, yardstick = padded(family, tiny_llama, batch, config)
 
     def local(view):
         result = policy_loss(view, config)
         return replace(result, loss=result.loss / len(view.logprobs) * int(batch.loss_mask.sum()) / 2)
 
-    actor = actor_of(adapter, tiny_llama, config, SHARED[2])
+    actor = actor_of(family, tiny_llama, config, SHARED[2])
     actor.objective = replace(actor.objective, loss=local)
     assert apart(gradient_of(actor, batch)[1], yardstick) > 1e-3
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_at_rate_0_the_second_pass_over_a_batch_has_ratio_1(adapter, tiny_llama, name):
-    config, batch = AlgorithmConfig(name=name), batch_of(adapter)
+def test_at_rate_0_the_second_pass_over_a_batch_has_ratio_1(family, tiny_llama, name):
+    config, batch = AlgorithmConfig(name=name), batch_of(family)
     for cap in SHARED.values():
-        actor = actor_of(adapter, tiny_llama, config, cap)
-        actor.passes = Passes(total_steps=4, minibatches=2, epochs=2)
+        actor = actor_of(family, tiny_llama, config, cap)
+        actor.schedule = MinibatchSchedule(total_steps=4, minibatches=2, epochs=2)
         actor.learner.config = OptimizerConfig.model_construct(**{**OptimizerConfig().model_dump(), "lr": 0.0, "min_lr": 0.0})
         metrics = actor.update(replace(batch, old_logprobs=actor.logprobs(batch)))
         assert metrics["actor/pg_clipfrac"] == 0
@@ -180,20 +180,20 @@ def test_at_rate_0_the_second_pass_over_a_batch_has_ratio_1(adapter, tiny_llama,
 
 
 def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
-    passes = Passes(total_steps=1, minibatches=4, epochs=3, seed=5)
-    shares = list(passes.shares(8, done=0))
+    schedule = MinibatchSchedule(total_steps=1, minibatches=4, epochs=3, seed=5)
+    shares = list(schedule.minibatches_of(8, done=0))
     assert [len(share) for share in shares] == [2] * 12
     orders = [[group for share in shares[first : first + 4] for group in share] for first in (0, 4, 8)]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert list(passes.shares(8, done=0)) == shares != list(passes.shares(8, done=12))
-    assert list(Passes(1).shares(3, 0)) == [[0, 1, 2]]
+    assert list(schedule.minibatches_of(8, done=0)) == shares != list(schedule.minibatches_of(8, done=12))
+    assert list(MinibatchSchedule(1).minibatches_of(3, 0)) == [[0, 1, 2]]
 
 
 # two ranks
 
 
-def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
+def test_two_ranks_have_the_gradient_of_one(family, tiny_llama, tmp_path):
     """Each with half of every weight, and with all of them."""
     addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -202,7 +202,7 @@ def test_two_ranks_have_the_gradient_of_one(adapter, tiny_llama, tmp_path):
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     for name, settings in SETTINGS.items():
         config = AlgorithmConfig(**settings)
-        metrics, gradient = gradient_of(actor_of(adapter, tiny_llama, config, 4096), batch_of(adapter))
+        metrics, gradient = gradient_of(actor_of(family, tiny_llama, config, 4096), batch_of(family))
         for rank, replicas in product(range(2), (1, 2)):
             theirs = torch.load(tmp_path / f"{rank} {replicas} {name}.pt", weights_only=True)
             assert apart(theirs["gradient"], gradient) < 1e-6, name
@@ -215,28 +215,28 @@ def rank(folder, results, address, replicas, mine):
 
     from rlcore.distributed import world
     from rlcore.distributed.fsdp import Sharding
-    from rlcore.model.optimizer import Tally
+    from rlcore.model.optimizer import StepStatistics
 
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options(threads=1))
     backend.prepare()
     ranks = world.join(mine, 2, address, backend.collectives(), backend.device(0), replicas, sequence=1)
-    adapter = registry.load("adapters", "llama")(folder)
+    family = registry.load("families", "llama")(folder)
     for name, settings in SETTINGS.items():
         sharding = Sharding(ranks.mesh, torch.float32)
-        actor = actor_of(adapter, folder, AlgorithmConfig(**settings), 60, sharding)
-        (step,) = actor.passes.steps(batch_of(adapter), actor.objective, 0)
+        actor = actor_of(family, folder, AlgorithmConfig(**settings), 60, sharding)
+        (step,) = actor.schedule.steps(batch_of(family), actor.objective, 0)
         seen = []
         actor.learner.optimizer.register_step_pre_hook(lambda *_, actor=actor, seen=seen: seen.extend(
             world.whole(parameter.grad).flatten() for parameter in actor.model.parameters()
         ))  # fmt: skip
         (part, _), (other, _) = [deal(step, 2, 60)[one] for one in (mine, 1 - mine)]
         assert part.rows == other.rows
-        tallies = [None, None]
-        dist.all_gather_object(tallies, actor.step(part))
-        total = Tally()
-        for tally in tallies:
-            total += tally
+        statistics_of_ranks = [None, None]
+        dist.all_gather_object(statistics_of_ranks, actor.step(part))
+        total = StepStatistics()
+        for statistics in statistics_of_ranks:
+            total += statistics
         torch.save({"gradient": torch.cat(seen), "metrics": total.metrics(step.unit)}, results / f"{mine} {replicas} {name}.pt")
     dist.destroy_process_group()
 

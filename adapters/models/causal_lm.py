@@ -24,7 +24,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class CausalLM:
-    """An adapter (`rlcore.protocols.Adapter`) for text. The tokenizer comes from `folder`; ConfigError when it has none."""
+    """An adapter (`rlcore.protocols.ModelFamily`) for text. The tokenizer comes from `folder`; ConfigError when it has none."""
 
     model_class: ClassVar[Any] = AutoModelForCausalLM
     processor_class: ClassVar[Any] = AutoTokenizer
@@ -48,14 +48,14 @@ class CausalLM:
         _check_tensors(report, folder)
         return _ready(model, folder)
 
-    def outline(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+    def meta_model(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`load`, with parameters that have shapes but no memory. A head that is stored beside the embedding that it should be
         tied to, with other values, stays a head of its own, as `load` leaves it."""
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
         for target, source in list(model.all_tied_weights_keys.items()):
-            if _stored_apart(folder, self.published_name(target), self.published_name(source)):
+            if _stored_apart(folder, self.hf_name(target), self.hf_name(source)):
                 del model.all_tied_weights_keys[target]
         model.tie_weights(recompute_mapping=False)
         return _ready(model.eval(), folder)
@@ -108,7 +108,7 @@ class CausalLM:
     def vision_tower(self, model: Any) -> nn.Module | None:
         return None
 
-    def published_name(self, name: str) -> str:
+    def hf_name(self, name: str) -> str:
         """The name under which `save_pretrained` and the Hugging Face hub know the tensor that state_dict() calls `name`."""
         return name
 

@@ -90,7 +90,7 @@ class Qwen2_5_VL(CausalLM):
         embedded = tower(pixels, grid_thw=grids.to(tower.device), return_dict=True).pooler_output
         return embedded.split((grids.prod(-1) // tower.spatial_merge_size**2).tolist())
 
-    def published_name(self, name: str) -> str:
+    def hf_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
     def _messages(self, row: Row) -> list[Mapping[str, Any]]:

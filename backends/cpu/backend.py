@@ -87,7 +87,7 @@ class CpuBackend(Backend):
 
         return SharedExchange(group, bucket_bytes) if one_machine(group) else None
 
-    def bundle(self) -> Mapping[str, float]:
+    def device_resources(self) -> Mapping[str, float]:
         return {"CPU": float(self.threads)}
 
     def sharing(self, devices: int) -> CpuBackend:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import ClassVar
 
-from rlcore.checks import Devices, Finding, Trial
+from rlcore.checks import CheckResult, Devices, Trial
 
 _TORCHVISION = """
 import importlib.util, torch
@@ -37,5 +37,5 @@ class CpuDoctor:
         cores = len(os.sched_getaffinity(0))
         return Devices(1, f"{cores} of {os.cpu_count()} cores are this process's ({platform.machine()})")
 
-    def findings(self) -> Iterator[Finding]:
-        yield Finding("processor", "ok", self.devices().seen)
+    def check_results(self) -> Iterator[CheckResult]:
+        yield CheckResult("processor", "ok", self.devices().seen)

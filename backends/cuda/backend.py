@@ -85,7 +85,7 @@ class CudaBackend(Backend):
         options._timeout = rendezvous.PATIENCE
         return distributed.ProcessGroupNCCL(rendezvous.store(address, rank, size), rank, size, options)
 
-    def bundle(self) -> Mapping[str, float]:
+    def device_resources(self) -> Mapping[str, float]:
         return {"GPU": 1.0, "CPU": 1.0}
 
     def network(self, address: str) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
-from rlcore.checks import Devices, Finding, Trial, compared, loads
+from rlcore.checks import CheckResult, Devices, Trial, compared, loads
 from rlcore.diagnose.host import installed
 
 _GPUS = """
@@ -55,10 +55,10 @@ class CudaDoctor:
         count = min(len(list(filter(None, visible))), len(nodes))
         return Devices(count, f"{count} of {len(nodes)} GPUs in /dev (CUDA_VISIBLE_DEVICES={shown})")
 
-    def findings(self) -> Iterator[Finding]:
+    def check_results(self) -> Iterator[CheckResult]:
         devices = self.devices()
         remedy = "install NVIDIA's driver; in a container: docker run --gpus all. If they are there: unset CUDA_VISIBLE_DEVICES"
-        yield Finding("GPUs", "ok", devices.seen) if devices.count else Finding("GPUs", "failure", devices.seen, remedy)
+        yield CheckResult("GPUs", "ok", devices.seen) if devices.count else CheckResult("GPUs", "failure", devices.seen, remedy)
         wanted = self.versions["NVIDIA driver"]
         yield compared(
             "NVIDIA driver", self._driver(), wanted, "no kernel module: /proc/driver/nvidia/version is not there",
@@ -72,8 +72,8 @@ class CudaDoctor:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", file.read_text()) if file.is_file() else None
         return found and found[1]
 
-    def _build(self) -> Iterator[Finding]:
+    def _build(self) -> Iterator[CheckResult]:
         """A pin of 2.13.0 allows 2.13.0+cpu, which sees no GPU."""
         version = installed("torch")
         if version and "+cpu" in version:
-            yield Finding("torch's build", "failure", f"{version} is built without CUDA", _REINSTALL)
+            yield CheckResult("torch's build", "failure", f"{version} is built without CUDA", _REINSTALL)

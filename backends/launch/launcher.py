@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from rlcore_backends.common import node_address
 from rlcore_backends.launch import cluster, doctor, lifecycle
 
-from rlcore.checks import Finding
+from rlcore.checks import CheckResult
 from rlcore.config.loader import validate
 from rlcore.config.sections import Strict
 from rlcore.errors import ConfigError, PluginError
@@ -81,11 +81,11 @@ class RayLauncher:
         self._jemalloc = str({**values, **given}.get("JEMALLOC", LaunchOptions.model_fields["jemalloc"].default))
 
     @classmethod
-    def findings(cls, environment: Mapping[str, str]) -> Iterator[Finding]:
+    def check_results(cls, environment: Mapping[str, str]) -> Iterator[CheckResult]:
         """What of this node `rlcore doctor` looks at, before torch is imported."""
         fields = cls.Options.model_fields
         ports = {str(fields[name].alias): fields[name].default for name in ("ray_port", "dashboard_port")}
-        return doctor.findings(environment, ports)
+        return doctor.check_results(environment, ports)
 
     @property
     def devices(self) -> int | None:
@@ -100,7 +100,7 @@ class RayLauncher:
         options = self._options
         master, current = _addresses(options)
         environment = {**self._environment, **_additions(options, self._environment), **self._malloc()}
-        device = backend.sharing(options.devices_per_node).bundle()
+        device = backend.sharing(options.devices_per_node).device_resources()
         resources = {name: amount * options.devices_per_node for name, amount in device.items()}
         place = lifecycle.Place(
             options.nnodes, resources, current, node_address.endpoint(master, options.ray_port), options.wait_seconds,

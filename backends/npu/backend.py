@@ -111,7 +111,7 @@ class NpuBackend(Backend):
         options._timeout = rendezvous.PATIENCE
         return kind(rendezvous.store(address, rank, size), rank, size, options)
 
-    def bundle(self) -> Mapping[str, float]:
+    def device_resources(self) -> Mapping[str, float]:
         """In Ray's names. Ray shows each process its own device by ASCEND_RT_VISIBLE_DEVICES, as number 0."""
         return {"NPU": 1.0, "CPU": float(self.options.cores or min(_CORES, len(os.sched_getaffinity(0))))}
 

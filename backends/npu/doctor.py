@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
-from rlcore.checks import Devices, Finding, Trial, compared, loads
+from rlcore.checks import CheckResult, Devices, Trial, compared, loads
 from rlcore.diagnose.host import installed
 
 _NPUS = """
@@ -48,74 +48,78 @@ class NpuDoctor:
         count = min(len([name for name in shown.split(",") if name.strip()]), len(nodes))
         return Devices(count, f"{count} of {len(nodes)} NPUs in /dev (ASCEND_RT_VISIBLE_DEVICES={shown})")
 
-    def findings(self) -> Iterator[Finding]:
+    def check_results(self) -> Iterator[CheckResult]:
         yield self._npus()
         yield compared("glibc", platform.libc_ver()[1] or None, self.versions["glibc"], "no glibc", "use a newer distribution")
         yield self._driver()
         yield self._cann()
         yield self._nnal()
         hccl = loads("libhccl.so")
-        yield hccl if hccl.verdict == "ok" else Finding(hccl.what, "failure", hccl.seen, self._sourcing())
+        yield hccl if hccl.verdict == "ok" else CheckResult(hccl.what, "failure", hccl.seen, self._sourcing())
         yield from self._build()
 
-    def _npus(self) -> Finding:
+    def _npus(self) -> CheckResult:
         devices = self.devices()
         absent = [f"/dev/{name}" for name in _NODES if not self._root.joinpath("dev", name).exists()]
         if devices.count and not absent:
-            return Finding("NPUs", "ok", devices.seen)
+            return CheckResult("NPUs", "ok", devices.seen)
         seen = devices.seen + (f"; {', '.join(absent)} not there" if absent else "")
         remedy = "install Ascend's driver and firmware; in a container: docker run --device /dev/davinci0 " + " ".join(
             f"--device /dev/{name}" for name in _NODES
         )
         hidden = "" if devices.count or "VISIBLE" not in devices.seen else "; or unset ASCEND_RT_VISIBLE_DEVICES"
-        return Finding("NPUs", "failure", seen, remedy + hidden)
+        return CheckResult("NPUs", "failure", seen, remedy + hidden)
 
-    def _driver(self) -> Finding:
+    def _driver(self) -> CheckResult:
         file = self._ascend / "driver/version.info"
         if version := _entry(file, "version"):
-            return Finding("Ascend driver", "ok", f"{version}; CANN's release notes say which drivers it runs on")
+            return CheckResult("Ascend driver", "ok", f"{version}; CANN's release notes say which drivers it runs on")
         remedy = f"install Ascend's driver on the host; in a container: docker run -v {file.parent}:{file.parent}"
-        return Finding("Ascend driver", "failure", f"{file} names no version, or is not there", remedy)
+        return CheckResult("Ascend driver", "failure", f"{file} names no version, or is not there", remedy)
 
-    def _cann(self) -> Finding:
+    def _cann(self) -> CheckResult:
         """The version of what set_env.sh has announced."""
         wanted, folder = self.versions["CANN"], self._environment.get("ASCEND_HOME_PATH")
         if not folder:
-            return Finding("CANN", "failure", "ASCEND_HOME_PATH is not set", f"install CANN {wanted}; {self._sourcing()}")
+            return CheckResult("CANN", "failure", "ASCEND_HOME_PATH is not set", f"install CANN {wanted}; {self._sourcing()}")
         if not Path(folder).is_dir():
             seen = f"ASCEND_HOME_PATH is {folder}, which is not there"
-            return Finding("CANN", "failure", seen, f"unset ASCEND_HOME_PATH; {self._sourcing()}")
+            return CheckResult("CANN", "failure", seen, f"unset ASCEND_HOME_PATH; {self._sourcing()}")
         missing = f"{folder} holds no ascend_*_install.info that says its version"
         return compared("CANN", _cann_version(Path(folder)), wanted, missing, f"install CANN {wanted}; {self._sourcing()}")
 
-    def _nnal(self) -> Finding:
+    def _nnal(self) -> CheckResult:
         """Its version is a part of the folder's name."""
         wanted, folder = self.versions["NNAL"], self._environment.get("ATB_HOME_PATH")
         remedy = f"install NNAL {wanted}; source {self._ascend}/nnal/atb/set_env.sh before Python starts"
         if not folder or not Path(folder, "lib/libatb.so").is_file():
             seen = f"{folder}/lib/libatb.so is not there" if folder else "ATB_HOME_PATH is not set"
-            return Finding("NNAL", "failure", seen, remedy)
+            return CheckResult("NNAL", "failure", seen, remedy)
         place = Path(folder).resolve()
         version = next((part for part in place.parts if re.fullmatch(r"\d+\.\d+\.\w+", part)), None)
-        return compared("NNAL", version, wanted, "", remedy) if version else Finding("NNAL", "ok", f"{place}, version unknown")
+        return (
+            compared("NNAL", version, wanted, "", remedy) if version else CheckResult("NNAL", "ok", f"{place}, version unknown")
+        )
 
     def _sourcing(self) -> str:
         """With the path of CANN's set_env.sh where that is in its usual place."""
         places = sorted(self._ascend.glob("ascend-toolkit/set_env.sh")) + sorted(self._ascend.glob("cann*/set_env.sh"))
         return f"source {places[-1] if places else self._ascend / 'cann/set_env.sh'} before Python starts"
 
-    def _build(self) -> Iterator[Finding]:
+    def _build(self) -> Iterator[CheckResult]:
         """What has the right version and is built for CUDA, or replaces what is built for Ascend."""
         torch, vllm, triton = installed("torch"), installed("vllm"), installed("triton")
         if torch and "+cpu" not in torch and platform.machine() == "x86_64":  # on aarch64 PyPI's is for the CPU
             remedy = "pip install --no-deps --force-reinstall torch from PyTorch's CPU index (docs/backends.md)"
-            yield Finding("torch's build", "failure", f"{torch} may be built for CUDA, which torch-npu refuses", remedy)
+            yield CheckResult("torch's build", "failure", f"{torch} may be built for CUDA, which torch-npu refuses", remedy)
         if vllm and "+empty" not in vllm:
             remedy = "build it from source with VLLM_TARGET_DEVICE=empty (docs/backends.md)"
-            yield Finding("vllm's build", "warning", f"{vllm} may be the wheel with CUDA kernels", remedy)
+            yield CheckResult("vllm's build", "warning", f"{vllm} may be the wheel with CUDA kernels", remedy)
         if triton:
             remedy = "pip uninstall triton triton-ascend, then install triton-ascend (docs/backends.md)"
-            yield Finding("triton", "failure", f"{triton} stands where triton-ascend must: both are imported as triton", remedy)
+            yield CheckResult(
+                "triton", "failure", f"{triton} stands where triton-ascend must: both are imported as triton", remedy
+            )
 
 
 def _cann_version(folder: Path) -> str | None:

@@ -27,13 +27,13 @@ from rlcore.config.schema import RunConfig
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
 from rlcore.errors import ConfigError, RlcoreError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.heartbeat import Place, publish
 from rlcore.runtime import jemalloc
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.pool import Pool, results
 from rlcore.runtime.reward_worker import RewardWorker
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import Worker
 
 
@@ -46,18 +46,18 @@ class RayOptions(Strict):
     """For the devices to be there and free."""
 
 
-def open_pools(policy: Policy, watch: Watch) -> Placement:
+def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     """Every pool of the run file with its workers. ConfigError when the cluster has not the devices."""
-    model = policy.config.model.model_copy(update={"precision": policy.precision})
-    config = policy.config.model_copy(update={"model": model})  # processors of other nodes might choose another
+    model = resolved.config.model.model_copy(update={"precision": resolved.precision})
+    config = resolved.config.model_copy(update={"model": model})  # processors of other nodes might choose another
     options = validate(RayOptions, config.placement.options, "placement.options.")
     total = sum(devices for _, devices, _ in config.pools())
-    started = _connect(options, policy.backend, total)
-    backend = policy.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
-    backend.given = policy.backend.given
+    started = _connect(options, resolved.backend, total)
+    backend = resolved.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
+    backend.given = resolved.backend.given
     opened: list[_Devices | _Scorers] = []
     observers, store = Observers(), RayStore()
-    watch.workers = observers.look
+    watchdog.workers = observers.look
 
     def close() -> None:
         observers.close()
@@ -73,7 +73,7 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
             trains = not roles.isdisjoint({"actor", "reference"})
             pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1, store)
             pools |= dict.fromkeys(roles, pool)
-        _link(pools["actor"], pools["rollout"])
+        _connect_broadcast(pools["actor"], pools["rollout"])
         if config.placement.reward_workers:
             opened.append(_Scorers(config, observers, store))
             pools["reward"] = Pool(opened[-1].members, store=store)
@@ -91,13 +91,13 @@ class Process:
 
     def show(self, who: str) -> tuple[str, Place]:
         """Ray's id of this node, and where others on it see what this process does."""
-        self.pulse, place = publish(who, ray.util.get_node_ip_address())
+        self.heartbeat, place = publish(who, ray.util.get_node_ip_address())
         return ray.get_runtime_context().get_node_id(), place
 
     def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
-        with self.pulse.stage("open"):
-            policy = Policy(config, registry.load("backends", config.backend.name)(options))
-            self.worker = Worker(policy, roles, self.pulse, self.outbox.put)
+        with self.heartbeat.stage("open"):
+            resolved = ResolvedModel(config, registry.load("backends", config.backend.name)(options))
+            self.worker = Worker(resolved, roles, self.heartbeat, self.outbox.put)
         from transformers.utils import logging  # after the backend has made it importable
 
         logging.disable_progress_bar()
@@ -107,22 +107,22 @@ class Process:
         sys.path += [folder for folder in path if folder not in sys.path]
         self.worker = RewardWorker(config.reward)
 
-    def meeting_place(self) -> str:
+    def rendezvous_address(self) -> str:
         """A free port of this node; an IPv6 address in brackets."""
         return node_address.free_endpoint(ray.util.get_node_ip_address())
 
     def join(self, rank: int, size: int, address: str) -> None:
-        for name, value in self.worker.policy.backend.network(ray.util.get_node_ip_address()).items():
+        for name, value in self.worker.resolved.backend.network(ray.util.get_node_ip_address()).items():
             os.environ.setdefault(name, value)
-        with self.pulse.stage("join"):
+        with self.heartbeat.stage("join"):
             self.worker.join(rank, size, address)
 
     def call(self, method: str, arguments: Parcel) -> Parcel:
-        with self.pulse.stage(method):
+        with self.heartbeat.stage(method):
             return self.outbox.answer(getattr(self.worker, method)(*unpacked(arguments, values)))
 
     def stream(self, method: str, arguments: Parcel) -> Iterator[Parcel]:
-        with self.pulse.stage(method):
+        with self.heartbeat.stage(method):
             for item in getattr(self.worker, method)(*unpacked(arguments, values)):
                 yield self.outbox.answer(item)
 
@@ -155,10 +155,10 @@ class Remote:
     def _answer(self, method: str, asked: Any, read: Callable[[Any], Any]) -> Future[Any]:
         """What `read` makes of the process's answer."""
         answer: Future[Any] = Future()
-        asked.future().add_done_callback(partial(self._settle, answer, method, read))
+        asked.future().add_done_callback(partial(self._resolve, answer, method, read))
         return answer
 
-    def _settle(self, answer: Future[Any], method: str, read: Callable[[Any], Any], done: Future[Any]) -> None:
+    def _resolve(self, answer: Future[Any], method: str, read: Callable[[Any], Any], done: Future[Any]) -> None:
         try:
             answer.set_result(read(done.result()))
         except Exception as error:
@@ -179,12 +179,12 @@ def _show(members: Sequence[Remote], observers: Observers) -> None:
         observers.add(node, place)
 
 
-def _link(actor: Pool, rollout: Pool) -> None:
+def _connect_broadcast(actor: Pool, rollout: Pool) -> None:
     """What weights travel through, where engines are in another pool."""
     if actor is not rollout:
         ends = [actor.members[0], *rollout.members]
-        address = ends[0].ask("meeting_place").result()
-        results([end.call("link", rank, len(ends), address) for rank, end in enumerate(ends)])
+        address = ends[0].ask("rendezvous_address").result()
+        results([end.call("connect_broadcast", rank, len(ends), address) for rank, end in enumerate(ends)])
 
 
 class _Devices:
@@ -195,7 +195,7 @@ class _Devices:
         observers: Observers, store: RayStore,
     ) -> None:
         self._processes: list[Any] = []
-        self._group = _reserved(dict(backend.bundle()), setting, devices, wait_seconds)
+        self._group = _reserved(dict(backend.device_resources()), setting, devices, wait_seconds)
         try:
             nodes = placement_group_table(self._group)["bundles_to_node_id"]
             neighbours = sorted(range(devices), key=lambda bundle: (nodes[bundle], bundle))
@@ -213,9 +213,9 @@ class _Devices:
 
     def _process(self, backend: Backend, bundle: int) -> Any:
         return ray.remote(Process).options(
-            num_cpus=backend.bundle().get("CPU", 0),
-            resources={name: amount for name, amount in backend.bundle().items() if name not in ("CPU", "GPU")},
-            num_gpus=backend.bundle().get("GPU", 0),
+            num_cpus=backend.device_resources().get("CPU", 0),
+            resources={name: amount for name, amount in backend.device_resources().items() if name not in ("CPU", "GPU")},
+            num_gpus=backend.device_resources().get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
             runtime_env={"env_vars": {**backend.environment(), **backend.given, **_inherited()}},
         ).remote()
@@ -230,7 +230,7 @@ class _Devices:
         _show(members, observers)
         results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
         if size > 1:
-            address = members[0].ask("meeting_place").result()
+            address = members[0].ask("rendezvous_address").result()
             results([member.ask("join", rank, size, address) for rank, member in enumerate(members)])
         return members
 
@@ -274,7 +274,7 @@ def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
     try:
         if started:
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that it asks for its token is no news
-            cpus = backend.sharing(devices).bundle().get("CPU", 1) * devices
+            cpus = backend.sharing(devices).device_resources().get("CPU", 1) * devices
             ray.init("local", num_cpus=max(os.cpu_count() or 1, int(cpus)), **quiet)
         elif not ray.is_initialized():
             ray.init(address, logging_level="ERROR", configure_logging=False)

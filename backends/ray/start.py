@@ -8,12 +8,12 @@ import os
 from rlcore_backends.ray import debugging
 
 from rlcore.errors import PluginError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import Placement
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 
 
-def open_pools(policy: Policy, watch: Watch) -> Placement:
+def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     """What `pools` opens. PluginError where Ray, or the debugger that is asked for, is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise PluginError("placement.kind: ray is not installed; on every node, pip install -r requirements/ray.txt")
@@ -22,4 +22,4 @@ def open_pools(policy: Policy, watch: Watch) -> Placement:
         os.environ.setdefault(name, value)
     from rlcore_backends.ray.pools import open_pools
 
-    return open_pools(policy, watch)
+    return open_pools(resolved, watchdog)

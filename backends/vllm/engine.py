@@ -17,8 +17,8 @@ from torch import distributed, nn
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.device import Backend
 from rlcore.errors import ConfigError, PluginError, nearest
-from rlcore.monitor.heartbeat import unwatched
-from rlcore.protocols import Adapter
+from rlcore.monitor.heartbeat import no_heartbeat
+from rlcore.protocols import ModelFamily
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -31,7 +31,7 @@ _LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams replace a lower one by it
 
 
 def build(
-    adapter: Adapter,
+    family: ModelFamily,
     folder: Path,
     backend: Backend,
     config: RolloutConfig,
@@ -39,7 +39,7 @@ def build(
     max_tokens: int,
     seed: int,
     lora: LoraConfig | None = None,
-    beat: Callable[[], None] = unwatched,
+    beat: Callable[[], None] = no_heartbeat,
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
 ) -> VllmRollout:
@@ -72,8 +72,8 @@ def build(
         _check_heads(_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
-            return vllm_lora.VllmAdditionsRollout(llm, adapter, beat, level, dtype, lora)
-        return VllmWeightsRollout(llm, adapter, beat, level, dtype, _shapes(folder))
+            return vllm_lora.VllmLoraRollout(llm, family, beat, level, dtype, lora)
+        return VllmWeightsRollout(llm, family, beat, level, dtype, _shapes(folder))
 
 
 def _sleep_level(llm: LLM, backend: Backend) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlcore.config.sections import LoraConfig
 from rlcore.distributed.fingerprint import compare, fingerprint
 from rlcore.errors import RunError
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import awake
 from rlcore.types import NamedTensors, Receipt
 
@@ -34,13 +34,13 @@ def engine_arguments(lora: LoraConfig) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
-class VllmAdditionsRollout(VllmRollout):
+class VllmLoraRollout(VllmRollout):
     """Serves the model of its folder plus the additions of the latest `load_weights`."""
 
     def __init__(
-        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int, dtype: Any, lora: LoraConfig
+        self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int, dtype: Any, lora: LoraConfig
     ) -> None:
-        super().__init__(llm, adapter, beat, min(sleep_level, 1))  # nobody sends the weights below the additions again
+        super().__init__(llm, family, beat, min(sleep_level, 1))  # nobody sends the weights below the additions again
         self._dtype, self._lora = dtype, lora
         self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
 

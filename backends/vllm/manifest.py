@@ -68,7 +68,7 @@ def _fused(model: nn.Module) -> dict[str, list[str]]:
     return {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
 
 
-class _Ledger:
+class WeightManifest:
     """Which tensors the engine needs, and how each can be read back. Names come from the served model itself."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -117,8 +117,8 @@ class _Ledger:
         parts = self._fused.get(leaf)
         return f"{parent}.{parts[place.index]}.{place.parameter}" if parts else f"{place.layer}.{place.parameter}"
 
-    def shipment(self, version: int) -> _Shipment:
-        return _Shipment(self, version)
+    def transfer(self, version: int) -> WeightTransfer:
+        return WeightTransfer(self, version)
 
     def product(self, layer: str, version: int) -> _Product:
         """[all rows of the layer]."""
@@ -168,11 +168,11 @@ class _Ledger:
         return {name: owners[id(layer.weight)] for name, layer in modules.items() if id(layer.weight) in owners}
 
 
-class _Shipment:
+class WeightTransfer:
     """One weight update: what was sent, noted as it streams by, against what the engine holds afterwards."""
 
-    def __init__(self, ledger: _Ledger, version: int) -> None:
-        self._ledger = ledger
+    def __init__(self, manifest: WeightManifest, version: int) -> None:
+        self._manifest = manifest
         self._version = version
         self._parts: dict[tuple[str, str], dict[int, tuple[str, torch.Size]]] = defaultdict(dict)
         self._sent: dict[str, Any] = {}
@@ -194,33 +194,33 @@ class _Shipment:
         compare(self._sent, held)
 
     def _note(self, name: str, tensor: Tensor) -> None:
-        ledger, place = self._ledger, self._ledger.admit(name, tensor)
+        manifest, place = self._manifest, self._manifest.admit(name, tensor)
         self.last = name
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
-        tensor = ledger.part(place, tensor).to(ledger.dtype)
+        tensor = manifest.part(place, tensor).to(manifest.dtype)
         self._names[place] = name
         self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
-        packed = place.layer in ledger.packed and place.parameter == "weight"
-        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(ledger.as_held(place, tensor))
-        for head in ledger.heads_fed_by(place):
+        packed = place.layer in manifest.packed and place.parameter == "weight"
+        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(manifest.as_held(place, tensor))
+        for head in manifest.heads_fed_by(place):
             self._sent[_served(head)] = _product(tensor, self._version)
 
     def _held(self) -> dict[str, Any]:
         """By Hugging Face name; by the engine's where nobody sent it."""
-        ledger = self._ledger
-        missing = [place for place in ledger.needed if place not in self._names]
+        manifest = self._manifest
+        missing = [place for place in manifest.needed if place not in self._names]
         incomplete = {(place.layer, place.parameter) for place in missing}
-        held: dict[str, Any] = {ledger.title(place): None for place in missing}
+        held: dict[str, Any] = {manifest.title(place): None for place in missing}
         for (layer, parameter), parts in self._parts.items():
             if (layer, parameter) in incomplete:
                 held |= {name: self._sent[name] for name, _ in parts.values()}  # where the others begin is unknown
             else:
                 held |= self._parts_held(layer, parameter, [parts[index] for index in sorted(parts)])
-        return held | {_served(head): self._head_held(head) for head in ledger.heads}
+        return held | {_served(head): self._head_held(head) for head in manifest.heads}
 
     def _parts_held(self, layer: str, parameter: str, parts: list[tuple[str, torch.Size]]) -> dict[str, Any]:
-        packed = layer in self._ledger.packed and parameter == "weight"
-        whole = self._ledger.product(layer, self._version) if packed else self._ledger.parameter(layer, parameter)
+        packed = layer in self._manifest.packed and parameter == "weight"
+        whole = self._manifest.product(layer, self._version) if packed else self._manifest.parameter(layer, parameter)
         if whole is None:
             return {}
         held, start = {}, 0
@@ -231,7 +231,7 @@ class _Shipment:
         return held
 
     def _head_held(self, head: str) -> _Product:
-        product = self._ledger.product(head, self._version)
+        product = self._manifest.product(head, self._version)
         sent = self._sent.get(_served(head))
         rows = slice(0, len(sent.dense) if sent else None)  # the engine pads the vocabulary
         return _Product(product.dense[rows], product.column[rows])

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from rlcore.distributed.fingerprint import Constants
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.rollout.sampler import folded
-from rlcore.runtime.memory import Parked, awake, holding
+from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, Prompt, Sample, Sampling
 
 if TYPE_CHECKING:
@@ -28,16 +28,16 @@ class VllmRollout:
     left, which the trainer does not do.
     """
 
-    def __init__(self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int) -> None:
+    def __init__(self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int) -> None:
         """`sleep_level`: vLLM's; 0 where its sleep mode is off."""
         self._llm, self._beat = llm, beat
-        self._adapter = adapter
+        self._adapter = family
         self._runner = _runner(llm)
         self.version: int | None = 0
         self._request: LoRARequest | None = None  # the additions that samples are drawn with
         self._level = sleep_level
         self._asleep, self._cached = False, True
-        self._cache = Parked(lambda: _cache_of(self._runner), keep=False)
+        self._cache = OffloadedTensors(lambda: _cache_of(self._runner), keep=False)
         self._constants = Constants(self._runner.get_model(), _cache_of(self._runner), _derives)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:

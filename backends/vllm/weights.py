@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlcore.errors import RunError
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import awake
 from rlcore.types import NamedTensors, Receipt
 
 if TYPE_CHECKING:
     from vllm import LLM
-from rlcore_backends.vllm.manifest import _Ledger
+from rlcore_backends.vllm.manifest import WeightManifest
 from rlcore_backends.vllm.rollout import VllmRollout
 
 
@@ -24,11 +24,11 @@ class VllmWeightsRollout(VllmRollout):
     """Takes whole weights, and proves that it holds them."""
 
     def __init__(
-        self, llm: LLM, adapter: Adapter, beat: Callable[[], None], sleep_level: int, dtype: torch.dtype,
+        self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int, dtype: torch.dtype,
         shapes: Mapping[str, Sequence[int]],
     ) -> None:  # fmt: skip
-        super().__init__(llm, adapter, beat, sleep_level)
-        self._ledger = _Ledger(self._runner.get_model(), dtype, shapes)
+        super().__init__(llm, family, beat, sleep_level)
+        self._manifest = WeightManifest(self._runner.get_model(), dtype, shapes)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
@@ -36,29 +36,29 @@ class VllmWeightsRollout(VllmRollout):
         started = time.perf_counter()
         self._constants.note()
         checking = time.perf_counter() - started
-        shipment = self._ledger.shipment(version)
+        transfer = self._manifest.transfer(version)
         self.version = None  # until what arrived has been proved
         try:
             with self._updating():
-                self._runner.reload_weights(weights_iterator=shipment.watch(weights))
+                self._runner.reload_weights(weights_iterator=transfer.watch(weights))
         except Exception as error:
             self._leave_reload()
             if isinstance(error, RunError):
                 raise
-            last = shipment.last or "the first tensor"
+            last = transfer.last or "the first tensor"
             raise RunError(f"weight sync: the engine refused version {version} at {last}: {error!r}") from error
-        self._ledger.serve_tied_heads()
+        self._manifest.serve_tied_heads()
         self._forget()
         began = time.perf_counter()
-        shipment.verify()
+        transfer.verify()
         self._check_update(version)
         self.version = version
         done = time.perf_counter()
-        checking += shipment.seconds + done - began
-        return Receipt(version, shipment.tensors, shipment.bytes, done - started, checking)
+        checking += transfer.seconds + done - began
+        return Receipt(version, transfer.tensors, transfer.bytes, done - started, checking)
 
     def _packed_bytes(self) -> int:
-        return self._ledger.packed_bytes()
+        return self._manifest.packed_bytes()
 
     def _leave_reload(self) -> None:
         """Out of a half-done update, so that a whole one can follow."""

@@ -75,19 +75,19 @@ def measure(shape: str, options: Any, backend: Any, dtype: Any, name: str) -> No
     from update import batch_of
 
     from rlcore.algorithms.loss import objective
-    from rlcore.algorithms.schedule import Passes
+    from rlcore.algorithms.schedule import MinibatchSchedule
     from rlcore.model.actor import TorchActor
     from rlcore.model.forward import ForwardSettings
     from rlcore.model.packing import microbatches
 
     device, states = backend.device(0), torch.get_device_module(backend.device(0))
-    model, adapter = random_model(shape, device)
+    model, family = random_model(shape, device)
     batch = batch_of(options.prompts, options.samples, options.prompt_tokens, options.response_tokens, SHAPES[shape][5])
     settings = ForwardSettings(device, dtype, options.micro_batch, 1.0)
     goal = objective(AlgorithmConfig(), options.response_tokens)
     actor = TorchActor(
-        model if options.no_fuse else backend.fuse(model), adapter, settings, goal, OptimizerConfig(), Passes(total_steps=99),
-        adamw=backend.adamw,
+        model if options.no_fuse else backend.fuse(model), family, settings, goal, OptimizerConfig(),
+        MinibatchSchedule(total_steps=99), adamw=backend.adamw,
     )  # fmt: skip
     counts = hasattr(states, "max_memory_allocated")
     actor.update(batch)  # compiles, and makes the optimizer's moments
@@ -127,7 +127,7 @@ def random_model(shape: str, device: Any) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=NAME)
     with tempfile.TemporaryDirectory() as folder:
         registry.load("models", "tiny_qwen3")(Path(folder))
-        return model.eval(), registry.load("adapters", "qwen3")(Path(folder))
+        return model.eval(), registry.load("families", "qwen3")(Path(folder))
 
 
 def attention(shape: str, row: Any, device: Any, dtype: Any) -> list[Callable[[], None]]:

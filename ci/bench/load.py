@@ -22,9 +22,9 @@ def main() -> None:
 
     from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.model.resolved import Policy
+    from rlcore.model.resolved import ResolvedModel
     from rlcore.runtime.pool import results
-    from rlcore.runtime.watchdog import Watch
+    from rlcore.runtime.watchdog import Watchdog
 
     ray_pools.Process = measured(ray_pools.Process)
     kind = registry.load("backends", "cpu")
@@ -36,8 +36,8 @@ def main() -> None:
             "rollout": {"engine": "torch"}, "backend": {"name": "cpu"}, "placement": {"kind": "ray", "devices": RANKS},
             "sharding": {"meta_init": own_rows},
         }  # fmt: skip
-        policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
-        with ray_pools.open_pools(policy, Watch(0, Path())) as placement:
+        resolved = ResolvedModel(RunConfig.model_validate(settings), kind(kind.Options()))
+        with ray_pools.open_pools(resolved, Watchdog(0, Path())) as placement:
             grown = results([member.ask("grown") for member in placement.pools[0].members])
         size = grown[0][1]
         held, most = sum(one[0] for one in grown), sum(one[2] for one in grown)

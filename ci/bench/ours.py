@@ -37,9 +37,9 @@ def main(file: str, steps: int) -> None:
     config = loader.load(file)
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options())
-    backend.settle(os.environ)
+    backend.apply_environment(os.environ)
 
-    from rlcore.model.resolved import Policy
+    from rlcore.model.resolved import ResolvedModel
     from rlcore.monitor.clock import Clock
     from rlcore.rewards.runner import RewardFunctions
     from rlcore.runtime.placement import Placement
@@ -51,16 +51,16 @@ def main(file: str, steps: int) -> None:
     from rlcore.train.sampling import Sampler
 
     with Interruption() as interruption:
-        policy = Policy(config, backend)
-        worker = Worker(policy)
+        resolved = ResolvedModel(config, backend)
+        worker = Worker(resolved)
         placement = Placement(config, dict.fromkeys(ROLES, Pool([Here(worker)])))
         placement.load("grpo")
         placement.start_engines()
         clock = Clock()
         reward = InlineReward(RewardFunctions(config.reward), clock)
-        sample = Sampler(placement, reward, policy.prompts(config.seed), config, clock)
+        sample = Sampler(placement, reward, resolved.prompts(config.seed), config, clock)
         model = worker.actor.model
-        speed = bounds.rate(model, policy.settings.compute_dtype)
+        speed = bounds.rate(model, resolved.settings.compute_dtype)
         for number in range(1, steps + 1):
             interruption.release()
             start = time.perf_counter()

@@ -43,7 +43,7 @@ def round_of(size: float) -> list[float]:
     import torch
 
     from rlcore.runtime import jemalloc
-    from rlcore.runtime.memory import Parked
+    from rlcore.runtime.memory import OffloadedTensors
 
     before, seconds = resident(), 0.0
     tensors, between = [], []
@@ -52,7 +52,7 @@ def round_of(size: float) -> list[float]:
         between.append(torch.ones(64))  # what stays where it is, as much does in a run
     found = [resident() - before]
     for keep in (False, True):
-        part = Parked(lambda: tensors, keep)
+        part = OffloadedTensors(lambda: tensors, keep)
         for move in (part.pause, part.resume):
             move()
             start = time.perf_counter()

@@ -28,7 +28,7 @@ spent: defaultdict[str, float] = defaultdict(float)  # of the step so far
 sizes: defaultdict[str, int] = defaultdict(int)
 
 
-class Watch(TrainerCallback):
+class Watchdog(TrainerCallback):
     """Times whole steps; what is neither generation nor scoring is the update."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -64,7 +64,7 @@ def watched(initialize: Any) -> Any:
         if "GROUP" in os.environ:
             named["args"].num_generations = int(os.environ["GROUP"])
         initialize(self, *arguments, **named)
-        self.add_callback(Watch())
+        self.add_callback(Watchdog())
 
     return __init__
 

@@ -27,12 +27,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from rlcore.algorithms.loss import objective
-    from rlcore.algorithms.schedule import Passes
+    from rlcore.algorithms.schedule import MinibatchSchedule
     from rlcore.model.actor import TorchActor
     from rlcore.model.forward import ForwardSettings
     from rlcore.types import Batch, Group, Prompt, Row, Sample
 
-    folder, adapter = stack.smollm2()
+    folder, family = stack.smollm2()
     torch.manual_seed(0)
     prompts = torch.randint(1000, 40_000, (GROUPS, PROMPT))
     responses = torch.randint(1000, 40_000, (GROUPS * SAMPLES, RESPONSE))
@@ -49,8 +49,8 @@ def main() -> None:
 
     settings = ForwardSettings(torch.device("cpu"), torch.float32, max_tokens=16_384, temperature=1.0)
     packed = TorchActor(
-        adapter.load(folder, torch.float32), adapter, settings, objective(AlgorithmConfig(), RESPONSE),
-        OptimizerConfig(max_grad_norm=UNCLIPPED), Passes(total_steps=repeats),
+        family.load(folder, torch.float32), family, settings, objective(AlgorithmConfig(), RESPONSE),
+        OptimizerConfig(max_grad_norm=UNCLIPPED), MinibatchSchedule(total_steps=repeats),
     )  # fmt: skip
     padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(padded.parameters(), lr=1e-6, weight_decay=0.0, fused=True)

@@ -31,14 +31,14 @@ def main() -> None:
 
     from rlcore_backends.ray import pools as ray_pools
 
-    from rlcore.model.resolved import Policy
+    from rlcore.model.resolved import ResolvedModel
     from rlcore.runtime.pool import results
-    from rlcore.runtime.watchdog import Watch
+    from rlcore.runtime.watchdog import Watchdog
 
     ray_pools.Process = measured(ray_pools.Process)
     kind = registry.load("backends", "cpu")
-    policy = Policy(RunConfig.model_validate(settings), kind(kind.Options()))
-    with ray_pools.open_pools(policy, Watch(0, Path())) as placement:
+    resolved = ResolvedModel(RunConfig.model_validate(settings), kind(kind.Options()))
+    with ray_pools.open_pools(resolved, Watchdog(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
         members = placement.pools[0].members

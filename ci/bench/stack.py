@@ -24,9 +24,9 @@ def start() -> None:
 
 def smollm2() -> tuple[Path, Any]:
     """Its folder and its adapter."""
-    from rlcore.model.loading import adapter_for, resolve
+    from rlcore.model.loading import family_of, resolve
     from rlcore.model.resolved import MODEL_CACHE
 
     source = ModelConfig(path="smollm2")
     folder = resolve(source, MODEL_CACHE)
-    return folder, adapter_for(folder, source)
+    return folder, family_of(folder, source)

@@ -98,7 +98,7 @@ def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[],
 
 def reading(process: type) -> type:
     """A worker process that reads what it is sent."""
-    from rlcore.monitor.heartbeat import Pulse
+    from rlcore.monitor.heartbeat import Heartbeat
 
     class Reader:
         def __init__(self, put: Callable[[Any], Any], response: int, width: int) -> None:
@@ -131,15 +131,15 @@ def reading(process: type) -> type:
         reference_logprobs = logprobs
 
         def update(self, steps: Sequence[Any]) -> list[Any]:
-            from rlcore.model.optimizer import Tally
+            from rlcore.model.optimizer import StepStatistics
 
             for step in steps:
                 self.logprobs(step)
-            return [Tally() for _ in steps]
+            return [StepStatistics() for _ in steps]
 
     class Reading(process):
         def start(self, shared: bool, response: int, width: int) -> None:
-            self.pulse = Pulse()
+            self.heartbeat = Heartbeat()
             self.worker = Reader(self.outbox.put if shared else lambda value: value, response, width)
 
     return Reading

@@ -33,18 +33,18 @@ def main() -> None:
     import torch
 
     from rlcore.algorithms.loss import objective
-    from rlcore.algorithms.schedule import Passes
+    from rlcore.algorithms.schedule import MinibatchSchedule
     from rlcore.model.actor import TorchActor
     from rlcore.model.forward import ForwardSettings
 
-    folder, adapter = stack.smollm2()
+    folder, family = stack.smollm2()
     prompts, samples, prompt, response = SHAPES[options.shape]
     batch = batch_of(prompts, samples, prompt, response)
     dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     settings = ForwardSettings(torch.device("cpu"), dtype, options.max_tokens, 1.0)
     goal = objective(AlgorithmConfig(), response)
-    model = stack.backend().fuse(adapter.load(folder, torch.float32))
-    actor = TorchActor(model, adapter, settings, goal, OptimizerConfig(), Passes(total_steps=9))
+    model = stack.backend().fuse(family.load(folder, torch.float32))
+    actor = TorchActor(model, family, settings, goal, OptimizerConfig(), MinibatchSchedule(total_steps=9))
     bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, dtype)
     actor.update(batch)  # makes the optimizer's moments
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
@@ -89,7 +89,7 @@ def bookkeeping(batch: Any, cap: int) -> None:
     from rlcore.algorithms.loss import objective
     from rlcore.model.actor import _view
     from rlcore.model.packing import microbatches
-    from rlcore.types import Batch, Outcome
+    from rlcore.types import AdvantageInputs, Batch
 
     config = AlgorithmConfig()
     goal = objective(config, 64)
@@ -97,9 +97,9 @@ def bookkeeping(batch: Any, cap: int) -> None:
     count = len(batch.samples)
     groups = torch.arange(len(batch.groups)).repeat_interleave(count // len(batch.groups))
     scores, valid = torch.rand(count), torch.ones(count, dtype=torch.bool)
-    values, _ = advantages(Outcome(scores, valid, groups, batch.lengths, torch.zeros(len(batch.loss_mask))), config)
+    values, _ = advantages(AdvantageInputs(scores, valid, groups, batch.lengths, torch.zeros(len(batch.loss_mask))), config)
     batch = replace(batch, advantages=values)
-    shares = goal.shares(batch)
+    shares = goal.loss_weights(batch)
     for packed in microbatches(batch, cap):
         logprobs = torch.full((len(packed.index),), -1.0, requires_grad=True)
         result = goal.loss(_view(batch, packed.index, logprobs, torch.zeros(len(packed.index))))

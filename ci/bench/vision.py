@@ -30,7 +30,7 @@ def main() -> None:
     from PIL import Image
 
     from rlcore.algorithms.loss import objective
-    from rlcore.algorithms.schedule import Passes
+    from rlcore.algorithms.schedule import MinibatchSchedule
     from rlcore.model.actor import TorchActor
     from rlcore.model.forward import ForwardSettings
     from rlcore.model.reference import TorchReference
@@ -41,10 +41,10 @@ def main() -> None:
         folder = Path(name)
         sizes = {"hidden_size": 256, "layers": 6, "vision_hidden_size": 256, "vision_layers": 6, "max_pixels": SIDE * SIDE}
         registry.load("models", "tiny_qwen2_5_vl")(folder, **sizes)
-        adapter = registry.load("adapters", "qwen2_5_vl")(folder)
-        models = [adapter.load(folder, torch.float32) for _ in range(2)]
+        family = registry.load("families", "qwen2_5_vl")(folder)
+        models = [family.load(folder, torch.float32) for _ in range(2)]
     for model in models:
-        adapter.vision_tower(model).requires_grad_(False)
+        family.vision_tower(model).requires_grad_(False)
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     rows = [
         Row(str(i), [{"role": "user", "content": content}], images=[Image.new("RGB", (SIDE, SIDE), (60 * i, 90, 120))])
@@ -52,7 +52,7 @@ def main() -> None:
     ]
     torch.manual_seed(0)
     groups = [
-        Group(adapter.encode(row), [Sample(torch.randint(20, 90, (RESPONSE,)).tolist(), [-1.0] * RESPONSE, "", "length", 0)
+        Group(family.encode(row), [Sample(torch.randint(20, 90, (RESPONSE,)).tolist(), [-1.0] * RESPONSE, "", "length", 0)
                                     for _ in range(SAMPLES)])
         for row in rows
     ]  # fmt: skip
@@ -60,13 +60,13 @@ def main() -> None:
     batch = replace(batch, advantages=batch.per_token(torch.randn(PROMPTS * SAMPLES)))
     apart = replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
     settings = ForwardSettings(torch.device("cpu"), torch.float32, 4096, 1.0)
-    encoder = VisionEncoder(adapter.vision_tower(models[0]), adapter, settings, images_per_batch=PROMPTS)
+    encoder = VisionEncoder(family.vision_tower(models[0]), family, settings, images_per_batch=PROMPTS)
     goal, optimizer = objective(AlgorithmConfig(), RESPONSE), OptimizerConfig(lr=1e-9)
-    actor = TorchActor(models[0], adapter, settings, goal, optimizer, Passes(total_steps=99))
-    reference = TorchReference(models[1], adapter, settings)
+    actor = TorchActor(models[0], family, settings, goal, optimizer, MinibatchSchedule(total_steps=99))
+    reference = TorchReference(models[1], family, settings)
     read: list[int] = []
     for model in models:
-        adapter.vision_tower(model).register_forward_hook(lambda _, inputs, given, __: read.append(len(given["grid_thw"])),
+        family.vision_tower(model).register_forward_hook(lambda _, inputs, given, __: read.append(len(given["grid_thw"])),
                                                           with_kwargs=True)
     took = {}
     for name, layout in (("once a step", batch), ("once a pass", batch), ("by sample", apart)):

@@ -12,7 +12,7 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.types import Batch
 
 
-def shares(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
+def loss_weights(batch: Batch, config: AlgorithmConfig, longest: int) -> Tensor:
     """[N] float32, 0 where the loss does not count.
 
     token_mean: 1 / all tokens (DAPO, arXiv 2503.14476). sequence_mean: 1 / (tokens of the response x responses) (GRPO, arXiv

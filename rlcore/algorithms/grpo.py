@@ -8,15 +8,15 @@ from torch import Tensor
 
 from rlcore.algorithms.comparison import centred
 from rlcore.config.algorithm import AlgorithmConfig
-from rlcore.types import Outcome, TokenView
+from rlcore.types import AdvantageInputs, TokenView
 
 
-def advantages(outcome: Outcome, config: AlgorithmConfig) -> Tensor:
+def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> Tensor:
     """[S] float64: each reward relative to the valid rewards of its group, over their standard deviation. 0 where invalid, and
     in groups without spread or with one valid sample."""
-    rewards = outcome.penalized
+    rewards = inputs.penalized
     result = torch.zeros_like(rewards)
-    for members in outcome.compared():
+    for members in inputs.compared():
         relative = centred(rewards[members])
         if config.advantage_std != "none" and len(relative) > 1:
             relative /= rewards[members].std(correction=config.advantage_std == "sample") + config.advantage_eps

@@ -21,8 +21,8 @@ def objective(config: AlgorithmConfig, longest: int) -> Objective:
     """What an actor minimizes under this algorithm; `longest` is the most tokens a response may have."""
     return Objective(
         loss=partial(policy_loss, config=config),
-        shares=partial(aggregation.shares, config=config, longest=longest),
-        unit=tokens,
+        loss_weights=partial(aggregation.loss_weights, config=config, longest=longest),
+        denominator=tokens,
     )
 
 

@@ -15,8 +15,8 @@ class Objective:
     """What an actor minimizes: the sum over tokens of share x loss."""
 
     loss: Callable[[TokenView], TokenLoss]
-    shares: Callable[[Batch], Tensor]  # [N], of a whole optimizer step; 0 where the loss does not count
-    unit: Callable[[Batch], float]  # what that step's reported means are means over
+    loss_weights: Callable[[Batch], Tensor]  # [N], of a whole optimizer step; 0 where the loss does not count
+    denominator: Callable[[Batch], float]  # what that step's reported means are means over
     whole_groups: bool = False  # the loss of a sample needs the others of its group in the same forward pass
 
 

@@ -7,31 +7,31 @@ from torch import Tensor
 
 from rlcore.algorithms.reinforce_pp import normalized
 from rlcore.config.algorithm import AlgorithmConfig
-from rlcore.types import Outcome, TokenLoss, ValueView
+from rlcore.types import AdvantageInputs, TokenLoss, ValueView
 
 
-def advantages(outcome: Outcome, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """[N] float64 advantages, normalized over the batch, and returns, by generalized advantage estimation (arXiv 1506.02438).
 
     A token's reward is minus its divergence penalty; the last also gets the response's reward. Nothing follows the last token.
     """
-    assert outcome.values is not None
-    ends = outcome.lengths.cumsum(0)
-    rewards = -outcome.penalties
-    rewards = rewards.index_add(0, ends - 1, outcome.rewards)
-    width = int(outcome.lengths.max())
-    place = torch.arange(len(rewards)) - (ends - outcome.lengths)[outcome.sequence]
-    rows = outcome.sequence
+    assert inputs.values is not None
+    ends = inputs.lengths.cumsum(0)
+    rewards = -inputs.penalties
+    rewards = rewards.index_add(0, ends - 1, inputs.rewards)
+    width = int(inputs.lengths.max())
+    place = torch.arange(len(rewards)) - (ends - inputs.lengths)[inputs.sequence]
+    rows = inputs.sequence
     padded_rewards, values = rewards.new_zeros(len(ends), width), rewards.new_zeros(len(ends), width + 1)
-    padded_rewards[rows, place], values[rows, place] = rewards, outcome.values
+    padded_rewards[rows, place], values[rows, place] = rewards, inputs.values
     errors = padded_rewards + config.gae_gamma * values[:, 1:] - values[:, :-1]
     following, estimate = rewards.new_zeros(len(ends)), rewards.new_zeros(len(ends), width)
     for step in reversed(range(width)):
-        here = step < outcome.lengths
+        here = step < inputs.lengths
         following = (errors[:, step] + config.gae_gamma * config.gae_lambda * following).where(here, 0)
         estimate[:, step] = following
     raw = estimate[rows, place]
-    return normalized(raw, outcome), raw + outcome.values
+    return normalized(raw, inputs), raw + inputs.values
 
 
 def value_loss(tokens: ValueView, clip: float) -> TokenLoss:

@@ -6,33 +6,33 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.comparison import centred
-from rlcore.types import Outcome
+from rlcore.types import AdvantageInputs
 
 
-def advantages(outcome: Outcome) -> Tensor:
+def advantages(inputs: AdvantageInputs) -> Tensor:
     """[N] float64: the reward less the divergence penalties from this token on, normalized over the batch's valid tokens."""
-    return normalized(outcome.rewards[outcome.sequence] - _from_here_on(outcome), outcome)
+    return normalized(inputs.rewards[inputs.sequence] - _from_here_on(inputs), inputs)
 
 
-def advantages_over_baseline(outcome: Outcome) -> Tensor:
+def advantages_over_baseline(inputs: AdvantageInputs) -> Tensor:
     """[N] float64: the same of rewards less their group's mean (REINFORCE++-baseline)."""
-    rewards = torch.zeros_like(outcome.rewards)
-    for members in outcome.compared():
-        rewards[members] = centred(outcome.rewards[members])
-    return normalized(rewards[outcome.sequence] - _from_here_on(outcome), outcome)
+    rewards = torch.zeros_like(inputs.rewards)
+    for members in inputs.compared():
+        rewards[members] = centred(inputs.rewards[members])
+    return normalized(rewards[inputs.sequence] - _from_here_on(inputs), inputs)
 
 
-def normalized(values: Tensor, outcome: Outcome) -> Tensor:
+def normalized(values: Tensor, inputs: AdvantageInputs) -> Tensor:
     """[N] -> [N] float64: mean 0 and deviation 1 (ddof 0) over valid tokens, 0 on the others and where all are equal."""
-    valid = outcome.valid[outcome.sequence]
+    valid = inputs.valid[inputs.sequence]
     result = torch.zeros_like(values)
     if valid.any():
         result[valid] = centred(values[valid]) / values[valid].std(correction=0).clamp(min=1e-8)
     return result
 
 
-def _from_here_on(outcome: Outcome) -> Tensor:
+def _from_here_on(inputs: AdvantageInputs) -> Tensor:
     """[N] float64: the penalties of each response from a token to its end."""
-    running = outcome.penalties.cumsum(0)
-    ends = outcome.lengths.cumsum(0)[outcome.sequence] - 1
-    return running[ends] - running + outcome.penalties
+    running = inputs.penalties.cumsum(0)
+    ends = inputs.lengths.cumsum(0)[inputs.sequence] - 1
+    return running[ends] - running + inputs.penalties

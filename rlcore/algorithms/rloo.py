@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.comparison import centred
-from rlcore.types import Outcome
+from rlcore.types import AdvantageInputs
 
 
-def advantages(outcome: Outcome) -> Tensor:
+def advantages(inputs: AdvantageInputs) -> Tensor:
     """[S] float64: each reward less the mean of the other valid rewards of its group; 0 where there is no other."""
-    rewards = outcome.penalized
+    rewards = inputs.penalized
     result = torch.zeros_like(rewards)
-    for members in outcome.compared():
+    for members in inputs.compared():
         count = int(members.sum())
         if count > 1:
             result[members] = centred(rewards[members]) * count / (count - 1)

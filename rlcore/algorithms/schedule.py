@@ -13,7 +13,7 @@ from rlcore.types import Batch
 
 
 @dataclass(frozen=True)
-class Passes:
+class MinibatchSchedule:
     """How a batch becomes optimizer steps."""
 
     total_steps: int  # optimizer steps of the whole run, for the learning rate
@@ -23,10 +23,12 @@ class Passes:
 
     def steps(self, batch: Batch, objective: Objective, done: int) -> list[Batch]:
         """Each optimizer step's groups, with each token's share of that step's loss."""
-        chosen = [batch.select(share) for share in self.shares(len(batch.groups), done)]
-        return [replace(step, shares=objective.shares(step), unit=objective.unit(step)) for step in chosen]
+        chosen = [batch.select(share) for share in self.minibatches_of(len(batch.groups), done)]
+        return [
+            replace(step, loss_weights=objective.loss_weights(step), denominator=objective.denominator(step)) for step in chosen
+        ]
 
-    def shares(self, groups: int, done: int) -> Iterator[Sequence[int]]:
+    def minibatches_of(self, groups: int, done: int) -> Iterator[Sequence[int]]:
         """The groups of each optimizer step, shuffled anew each epoch; `done` steps came before.
 
         Shares differ by one group at most, and there are always as many as the learning rate's schedule counts on: where there

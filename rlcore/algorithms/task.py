@@ -8,7 +8,7 @@ from functools import partial
 from rlcore.algorithms import aggregation, dpo
 from rlcore.algorithms.loss import objective
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import OptimizerConfig
@@ -16,40 +16,40 @@ from rlcore.types import Batch
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingTask:
     """The same on the controller, which deals batches, and on the workers, which step."""
 
     objective: Objective
-    passes: Passes
+    schedule: MinibatchSchedule
     optimizer: OptimizerConfig
     temperature: float  # of the log-probabilities
     compared: bool  # with the model it started from
 
 
-def recipe(task: str, config: RunConfig) -> Recipe:
+def training_task(task: str, config: RunConfig) -> TrainingTask:
     """`task` is the command's name."""
     return {"grpo": _grpo, "sft": _sft, "dpo": _dpo}[task](config)
 
 
-def _grpo(config: RunConfig) -> Recipe:
+def _grpo(config: RunConfig) -> TrainingTask:
     train, algorithm = config.train, config.algorithm
     each = train.minibatches_per_step * train.epochs_per_step
-    passes = Passes(train.steps * each, train.minibatches_per_step, train.epochs_per_step, config.seed)
+    schedule = MinibatchSchedule(train.steps * each, train.minibatches_per_step, train.epochs_per_step, config.seed)
     goal = objective(algorithm, config.rollout.max_new_tokens)
-    return Recipe(goal, passes, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0)
+    return TrainingTask(goal, schedule, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0)
 
 
-def _sft(config: RunConfig) -> Recipe:
+def _sft(config: RunConfig) -> TrainingTask:
     """Responses that nobody sampled: their probabilities are the model's own, at temperature 1."""
     assert config.sft is not None
     goal = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return Recipe(goal, Passes(config.sft.steps), config.sft.optimizer, 1.0, compared=False)
+    return TrainingTask(goal, MinibatchSchedule(config.sft.steps), config.sft.optimizer, 1.0, compared=False)
 
 
-def _dpo(config: RunConfig) -> Recipe:
+def _dpo(config: RunConfig) -> TrainingTask:
     assert config.dpo is not None
     goal = Objective(partial(dpo.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
-    return Recipe(goal, Passes(config.dpo.steps), config.dpo.optimizer, 1.0, compared=True)
+    return TrainingTask(goal, MinibatchSchedule(config.dpo.steps), config.dpo.optimizer, 1.0, compared=True)
 
 
 def _pairs(batch: Batch) -> float:

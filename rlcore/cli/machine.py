@@ -23,13 +23,13 @@ def run_doctor(options: argparse.Namespace) -> int:
     choice = doctor.choose(options.backend)
     if not options.json:
         print(f"backend: {choice.name} ({choice.why})", flush=True)
-    findings = []
-    for finding in doctor.examine(choice.name):
-        findings.append(finding)
+    results = []
+    for result in doctor.examine(choice.name):
+        results.append(result)
         if not options.json:
-            print(doctor.line(finding), flush=True)
-    print(doctor.as_json(choice, findings) if options.json else doctor.closing(findings))
-    return 1 if doctor.failed(findings) else 0
+            print(doctor.line(result), flush=True)
+    print(doctor.as_json(choice, results) if options.json else doctor.closing(results))
+    return 1 if doctor.failed(results) else 0
 
 
 def run_check(options: argparse.Namespace) -> int:

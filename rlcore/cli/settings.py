@@ -32,7 +32,7 @@ def check_installed(config: RunConfig) -> None:
         ("backends", "backend.name", config.backend.name),
         ("rollout_engines", "rollout.engine", config.rollout.engine),
         ("placements", "placement.kind", config.placement.kind),
-        ("adapters", "model.adapter", config.model.adapter),
+        ("families", "model.family", config.model.family),
         ("datasets", "data.train.name", config.data.train.name),
         *([("datasets", "data.eval.name", config.data.eval.name)] if config.data.eval else []),
         *(("rewards", f"reward.{index}.name", reward.name) for index, reward in enumerate(config.reward)),
@@ -45,7 +45,7 @@ def check_installed(config: RunConfig) -> None:
 def prepared_backend(config: RunConfig) -> Backend:
     """The chosen backend, with its environment in place: torch reads it when it is imported, which comes later."""
     backend = chosen_backend(config)
-    backend.settle(os.environ)
+    backend.apply_environment(os.environ)
     return backend
 
 

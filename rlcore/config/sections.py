@@ -40,7 +40,7 @@ class ModelConfig(Strict):
     """A Hugging Face folder, or the name of an installed model source (tiny_qwen2_5_vl, smollm2, ...)."""
     options: dict[str, Any] = {}
     """Arguments of the model source."""
-    adapter: str = "auto"
+    family: str = "auto"
     """The model family; auto reads model_type from the folder's config.json."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What the matrices are multiplied in; weights and optimizer stay fp32. auto asks the device."""

@@ -12,14 +12,14 @@ from rlcore.errors import ConfigError
 from rlcore.types import Prompt, Row
 
 if TYPE_CHECKING:
-    from rlcore.protocols import Adapter
+    from rlcore.protocols import ModelFamily
 
 
 def fitting(
-    rows: Sequence[Row], adapter: Adapter, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
+    rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> list[Row]:
     """The rows of at most `max_prompt_tokens` tokens; ConfigError when one must be refused or none is left."""
-    lengths = [adapter.prompt_length(row) for row in rows]
+    lengths = [family.prompt_length(row) for row in rows]
     long = [(row, length) for row, length in zip(rows, lengths, strict=True) if length > max_prompt_tokens]
     if long and long_prompts == "refuse":
         row, length = long[0]
@@ -39,11 +39,11 @@ class Prompts(Sequence[Prompt]):
     """Rows as one model reads them, in order, encoded when looked at; the latest `cache_bytes` of them are kept."""
 
     def __init__(
-        self, rows: Sequence[Row], adapter: Adapter, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
+        self, rows: Sequence[Row], family: ModelFamily, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
     ) -> None:
         """`dropped_long`: rows that are not among them, because their prompts are too long."""
         self.rows, self.dropped_long = rows, dropped_long
-        self._adapter = adapter
+        self._adapter = family
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._held = 0
@@ -66,24 +66,24 @@ class Prompts(Sequence[Prompt]):
 
 
 def encode_all(
-    rows: Sequence[Row], adapter: Adapter, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
+    rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> Prompts:
     """Each row that fits, once, in order; for evaluation."""
-    kept = fitting(rows, adapter, max_prompt_tokens, long_prompts)
-    return Prompts(kept, adapter, dropped_long=len(rows) - len(kept))
+    kept = fitting(rows, family, max_prompt_tokens, long_prompts)
+    return Prompts(kept, family, dropped_long=len(rows) - len(kept))
 
 
 class PromptSource:
     """An endless stream of prompts, shuffled anew each epoch. `drawn`, prompts given out so far, is its whole state."""
 
     def __init__(
-        self, rows: Sequence[Row], adapter: Adapter, max_prompt_tokens: int,
+        self, rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int,
         long_prompts: Literal["drop", "refuse"] = "drop", seed: int = 0,
     ) -> None:
-        self.rows = fitting(rows, adapter, max_prompt_tokens, long_prompts)
+        self.rows = fitting(rows, family, max_prompt_tokens, long_prompts)
         self.dropped_long = len(rows) - len(self.rows)
         self.drawn = 0
-        self._prompts = Prompts(self.rows, adapter)
+        self._prompts = Prompts(self.rows, family)
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rlcore import registry
-from rlcore.checks import Devices, Doctor, Finding, Trial, attempt
+from rlcore.checks import CheckResult, Devices, Doctor, Trial, attempt
 from rlcore.diagnose import host
 from rlcore.errors import PluginError
 
@@ -43,11 +43,11 @@ def choose(name: str = "auto") -> Choice:
     return Choice(chosen, seen[chosen], f"auto: {seen[chosen].seen}" + "".join(passed))
 
 
-def examine(name: str, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+def examine(name: str, environment: Mapping[str, str] = os.environ) -> Iterator[CheckResult]:
     """Everything that concerns a backend, as it is looked at; torch last, and in processes of its own."""
     doctor = _doctor(name)
     yield host.python(doctor.versions.get("Python", ""))
-    yield from doctor.findings()
+    yield from doctor.check_results()
     yield from host.packages(doctor.pins, doctor.decisive)
     yield host.own_requirements()
     yield host.apex()
@@ -56,11 +56,11 @@ def examine(name: str, environment: Mapping[str, str] = os.environ) -> Iterator[
     yield host.compiler(environment)
     yield host.jemalloc(environment)
     for launcher in registry.names("launchers"):
-        yield from registry.load("launchers", launcher).findings(environment)
+        yield from registry.load("launchers", launcher).check_results(environment)
     yield from _trials(doctor)
 
 
-def _trials(doctor: Doctor) -> Iterator[Finding]:
+def _trials(doctor: Doctor) -> Iterator[CheckResult]:
     imported = attempt(TORCH)
     if imported.verdict == "ok":
         yield imported
@@ -69,7 +69,7 @@ def _trials(doctor: Doctor) -> Iterator[Finding]:
         yield _explained(imported)
 
 
-def _explained(failed: Finding) -> Finding:
+def _explained(failed: CheckResult) -> CheckResult:
     """torch imports what is installed as an extension of it; when that fails, torch fails."""
     if "TORCH_DEVICE_BACKEND_AUTOLOAD" not in failed.seen:
         return failed
@@ -77,31 +77,31 @@ def _explained(failed: Finding) -> Finding:
         "an installed extension of torch does not load: make known what it misses (source its toolkit's set_env.sh) or "
         "uninstall it; export TORCH_DEVICE_BACKEND_AUTOLOAD=0 lets torch be imported without it"
     )
-    return Finding(failed.what, "failure", failed.seen, remedy)
+    return CheckResult(failed.what, "failure", failed.seen, remedy)
 
 
-def failed(findings: Sequence[Finding]) -> bool:
-    return any(finding.verdict == "failure" for finding in findings)
+def failed(results: Sequence[CheckResult]) -> bool:
+    return any(result.verdict == "failure" for result in results)
 
 
-def as_json(choice: Choice, findings: Sequence[Finding]) -> str:
+def as_json(choice: Choice, results: Sequence[CheckResult]) -> str:
     """One object; `ok` is false where the exit status is 1."""
     whole = {
-        "backend": choice.name, "why": choice.why, "devices": choice.devices.count, "ok": not failed(findings),
-        "findings": [asdict(finding) for finding in findings],
+        "backend": choice.name, "why": choice.why, "devices": choice.devices.count, "ok": not failed(results),
+        "checks": [asdict(result) for result in results],
     }  # fmt: skip
     return json.dumps(whole, indent=1)
 
 
-def line(finding: Finding) -> str:
+def line(result: CheckResult) -> str:
     """One aligned line; the remedy of what is wrong on a second."""
-    first = f"{finding.verdict:8} {finding.what:16} {finding.seen}"
-    return f"{first}\n{'':9}-> {finding.remedy}" if finding.verdict in ("warning", "failure") else first
+    first = f"{result.verdict:8} {result.what:16} {result.seen}"
+    return f"{first}\n{'':9}-> {result.remedy}" if result.verdict in ("warning", "failure") else first
 
 
-def closing(findings: Sequence[Finding]) -> str:
-    counts = Counter(finding.verdict for finding in findings)
-    return f"{len(findings)} looked at: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+def closing(results: Sequence[CheckResult]) -> str:
+    counts = Counter(result.verdict for result in results)
+    return f"{len(results)} looked at: " + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
 
 
 def table() -> str:

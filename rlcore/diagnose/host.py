@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from rlcore.checks import Finding, compared
+from rlcore.checks import CheckResult, compared
 from rlcore.runtime.jemalloc import find, inherited
 
 _GIB = 2**30
@@ -37,15 +37,15 @@ def installed(name: str) -> str | None:
         return None
 
 
-def python(wanted: str) -> Finding:
+def python(wanted: str) -> CheckResult:
     own = metadata.metadata("rlcore")["Requires-Python"]
     both = ",".join(filter(None, (own, wanted)))
     remedy = f"make the environment anew with a Python {both}"
     return compared("Python", platform.python_version(), both, "", remedy)
 
 
-def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[Finding]:
-    """The installed versions against the pins: one finding for each decisive package, one for all the others together."""
+def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[CheckResult]:
+    """The installed versions against the pins: one result for each decisive package, one for all the others together."""
     pins = read_pins(file)
     found = {name: installed(name) for name in pins}
     for name in decisive:
@@ -58,48 +58,52 @@ def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[Finding]:
     seen += [f"{len(differing)} of {len(others)} differ: {_few(differing)}"] if differing else []
     if seen:
         verdict = "failure" if missing else "warning"
-        yield Finding("other packages", verdict, "; ".join(seen), f"pip install --no-deps -r {file}")
+        yield CheckResult("other packages", verdict, "; ".join(seen), f"pip install --no-deps -r {file}")
     else:
-        yield Finding("other packages", "ok", f"all {len(others)} are as pinned in {file.name}")
+        yield CheckResult("other packages", "ok", f"all {len(others)} are as pinned in {file.name}")
 
 
-def own_requirements() -> Finding:
+def own_requirements() -> CheckResult:
     """What rlcore itself asks for, on every device."""
     declared = map(Requirement, metadata.requires("rlcore") or ())
     asked = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
     found = {one.name: installed(one.name) for one in asked}
     if wrong := [f"{one} ({found[one.name] or 'missing'})" for one in asked if not _meets(one, found[one.name])]:
-        return Finding("rlcore", "failure", f"asks for {', '.join(wrong)}", "install what the stack's requirements file pins")
-    return Finding("rlcore", "ok", f"{metadata.version('rlcore')}, all {len(asked)} of its own requirements are met")
+        return CheckResult(
+            "rlcore", "failure", f"asks for {', '.join(wrong)}", "install what the stack's requirements file pins"
+        )
+    return CheckResult("rlcore", "ok", f"{metadata.version('rlcore')}, all {len(asked)} of its own requirements are met")
 
 
-def apex() -> Finding:
+def apex() -> CheckResult:
     """Whose apex this is: the one of PyPI is an unrelated toolkit for Pyramid, and installing it runs its setup."""
     spec, version = importlib.util.find_spec("apex"), installed("apex")
     if spec is None and version is None:
-        return Finding("apex", "absent", "only backend.options.optimizer: apex needs it")
+        return CheckResult("apex", "absent", "only backend.options.optimizer: apex needs it")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if any(Path(folder, "optimizers").is_dir() for folder in folders):
-        return Finding("apex", "ok", f"{version or 'no version'}, with fused optimizers")
+        return CheckResult("apex", "ok", f"{version or 'no version'}, with fused optimizers")
     seen = f"{version or 'no version'} is not the one with fused optimizers; PyPI's apex is a toolkit for Pyramid web sites"
-    return Finding("apex", "failure", seen, "pip uninstall apex; the real ones are built from source, and rlcore does without")
+    return CheckResult(
+        "apex", "failure", seen, "pip uninstall apex; the real ones are built from source, and rlcore does without"
+    )
 
 
-def shared_memory(folder: Path = SHM) -> Finding:
+def shared_memory(folder: Path = SHM) -> CheckResult:
     """Ray's objects and the exchange between processes live there; Docker gives 64 MiB unless asked."""
     remedy = "docker run --shm-size=16g (or --ipc=host); elsewhere: mount -o remount,size=16g /dev/shm"
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        return Finding("shared memory", "failure", f"{folder} is not there, or not writable", remedy)
+        return CheckResult("shared memory", "failure", f"{folder} is not there, or not writable", remedy)
     space = shutil.disk_usage(folder)
     seen = f"{space.free / _GIB:.2f} of {space.total / _GIB:.2f} GiB are free in {folder}"
     if space.free < _GIB / 32:
-        return Finding("shared memory", "failure", seen, remedy)
+        return CheckResult("shared memory", "failure", seen, remedy)
     if space.free < 4 * _GIB:
-        return Finding("shared memory", "warning", f"{seen}; several processes want 4 or more", remedy)
-    return Finding("shared memory", "ok", seen)
+        return CheckResult("shared memory", "warning", f"{seen}; several processes want 4 or more", remedy)
+    return CheckResult("shared memory", "ok", seen)
 
 
-def limits() -> Iterator[Finding]:
+def limits() -> Iterator[CheckResult]:
     """Of what a process may have, the soft limits."""
     yield _limit("open files", resource.RLIMIT_NOFILE, 1024, 8192, "ulimit -n 65536, or docker run --ulimit nofile=65536:65536")
     yield _limit("processes", resource.RLIMIT_NPROC, 512, 4096, "ulimit -u 65536, or docker run --ulimit nproc=65536:65536")
@@ -108,42 +112,44 @@ def limits() -> Iterator[Finding]:
         yield _limit("locked memory", resource.RLIMIT_MEMLOCK, 0, resource.RLIM_INFINITY, remedy)
 
 
-def _limit(what: str, kind: int, least: int, wanted: int, remedy: str) -> Finding:
+def _limit(what: str, kind: int, least: int, wanted: int, remedy: str) -> CheckResult:
     soft, hard = resource.getrlimit(kind)
     seen = f"{_count(soft)} at most (hard limit {_count(hard)})"
     if soft == resource.RLIM_INFINITY or (soft >= wanted and wanted != resource.RLIM_INFINITY):
-        return Finding(what, "ok", seen)
+        return CheckResult(what, "ok", seen)
     if soft < least:
-        return Finding(what, "failure", f"{seen}; at least {least} are needed", remedy)
-    return Finding(what, "warning", f"{seen}; many devices want {_count(wanted)}", remedy)
+        return CheckResult(what, "failure", f"{seen}; at least {least} are needed", remedy)
+    return CheckResult(what, "warning", f"{seen}; many devices want {_count(wanted)}", remedy)
 
 
-def compiler(environment: Mapping[str, str]) -> Finding:
+def compiler(environment: Mapping[str, str]) -> CheckResult:
     """A C++ compiler that has its own headers: packages without wheels for this machine are built with it."""
     command = shlex.split(environment.get("CXX") or "g++")
     remedy = "apt-get install g++ (or the distribution's like; CXX names another); only packages built from source need it"
     if shutil.which(command[0]) is None:
-        return Finding("C++ compiler", "warning", f"{command[0]} is not found", remedy)
+        return CheckResult("C++ compiler", "warning", f"{command[0]} is not found", remedy)
     program = "#include <cstdint>\nstd::uint8_t byte;\n"
     done = subprocess.run(
         [*command, "-fsyntax-only", "-x", "c++", "-"], input=program, capture_output=True, text=True, timeout=60, check=False
     )
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
-        return Finding("C++ compiler", "warning", f"{command[0]} does not compile #include <cstdint>: {said}", remedy)
+        return CheckResult("C++ compiler", "warning", f"{command[0]} does not compile #include <cstdint>: {said}", remedy)
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    return Finding("C++ compiler", "ok", f"{version.splitlines()[0] if version else command[0]}; <cstdint> compiles")
+    return CheckResult("C++ compiler", "ok", f"{version.splitlines()[0] if version else command[0]}; <cstdint> compiles")
 
 
-def jemalloc(environment: Mapping[str, str]) -> Finding:
+def jemalloc(environment: Mapping[str, str]) -> CheckResult:
     preloaded = inherited(environment).get("LD_PRELOAD", "").split(":")
     if gone := [name for name in preloaded if "/" in name and not Path(name).exists()]:
-        return Finding("jemalloc", "warning", f"LD_PRELOAD names {gone[0]}, which is not there", "correct or unset LD_PRELOAD")
+        return CheckResult(
+            "jemalloc", "warning", f"LD_PRELOAD names {gone[0]}, which is not there", "correct or unset LD_PRELOAD"
+        )
     if any(preloaded):
-        return Finding("jemalloc", "ok", f"preloaded: {preloaded[0]}")
+        return CheckResult("jemalloc", "ok", f"preloaded: {preloaded[0]}")
     if library := find():
-        return Finding("jemalloc", "ok", f"{library} is there; LD_PRELOAD does not name it")
-    return Finding("jemalloc", "absent", "optional: long runs on the host's memory fragment less with it")
+        return CheckResult("jemalloc", "ok", f"{library} is there; LD_PRELOAD does not name it")
+    return CheckResult("jemalloc", "absent", "optional: long runs on the host's memory fragment less with it")
 
 
 def _meets(requirement: Requirement, version: str | None) -> bool:

@@ -21,7 +21,7 @@ _ALIGNED = 16  # bytes; every tensor starts at a multiple
 Entry = tuple[str, str, Sequence[int], int]  # name, dtype, shape, hash
 
 
-class Link:
+class WeightBroadcast:
     """One end. Holds one bucket, or one tensor that is larger."""
 
     def __init__(self, group: Any, device: torch.device, bucket_bytes: int) -> None:

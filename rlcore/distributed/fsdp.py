@@ -63,7 +63,7 @@ class Sharding:
             sharded.set_force_sum_reduction_for_comms(True)
 
 
-def read(root: nn.Module, model: nn.Module, published_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
+def read(root: nn.Module, model: nn.Module, hf_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
     """Memory and values for parameters that are only shapes so far: each rank reads its own rows from the files in `folder`.
 
     ConfigError names the first that the files do not have.
@@ -72,7 +72,7 @@ def read(root: nn.Module, model: nn.Module, published_name: Callable[[str], str]
     stored = Stored(folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            world.part(parameter).copy_(stored.rows(published_name(name), parameter))
+            world.part(parameter).copy_(stored.rows(hf_name(name), parameter))
 
 
 class Stored:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from rlcore.algorithms.objective import Objective
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
 from rlcore.distributed.fsdp import Sharding, accumulated, gathered, read
 from rlcore.model import lora
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import ADAMW, Learner, Tally, combined
+from rlcore.model.optimizer import ADAMW, Learner, StepStatistics, combined
 from rlcore.model.packing import microbatches
 from rlcore.model.reference import TorchReference
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
 
@@ -26,23 +26,32 @@ class TorchActor(TorchReference):
     """The model that learns."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
-        passes: Passes, publish_additions: bool = False, sharding: Sharding | None = None, source: Path | None = None,
-        tower: nn.Module | None = None, adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        settings: ForwardSettings,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        schedule: MinibatchSchedule,
+        publish_lora: bool = False,
+        sharding: Sharding | None = None,
+        source: Path | None = None,
+        tower: nn.Module | None = None,
+        adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> None:
-        """`publish_additions`: `weights` gives the low-rank additions alone."""
-        super().__init__(model, adapter, settings, sharding, source, tower)
-        self.objective, self.passes, self._publish_additions = objective, passes, publish_additions
+        """`publish_lora`: `weights` gives the low-rank additions alone."""
+        super().__init__(model, family, settings, sharding, source, tower)
+        self.objective, self.schedule, self._publish_additions = objective, schedule, publish_lora
         self._sharding = sharding
-        self.learner = Learner(model, optimizer, passes.total_steps, adamw)
+        self.learner = Learner(model, optimizer, schedule.total_steps, adamw)
         self.learner.optimizer.register_step_post_hook(self.working.expire)
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups."""
-        steps = self.passes.steps(batch, self.objective, self.learner.steps)
-        return combined([(self.step(step), step.unit) for step in steps])
+        steps = self.schedule.steps(batch, self.objective, self.learner.steps)
+        return combined([(self.step(step), step.denominator) for step in steps])
 
-    def step(self, batch: Batch) -> Tally:
+    def step(self, batch: Batch) -> StepStatistics:
         """One optimizer step, of which `batch` is this rank's part."""
         return self.learner.step(batch, self._losses(batch))
 
@@ -50,27 +59,27 @@ class TorchActor(TorchReference):
         """Every parameter once, under its published name and in the compute dtype, low-rank additions added: a tied head is its
         embedding. No more than a bucket of them is whole at a time."""
         named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
-        published = ((self.adapter.published_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
+        published = ((self.family.hf_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
         dealt = self._sharding
         return gathered(published, dealt.bucket_bytes, dealt.exchange) if dealt else gathered(published)
 
     def save(self, folder: Path) -> None:
         lora.save_merged(self.model, folder / "model")
-        lora.save_additions(self.model, folder)
+        lora.save_lora(self.model, folder)
         if world.first():
-            self.adapter.save_processor(folder / "model")
+            self.family.save_processor(folder / "model")
         self.learner.save(folder)
 
     def load(self, folder: Path) -> None:
-        if lora.has_additions(self.model):
-            lora.load_additions(self.model, folder)
+        if lora.has_lora(self.model):
+            lora.load_lora(self.model, folder)
         else:
-            read(self.forward, self.model, self.adapter.published_name, folder / "model", self.settings.device)
+            read(self.forward, self.model, self.family.hf_name, folder / "model", self.settings.device)
         self.learner.load(folder)
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
         """Micro-batch by micro-batch: the places in [N] of the tokens that count, and their loss."""
-        if not batch.unit:
+        if not batch.denominator:
             return
         rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
         with self.working():
@@ -82,7 +91,7 @@ class TorchActor(TorchReference):
                 yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
 
 
-class AdapterOffReference:
+class LoraOffReference:
     """The actor's own model without its low-rank additions."""
 
     def __init__(self, actor: TorchActor) -> None:

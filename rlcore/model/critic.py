@@ -13,16 +13,16 @@ from torch.nn import functional
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed.fsdp import Sharding, accumulated, at_rest, collected, fill, read
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import ADAMW, Learner, Tally, combined
+from rlcore.model.optimizer import ADAMW, Learner, StepStatistics, combined
 from rlcore.model.packing import microbatches
 from rlcore.model.precision import WorkingCopy, hold_frozen
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
 
 OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
@@ -31,18 +31,18 @@ OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
 class ValueForward(nn.Module):
     """One pass over a packed row."""
 
-    def __init__(self, backbone: nn.Module, adapter: Adapter, settings: ForwardSettings) -> None:
+    def __init__(self, backbone: nn.Module, family: ModelFamily, settings: ForwardSettings) -> None:
         """`backbone` gives the hidden states; its vocabulary head stays unused. Values start at 0."""
         super().__init__()
-        self.backbone, self.adapter, self.settings = backbone, adapter, settings
-        self.head = nn.Linear(adapter.head(backbone).shape[1], 1, device=settings.device)
+        self.backbone, self.family, self.settings = backbone, family, settings
+        self.head = nn.Linear(family.head(backbone).shape[1], 1, device=settings.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, packed: Packed) -> Tensor:
         """[M]: the value at the place from which each target is predicted."""
         part = Slice(packed.tokens, self.settings.sequence)
-        hidden = part.at(self.adapter.hidden(self.backbone, packed, part), packed.sources)
+        hidden = part.at(self.family.hidden(self.backbone, packed, part), packed.sources)
         values = functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).flatten().clone()
         return part.all_of(values, packed.sources)  # a clone: FSDP wants no view to come out
 
@@ -51,19 +51,19 @@ class TorchCritic:
     """Says at each response token, before it is drawn, what the response will earn."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, algorithm: AlgorithmConfig,
-        optimizer: OptimizerConfig, passes: Passes, sharding: Sharding | None = None, source: Path | None = None,
+        self, model: nn.Module, family: ModelFamily, settings: ForwardSettings, algorithm: AlgorithmConfig,
+        optimizer: OptimizerConfig, schedule: MinibatchSchedule, sharding: Sharding | None = None, source: Path | None = None,
         adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> None:
-        self.settings, self.passes, self._sharding = settings, passes, sharding
-        self.forward = ValueForward(model, adapter, settings)
+        self.settings, self.schedule, self._sharding = settings, schedule, sharding
+        self.forward = ValueForward(model, family, settings)
         hold_frozen(self.forward, settings.compute_dtype)
         if sharding:
-            sharding.apply(self.forward, adapter.blocks(model))
+            sharding.apply(self.forward, family.blocks(model))
         if source:
-            read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
+            read(self.forward, model, family.hf_name, source, sharding.home if sharding else settings.device)
         self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
-        self.learner = Learner(self.forward, optimizer, passes.total_steps, adamw)
+        self.learner = Learner(self.forward, optimizer, schedule.total_steps, adamw)
         self.learner.optimizer.register_step_post_hook(self.working.expire)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 
@@ -79,10 +79,10 @@ class TorchCritic:
 
     def update(self, batch: Batch) -> Metrics:
         """One optimizer step on each share of the groups, towards `batch.returns`."""
-        steps = self.passes.steps(batch, OBJECTIVE, self.learner.steps)
-        return named(combined([(self.step(step), step.unit) for step in steps]))
+        steps = self.schedule.steps(batch, OBJECTIVE, self.learner.steps)
+        return named(combined([(self.step(step), step.denominator) for step in steps]))
 
-    def step(self, batch: Batch) -> Tally:
+    def step(self, batch: Batch) -> StepStatistics:
         """One optimizer step, of which `batch` is this rank's part."""
         return self.learner.step(batch, self._losses(batch))
 
@@ -98,7 +98,7 @@ class TorchCritic:
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
         assert batch.values is not None and batch.returns is not None
-        if not batch.unit:
+        if not batch.denominator:
             return
         with self.working():
             for packed in accumulated(self.forward, microbatches(batch, self.settings.max_tokens), self._sharding):

@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.logprob import TILE_BYTES, token_logprobs
-from rlcore.monitor.heartbeat import unwatched
-from rlcore.protocols import Adapter
+from rlcore.monitor.heartbeat import no_heartbeat
+from rlcore.protocols import ModelFamily
 from rlcore.types import Packed
 
 
@@ -25,23 +25,23 @@ class ForwardSettings:
     max_tokens: int  # a packed row never holds more
     temperature: float  # log-probabilities are those of logits / temperature, the distribution that was sampled
     sequence: ProcessGroup | None = None  # the ranks that share each packed row; all of them are given the same
-    beat: Callable[[], None] = unwatched  # at every packed row
+    beat: Callable[[], None] = no_heartbeat  # at every packed row
     tile_bytes: int = TILE_BYTES  # of logits at a time
 
 
 class Forward(nn.Module):
     """One pass over a packed row. Everything that reads weights happens inside it, where sharded ones are whole."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, settings: ForwardSettings) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, settings: ForwardSettings) -> None:
         super().__init__()
-        self.model, self.adapter, self.settings = model, adapter, settings
+        self.model, self.family, self.settings = model, family, settings
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and, unless nobody asks, [M] entropies of the row's targets, float32."""
         self.settings.beat()
         part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
-        hidden = part.at(self.adapter.hidden(self.model, packed, part), sources)
+        hidden = part.at(self.family.hidden(self.model, packed, part), sources)
         targets = packed.targets[part.held(sources)].to(self.settings.device)
-        head, settings = self.adapter.head(self.model), self.settings
+        head, settings = self.family.head(self.model), self.settings
         logprobs, spread = token_logprobs(hidden, head, targets, settings.temperature, settings.tile_bytes, entropy)
         return part.all_of(logprobs, sources), part.all_of(spread, sources)

@@ -18,7 +18,7 @@ from rlcore.data.files import tried
 from rlcore.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from rlcore.protocols import Adapter
+    from rlcore.protocols import ModelFamily
 
 Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
 
@@ -43,18 +43,18 @@ def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
     return folder
 
 
-def adapter_for(folder: Path, config: ModelConfig) -> Adapter:
-    """The adapter of the model family, from `config.adapter` or the folder's model_type; ConfigError lists the families."""
-    families = registry.names("adapters")
-    family = model_type(folder) if config.adapter == "auto" else config.adapter
-    if family not in families:
-        if config.adapter != "auto":
-            raise ConfigError(f"model.adapter: no family named {family!r}{nearest(family, families)}")
+def family_of(folder: Path, config: ModelConfig) -> ModelFamily:
+    """The adapter of the model family, from `config.family` or the folder's model_type; ConfigError lists the families."""
+    families = registry.names("families")
+    kind = model_type(folder) if config.family == "auto" else config.family
+    if kind not in families:
+        if config.family != "auto":
+            raise ConfigError(f"model.family: no family named {kind!r}{nearest(kind, families)}")
         raise ConfigError(
-            f"model.path: {folder} is of the family {family!r}; supported: {', '.join(families)};"
-            " where one of them has the same layers, name it as model.adapter"
+            f"model.path: {folder} is of the family {kind!r}; supported: {', '.join(families)};"
+            " where one of them has the same layers, name it as model.family"
         )
-    return registry.load("adapters", family)(folder)
+    return registry.load("families", kind)(folder)
 
 
 def model_type(folder: Path, section: str = "model") -> str:

@@ -41,7 +41,7 @@ def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str]
     return peft.inject_adapter_in_model(settings, model, adapter_name=_NAME)
 
 
-def has_additions(model: nn.Module) -> bool:
+def has_lora(model: nn.Module) -> bool:
     return next(_wrapped(model), None) is not None
 
 
@@ -88,13 +88,13 @@ def save_merged(model: Any, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights | twins)
 
 
-def save_additions(model: nn.Module, folder: Path) -> None:
+def save_lora(model: nn.Module, folder: Path) -> None:
     """additions.safetensors, if there are any."""
-    if has_additions(model) and (tensors := collected(additions(model))):
+    if has_lora(model) and (tensors := collected(additions(model))):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "additions.safetensors")
 
 
-def load_additions(model: nn.Module, folder: Path) -> None:
+def load_lora(model: nn.Module, folder: Path) -> None:
     fill(additions(model), load_file(folder / "additions.safetensors"))
 
 

@@ -37,14 +37,14 @@ class Learner:
             [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps
         )
 
-    def step(self, batch: Batch, losses: Iterable[tuple[Tensor, TokenLoss]]) -> Tally:
+    def step(self, batch: Batch, losses: Iterable[tuple[Tensor, TokenLoss]]) -> StepStatistics:
         """`losses`: micro-batch by micro-batch, where its tokens stand in [N], and their loss. NonFinite, on every rank, leaves
         the weights as they were."""
-        tally, wrong = Tally(), None
+        statistics, wrong = StepStatistics(), None
         for index, result in losses:
             wrong = wrong or _loss_fault(batch, index, result)
-            (result.loss * batch.shares[index].to(result.loss.device)).sum().backward()
-            tally.add(result)
+            (result.loss * batch.loss_weights[index].to(result.loss.device)).sum().backward()
+            statistics.add(result)
         norm = world.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
         try:
             world.agree(wrong)
@@ -58,8 +58,8 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-        tally.common = {"grad_norm": norm, "lr": rate}
-        return tally
+        statistics.common = {"grad_norm": norm, "lr": rate}
+        return statistics
 
     def save(self, folder: Path) -> None:
         save_optimizer(self.optimizer, self.steps, folder)
@@ -78,19 +78,19 @@ class Learner:
         )
 
 
-def combined(steps: Sequence[tuple[Tally, float]]) -> Metrics:
-    """Of several optimizer steps, each with its `unit`: means, maxima and effective sample sizes over all they saw together, so
-    that what no update changes is the same in however many shares; `grad_norm` over the steps that had something to learn from,
-    and the last `lr`."""
-    total = Tally()
-    for tally, _ in steps:
-        total += tally
-    norms = [tally.common["grad_norm"] for tally, unit in steps if unit] or [0.0]
+def combined(steps: Sequence[tuple[StepStatistics, float]]) -> Metrics:
+    """Merges optimizer steps, each with its denominator: means, maxima and effective sample sizes over all they saw together, so
+    that what no update changes does not depend on the number of minibatches; `grad_norm` is the mean over the steps that had
+    something to learn from, `lr` the last one."""
+    total = StepStatistics()
+    for statistics, _ in steps:
+        total += statistics
+    norms = [statistics.common["grad_norm"] for statistics, denominator in steps if denominator] or [0.0]
     last = steps[-1][0].common["lr"]
-    return total.metrics(sum(unit for _, unit in steps)) | {"grad_norm": sum(norms) / len(norms), "lr": last}
+    return total.metrics(sum(denominator for _, denominator in steps)) | {"grad_norm": sum(norms) / len(norms), "lr": last}
 
 
-class Tally:
+class StepStatistics:
     """What one optimizer step reports, gathered micro-batch by micro-batch and rank by rank."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class Tally:
             for kind, part in (("n", len(values)), ("sum", float(values.sum())), ("squares", float(values.square().sum()))):
                 self.weights[f"{name} {kind}"] += part
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: StepStatistics) -> StepStatistics:
         """With what another rank, or another step, saw."""
         for name, value in other.highest.items():
             self._raise(name, value)
@@ -120,15 +120,15 @@ class Tally:
         self.common = self.common or other.common
         return self
 
-    def metrics(self, unit: float) -> Metrics:
-        """Means over `unit`, maxima, and effective sample sizes."""
+    def metrics(self, denominator: float) -> Metrics:
+        """Means over `denominator`, maxima, and effective sample sizes."""
         weights = self.weights
         effective = {
             name: weights[f"{name} sum"] ** 2 / (weights[f"{name} n"] * weights[f"{name} squares"])
             for name in dict.fromkeys(key.rpartition(" ")[0] for key in weights)
             if weights[f"{name} squares"]
         }
-        means = {name: value / max(unit, 1.0) for name, value in self.sums.items()}
+        means = {name: value / max(denominator, 1.0) for name, value in self.sums.items()}
         return {**means, **effective, **self.highest, **self.common}
 
     def _raise(self, name: str, value: float) -> None:

@@ -11,7 +11,7 @@ from rlcore.distributed.fsdp import Sharding, at_rest, read
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.packing import microbatches
 from rlcore.model.precision import WorkingCopy, hold_frozen
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.types import Batch
 
 
@@ -19,18 +19,18 @@ class TorchReference:
     """A model that gives log-probabilities."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, settings: ForwardSettings, sharding: Sharding | None = None,
+        self, model: nn.Module, family: ModelFamily, settings: ForwardSettings, sharding: Sharding | None = None,
         source: Path | None = None, tower: nn.Module | None = None,
     ) -> None:
         """`sharding` deals the weights over the ranks, which then call everything here together, except those of `tower`, the
         vision encoder's, which stay whole on each. Weights that are only shapes yet come from `source`."""
-        self.model, self.adapter, self.settings = model, adapter, settings
-        self.forward = Forward(model, adapter, settings)
+        self.model, self.family, self.settings = model, family, settings
+        self.forward = Forward(model, family, settings)
         hold_frozen(model, settings.compute_dtype)
         if sharding:
-            sharding.apply(self.forward, adapter.blocks(model), tower)
+            sharding.apply(self.forward, family.blocks(model), tower)
         if source:
-            read(self.forward, model, adapter.published_name, source, sharding.home if sharding else settings.device)
+            read(self.forward, model, family.hf_name, source, sharding.home if sharding else settings.device)
         self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
 
     @torch.no_grad()

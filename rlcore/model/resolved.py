@@ -16,7 +16,7 @@ from rlcore.distributed.ulysses import check_heads
 from rlcore.errors import ConfigError, nearest
 from rlcore.model import lora
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.loading import adapter_for, query_heads, resolve
+from rlcore.model.loading import family_of, query_heads, resolve
 from rlcore.model.vision import check_tower
 
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
@@ -26,7 +26,7 @@ EMULATED = (
 )
 
 
-class Policy:
+class ResolvedModel:
     """The model that is trained, and how it is run: what every role on this device is made from."""
 
     def __init__(self, config: RunConfig, backend: Backend) -> None:
@@ -36,7 +36,7 @@ class Policy:
         self.tower_folder = self._tower_folder()
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
-        self.adapter = adapter_for(self.folder, config.model)
+        self.family = family_of(self.folder, config.model)
         fast, asked = backend.default_precision(), config.model.precision
         self.precision = precision = fast if asked == "auto" else asked
         why = f"what this {backend.name} is fastest in" if asked == "auto" else "as model.precision says"
@@ -52,7 +52,7 @@ class Policy:
 
     def load(self, folder: Path) -> torch.nn.Module:
         """The model with the weights of `folder`, in float32 on the device."""
-        return self.adapter.load(folder, torch.float32).to(self.settings.device)
+        return self.family.load(folder, torch.float32).to(self.settings.device)
 
     def critic_folder(self) -> Path:
         """Of the model that the critic starts from."""
@@ -63,11 +63,11 @@ class Policy:
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
         """`model` with what the run file says of training it: frozen parts, low-rank additions, checkpointed layers."""
         config = self.config.model
-        tower = self.adapter.vision_tower(model)
+        tower = self.family.vision_tower(model)
         for part in config.freeze:
             self._freeze(model, part, tower)
         if config.lora:
-            model = lora.attach(model, config.lora, self.adapter.head(model), _frozen(model))
+            model = lora.attach(model, config.lora, self.family.head(model), _frozen(model))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model.freeze: {', '.join(config.freeze)} is every weight: nothing is left to train; name fewer")
         if self.config.train.gradient_checkpointing:
@@ -76,7 +76,7 @@ class Policy:
 
     def encoder_tower(self, model: torch.nn.Module) -> torch.nn.Module | None:
         """The vision tower of `model`, where it does not learn and one reads the images for all."""
-        return self.adapter.vision_tower(model) if self.config.model.images_are_read_once else None
+        return self.family.vision_tower(model) if self.config.model.images_are_read_once else None
 
     @property
     def additions(self) -> LoraConfig | None:
@@ -97,7 +97,7 @@ class Policy:
         if part == "vision" and tower is not None:
             tower.requires_grad_(False)
             return
-        names = {self.adapter.published_name(name): parameter for name, parameter in model.named_parameters()}
+        names = {self.family.hf_name(name): parameter for name, parameter in model.named_parameters()}
         chosen = [parameter for name, parameter in names.items() if name == part or name.startswith(f"{part}.")]
         if not chosen:
             parts = sorted({name.split(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names})
@@ -108,7 +108,7 @@ class Policy:
     def prompts(self, seed: int) -> PromptSource:
         """The training rows, shuffled by `seed`."""
         data = self.config.data
-        return PromptSource(load_rows(data.train), self.adapter, data.max_prompt_tokens, data.long_prompts, seed)
+        return PromptSource(load_rows(data.train), self.family, data.max_prompt_tokens, data.long_prompts, seed)
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:

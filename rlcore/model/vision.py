@@ -19,7 +19,7 @@ from rlcore.errors import ConfigError
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loading import model_type
 from rlcore.model.precision import hold_frozen
-from rlcore.protocols import Adapter, VisionAdapter
+from rlcore.protocols import ModelFamily, VisionModelFamily
 from rlcore.types import Prompt, Vision
 
 _OF_TRAINING = ("dtype", "initializer_range")  # entries of a tower's configuration that its forward pass does not read
@@ -28,8 +28,8 @@ _OF_TRAINING = ("dtype", "initializer_range")  # entries of a tower's configurat
 class VisionEncoder:
     """A vision tower that does not learn, shared with the actor's model where both are in one process."""
 
-    def __init__(self, tower: nn.Module, adapter: VisionAdapter, settings: ForwardSettings, images_per_batch: int) -> None:
-        self.tower, self.adapter, self.settings, self.images_per_batch = tower, adapter, settings, images_per_batch
+    def __init__(self, tower: nn.Module, family: VisionModelFamily, settings: ForwardSettings, images_per_batch: int) -> None:
+        self.tower, self.family, self.settings, self.images_per_batch = tower, family, settings, images_per_batch
         hold_frozen(tower, settings.compute_dtype)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -51,22 +51,22 @@ class VisionEncoder:
         while batch := list(islice(images, self.images_per_batch)):
             pixels, grids = zip(*batch, strict=True)
             vision = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)}
-            embedded = self.adapter.embed_images(self.tower, vision)
+            embedded = self.family.embed_images(self.tower, vision)
             self.settings.beat()
             yield from embedded
 
 
-def check_tower(policy: Path, folder: Path) -> None:
-    """ConfigError when the tower of the model in `folder` cannot take the place of that in `policy`: another family, or built
+def check_tower(policy_folder: Path, folder: Path) -> None:
+    """ConfigError when the tower of the model in `folder` cannot take the place of that in `policy_folder`: another family, or built
     otherwise in something that the shapes of its weights may not show, such as heads."""
     from transformers import AutoConfig
 
-    families = [model_type(policy), model_type(folder, "vision")]
+    families = [model_type(policy_folder), model_type(folder, "vision")]
     if families[0] != families[1]:
         raise ConfigError(
             f"vision.path: {folder} is of the family {families[1]!r}, the policy of {families[0]!r}; give one of the policy's"
         )
-    ours, theirs = (getattr(AutoConfig.from_pretrained(place), "vision_config", None) for place in (policy, folder))
+    ours, theirs = (getattr(AutoConfig.from_pretrained(place), "vision_config", None) for place in (policy_folder, folder))
     if ours is None or theirs is None:
         raise ConfigError(f"vision.path: models of the family {families[0]!r} read text only; remove vision.path")
     for name, value in ours.to_dict().items():
@@ -77,25 +77,25 @@ def check_tower(policy: Path, folder: Path) -> None:
             )
 
 
-def replace_tower(model: nn.Module, adapter: Adapter, folder: Path, section: str = "vision") -> None:
+def replace_tower(model: nn.Module, family: ModelFamily, folder: Path, section: str = "vision") -> None:
     """Copies the vision tower's weights in `folder`, which need hold no others, into `model`, where no rank has less than all
     of them. ConfigError, in the name of the run file's `section`, names one that is missing there or has another shape."""
-    tower = adapter.vision_tower(model)
+    tower = family.vision_tower(model)
     assert tower is not None, "`check_tower` comes first"
-    places = _named(model, tower, adapter)
+    places = _named(model, tower, family)
     with torch.no_grad():
-        for name, tensor in _stored(folder, {name: place.shape for name, place in places.items()}, adapter, section):
+        for name, tensor in _stored(folder, {name: place.shape for name, place in places.items()}, family, section):
             places[name].copy_(tensor)
 
 
-def lone_tower(adapter: Adapter, policy: Path, folder: Path | None, device: torch.device) -> nn.Module:
-    """The vision tower of the model in `policy` without the model, its weights from `folder` if there is one."""
-    model = adapter.outline(policy, torch.float32)
-    tower = adapter.vision_tower(model)
+def lone_tower(family: ModelFamily, policy_folder: Path, folder: Path | None, device: torch.device) -> nn.Module:
+    """The vision tower of the model in `policy_folder` without the model, its weights from `folder` if there is one."""
+    model = family.meta_model(policy_folder, torch.float32)
+    tower = family.vision_tower(model)
     if tower is None:
-        raise ConfigError(f"model.freeze: {policy} has no vision tower; remove vision")
+        raise ConfigError(f"model.freeze: {policy_folder} has no vision tower; remove vision")
     tower.requires_grad_(False)._apply(lambda one: torch.empty_like(one, device=device) if one.is_meta else one.to(device))
-    replace_tower(model, adapter, folder or policy, "vision" if folder else "model")
+    replace_tower(model, family, folder or policy_folder, "vision" if folder else "model")
     return tower
 
 
@@ -111,21 +111,21 @@ def _embedded(vision: Vision, images: Iterator[Tensor]) -> Vision:
     return {"image_embeds": torch.cat(list(islice(images, len(grids)))).cpu(), "image_grid_thw": grids}
 
 
-def _named(model: nn.Module, tower: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
+def _named(model: nn.Module, tower: nn.Module, family: ModelFamily) -> dict[str, nn.Parameter]:
     """The tower's weights under their published names."""
     inside = {id(parameter) for parameter in tower.parameters()}
-    return {adapter.published_name(name): value for name, value in model.named_parameters() if id(value) in inside}
+    return {family.hf_name(name): value for name, value in model.named_parameters() if id(value) in inside}
 
 
 def _stored(
-    folder: Path, shapes: Mapping[str, torch.Size], adapter: Adapter, section: str
+    folder: Path, shapes: Mapping[str, torch.Size], family: ModelFamily, section: str
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of these names, one at a time. ConfigError names one that the folder lacks, or holds in another shape."""
     missing = set(shapes)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for stored in file.keys():
-                if (name := adapter.published_name(stored)) in missing:
+                if (name := family.hf_name(stored)) in missing:
                     missing.remove(name)
                     _check_shape(file.get_slice(stored).get_shape(), shapes[name], f"{section}.path: {name} in {folder}")
                     yield name, file.get_tensor(stored)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from rlcore.monitor.heartbeat import Pulse
+from rlcore.monitor.heartbeat import Heartbeat
 from rlcore.types import Metrics
 
 OUTSIDE_ITERATION = ("save_checkpoint", "evaluate")  # timed, but no part of timing/all
@@ -27,16 +27,16 @@ class Span:
 class Clock:
     """Collects spans of this process."""
 
-    def __init__(self, pulse: Pulse | None = None, finish: Callable[[], object] = lambda: None) -> None:
-        """`pulse`: is told of the stages; `finish` waits for what a device still does, which belongs to the span."""
+    def __init__(self, heartbeat: Heartbeat | None = None, finish: Callable[[], object] = lambda: None) -> None:
+        """`heartbeat`: is told of the stages; `finish` waits for what a device still does, which belongs to the span."""
         self.spans: list[Span] = []
-        self.pulse, self._finish = pulse or Pulse(), finish
+        self.heartbeat, self._finish = heartbeat or Heartbeat(), finish
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with self.pulse.stage(stage):
+            with self.heartbeat.stage(stage):
                 yield
                 self._finish()
         finally:

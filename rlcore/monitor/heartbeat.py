@@ -56,18 +56,18 @@ class Place:
     who: str  # as messages call it
     node: str
     pid: int
-    pulse: int  # file descriptors of that process
+    heartbeat: int  # file descriptors of that process
     stacks: int
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.node}"
 
 
-def unwatched() -> None:
+def no_heartbeat() -> None:
     """The beat that nobody listens to."""
 
 
-class Pulse:
+class Heartbeat:
     """Counts what this process does. Any of its threads may beat."""
 
     def __init__(self, shared: BinaryIO | None = None) -> None:
@@ -102,18 +102,18 @@ class Pulse:
         return ", ".join(name for name, _ in stages)[:200], stages[0][1] if stages else self._moved, self._moved, self._beats
 
 
-def publish(who: str, node: str) -> tuple[Pulse, Place]:
+def publish(who: str, node: str) -> tuple[Heartbeat, Place]:
     """A pulse that others can read; from now on the process shows its stacks at SIGUSR1."""
-    pulse, stacks = (tempfile.TemporaryFile(buffering=0) for _ in range(2))
+    heartbeat, stacks = (tempfile.TemporaryFile(buffering=0) for _ in range(2))
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=False)
-    return Pulse(pulse), Place(who, node, os.getpid(), pulse.fileno(), stacks.fileno())
+    return Heartbeat(heartbeat), Place(who, node, os.getpid(), heartbeat.fileno(), stacks.fileno())
 
 
 def observe(place: Place, with_stacks: bool) -> Condition:
     """What a process of this node is doing; its stacks cost it a signal."""
     progress, stacks, trouble = None, "", ""
     try:
-        progress = _progress(*json.loads(Path(f"/proc/{place.pid}/fd/{place.pulse}").read_bytes()))
+        progress = _progress(*json.loads(Path(f"/proc/{place.pid}/fd/{place.heartbeat}").read_bytes()))
         if with_stacks and not (stacks := _stacks_of(place)):
             trouble = f"shows no stacks for {_ANSWER:.0f} s: its process is {_state(place.pid)}; py-spy dump --pid {place.pid}"
     except (FileNotFoundError, ProcessLookupError):

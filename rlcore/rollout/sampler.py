@@ -17,9 +17,9 @@ from rlcore.distributed.fingerprint import Constants, Fingerprint, compare, fing
 from rlcore.errors import RunError
 from rlcore.model import lora as low_rank
 from rlcore.model.precision import wide_tables
-from rlcore.monitor.heartbeat import unwatched
-from rlcore.protocols import Adapter
-from rlcore.runtime.memory import Parked, awake, holding
+from rlcore.monitor.heartbeat import no_heartbeat
+from rlcore.protocols import ModelFamily
+from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, NamedTensors, Prompt, Receipt, Sample, Sampling
 
 _ROWS = 256  # sequences continued at a time
@@ -32,7 +32,7 @@ class TorchOptions(Strict):
 
 
 def build(
-    adapter: Adapter,
+    family: ModelFamily,
     folder: Path,
     backend: Backend,
     config: RolloutConfig,
@@ -40,13 +40,13 @@ def build(
     max_tokens: int,
     seed: int,
     lora: LoraConfig | None = None,
-    beat: Callable[[], None] = unwatched,
+    beat: Callable[[], None] = no_heartbeat,
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
 ) -> TorchRollout:
     """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
-    return TorchRollout(_load(folder, dtype).to(backend.device(0)), adapter, max_tokens, lora, beat)
+    return TorchRollout(_load(folder, dtype).to(backend.device(0)), family, max_tokens, lora, beat)
 
 
 class TorchRollout:
@@ -56,18 +56,18 @@ class TorchRollout:
     """
 
     def __init__(
-        self, model: Any, adapter: Adapter, max_tokens: int, lora: LoraConfig | None = None,
-        beat: Callable[[], None] = unwatched,
+        self, model: Any, family: ModelFamily, max_tokens: int, lora: LoraConfig | None = None,
+        beat: Callable[[], None] = no_heartbeat,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
-        self._adapter = adapter
+        self._adapter = family
         self._max_tokens = max_tokens
-        self._stop = torch.tensor(sorted(adapter.stop_token_ids), device=model.device)
+        self._stop = torch.tensor(sorted(family.stop_token_ids), device=model.device)
         self.version: int | None = 0
         self._lora = lora
         self._beat = beat
         self._asleep = False
-        self._parked = Parked(self._model.parameters)
+        self._parked = OffloadedTensors(self._model.parameters)
         self._constants = Constants(self._model, _remade(self._model))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -130,18 +130,18 @@ class TorchRollout:
 
     def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
         """The same, once the model has a place for each."""
-        if not low_rank.has_additions(self._model):
+        if not low_rank.has_lora(self._model):
             layers = sorted({name.rpartition(".lora_")[0] for name in additions})
-            places = [name for name, _ in self._model.named_modules() if self._adapter.published_name(name) in layers]
+            places = [name for name, _ in self._model.named_modules() if self._adapter.hf_name(name) in layers]
             low_rank.attach(self._model, lora.model_copy(update={"targets": places}), skip=self._adapter.head(self._model))
         return additions.items()
 
     def _weights(self) -> dict[str, Tensor]:
         """What is served, under the names that an actor sends."""
         if self._lora:
-            return {self._adapter.published_name(name): tensor for name, tensor in low_rank.additions(self._model)}
+            return {self._adapter.hf_name(name): tensor for name, tensor in low_rank.additions(self._model)}
         named = self._model.state_dict(keep_vars=True).items()
-        return {self._adapter.published_name(name): tensor for name, tensor in named}
+        return {self._adapter.hf_name(name): tensor for name, tensor in named}
 
     def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
         """Fingerprints of everything served, and which names share storage with which."""
@@ -280,9 +280,9 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-    family = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     own = {"": "sdpa", "text_config": _ATTENTION, "vision_config": "sdpa"} if vision else _ATTENTION
-    return wide_tables(family.from_pretrained(folder, dtype=dtype, attn_implementation=own))
+    return wide_tables(kind.from_pretrained(folder, dtype=dtype, attn_implementation=own))
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:

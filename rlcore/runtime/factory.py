@@ -7,17 +7,17 @@ from collections.abc import Callable
 from rlcore import registry
 from rlcore.errors import ConfigError
 from rlcore.model.loading import context_length
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.protocols import Rollout
 
 
-def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
+def start_rollout(resolved: ResolvedModel, beat: Callable[[], None]) -> Rollout:
     """The engine that the run file or the backend chooses, started; weights reach it by `load_weights`."""
-    config, backend = policy.config, policy.backend
+    config, backend = resolved.config, resolved.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
     sampling = {"rollout": config.rollout} | ({"evaluation": config.evaluation} if config.evaluation else {})
     response = max(settings.max_new_tokens for settings in sampling.values())
-    longest, context = config.data.max_prompt_tokens + response, context_length(policy.folder)
+    longest, context = config.data.max_prompt_tokens + response, context_length(resolved.folder)
     if context is not None and longest > context:
         raise ConfigError(
             f"data.max_prompt_tokens: {config.data.max_prompt_tokens} and {response} new tokens are {longest}, more than the"
@@ -25,8 +25,8 @@ def start_rollout(policy: Policy, beat: Callable[[], None]) -> Rollout:
         )
     build = registry.load("rollout_engines", name)
     return build(
-        adapter=policy.adapter, folder=policy.folder, backend=backend, config=config.rollout,
-        dtype=policy.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=policy.additions, beat=beat,
+        family=resolved.family, folder=resolved.folder, backend=backend, config=config.rollout,
+        dtype=resolved.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=resolved.additions, beat=beat,
         image_embeds=config.model.images_are_read_once,
         temperatures={f"{section}.temperature": settings.temperature for section, settings in sampling.items()},
     )

@@ -44,7 +44,7 @@ class PhaseError(RunError):
     """Something was asked of a part that is not on the device."""
 
 
-class Resident(Protocol):
+class Offloadable(Protocol):
     """A part that holds device memory."""
 
     def pause(self) -> None:
@@ -56,7 +56,7 @@ class Resident(Protocol):
     def device_bytes(self) -> int: ...
 
 
-class Parked:
+class OffloadedTensors:
     """Tensors that leave the device and come back."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], keep: bool = True) -> None:
@@ -96,17 +96,17 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-class Residence:
+class MemoryManager:
     """The parts of one process, and which of them are on its device."""
 
     def __init__(self, clock: Clock, parked: Collection[str]) -> None:
         """`parked`: the parts that leave the device while no phase needs them."""
         self._clock, self._parked = clock, frozenset(parked)
-        self._parts: dict[str, Resident] = {}
+        self._parts: dict[str, Offloadable] = {}
         self._away: set[str] = set()
         self._most: dict[str, int] = {}
 
-    def settle(self, name: str, part: Resident | None) -> None:
+    def register(self, name: str, part: Offloadable | None) -> None:
         """A new part, on the device; None forgets one."""
         self._parts.pop(name, None)
         self._away.discard(name)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
-from rlcore.algorithms.task import recipe
+from rlcore.algorithms.task import training_task
 from rlcore.config.schema import RunConfig
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Span
 from rlcore.runtime.pool import Here, Member, Pool, Store, results
 from rlcore.runtime.roles import PooledActor, PooledCritic, PooledEncoder, PooledReference, PooledReward, PooledRollout
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import ROLES, Worker
 from rlcore.types import Batch, Metrics, Receipt
 
@@ -62,7 +62,7 @@ class Placement:
 
     def load(self, task: str, folder: Path | None = None) -> None:
         """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
-        way, cap = recipe(task, self.config), self.config.train.max_tokens_per_microbatch
+        way, cap = training_task(task, self.config), self.config.train.max_tokens_per_microbatch
         results([member.call("load", task, folder) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
         self.actor = PooledActor(self._of["actor"], way, cap)
@@ -113,16 +113,16 @@ class Placement:
         return results([member.call(method) for member in self._late])
 
 
-def local(policy: Policy, watch: Watch) -> Placement:
+def local(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     """Every role in this process."""
-    pool = Pool([Here(Worker(policy, pulse=watch.pulse))])
-    return Placement(policy.config, dict.fromkeys(ROLES, pool))
+    pool = Pool([Here(Worker(resolved, heartbeat=watchdog.heartbeat))])
+    return Placement(resolved.config, dict.fromkeys(ROLES, pool))
 
 
-def start(policy: Policy, watch: Watch) -> Placement:
+def start(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     """The workers that the run file asks for, watched."""
-    open_pools: Callable[[Policy, Watch], Placement] = registry.load("placements", policy.config.placement.kind)
-    return open_pools(policy, watch)
+    open_pools: Callable[[ResolvedModel, Watchdog], Placement] = registry.load("placements", resolved.config.placement.kind)
+    return open_pools(resolved, watchdog)
 
 
 def _clock_difference(member: Member) -> float:

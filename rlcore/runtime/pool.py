@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlcore.errors import RlcoreError, WorkerDied
-from rlcore.model.optimizer import Tally, combined
+from rlcore.model.optimizer import StepStatistics, combined
 from rlcore.model.packing import deal
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Metrics
@@ -43,7 +43,7 @@ class Here:
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            with self.worker.pulse.stage(method):
+            with self.worker.heartbeat.stage(method):
                 future.set_result(getattr(self.worker, method)(*arguments))
         except Exception as error:
             future.set_exception(error)
@@ -51,7 +51,7 @@ class Here:
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
         """All at once: whoever consumes it would only hold up this process's own work."""
-        with self.worker.pulse.stage(method):
+        with self.worker.heartbeat.stage(method):
             return iter(list(getattr(self.worker, method)(*arguments)))
 
 
@@ -106,9 +106,9 @@ class Pool:
         """Optimizer steps of which each rank takes its part; what they report together."""
         dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
         ranks = [self._sent([part for part, _ in parts]) for parts in zip(*dealt, strict=True)]
-        tallies = self.parts(method, ranks, self.sequence)
-        of_steps = zip(*tallies, strict=True)
-        return combined([(_joined(one), step.unit) for step, one in zip(steps, of_steps, strict=True)])
+        statistics_of_ranks = self.parts(method, ranks, self.sequence)
+        of_steps = zip(*statistics_of_ranks, strict=True)
+        return combined([(_joined(one), step.denominator) for step, one in zip(steps, of_steps, strict=True)])
 
     def _sent(self, parts: Sequence[Batch]) -> list[Batch]:
         """Their groups travel once."""
@@ -156,10 +156,10 @@ def merged(streams: Sequence[Iterator[T]]) -> Iterator[T]:
             yield item
 
 
-def _joined(tallies: Sequence[Tally]) -> Tally:
-    total = Tally()
-    for tally in tallies:
-        total += tally
+def _joined(statistics_of_ranks: Sequence[StepStatistics]) -> StepStatistics:
+    total = StepStatistics()
+    for statistics in statistics_of_ranks:
+        total += statistics
     return total
 
 

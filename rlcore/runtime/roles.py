@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlcore.algorithms.task import Recipe
+from rlcore.algorithms.task import TrainingTask
 from rlcore.model import critic
 from rlcore.monitor.clock import Clock
 from rlcore.protocols import Reward
@@ -30,13 +30,13 @@ class PooledReference:
 class PooledActor(PooledReference):
     """Counts optimizer steps as its workers do."""
 
-    def __init__(self, pool: Pool, way: Recipe, cap: int) -> None:
+    def __init__(self, pool: Pool, way: TrainingTask, cap: int) -> None:
         super().__init__(pool, "logprobs", cap)
         self.way, self.steps = way, 0
 
     def update(self, batch: Batch) -> Metrics:
         goal = self.way.objective
-        steps = self.way.passes.steps(batch, goal, self.steps)
+        steps = self.way.schedule.steps(batch, goal, self.steps)
         self.steps += len(steps)
         return self.pool.stepped("update", steps, self.cap, goal.whole_groups)
 
@@ -56,7 +56,7 @@ class PooledCritic:
         return self.actor.pool.dealt("values", batch, self.actor.cap)
 
     def update(self, batch: Batch) -> Metrics:
-        steps = self.actor.way.passes.steps(batch, critic.OBJECTIVE, self.actor.steps)
+        steps = self.actor.way.schedule.steps(batch, critic.OBJECTIVE, self.actor.steps)
         return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
 
 

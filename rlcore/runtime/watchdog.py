@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from rlcore.errors import RunError
-from rlcore.monitor.heartbeat import Condition, Pulse, own_stacks
+from rlcore.monitor.heartbeat import Condition, Heartbeat, own_stacks
 
 GRACE = 30.0  # seconds for a run that is told to end
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
@@ -33,19 +33,19 @@ class Stalled(BaseException):
     """
 
 
-class Watch:
+class Watchdog:
     """While entered, in the main thread, a stall ends what it does with a RunError, and with a report in the run folder."""
 
     def __init__(self, limit: float, folder: Path, grace: float = GRACE) -> None:
         """`limit`: seconds without movement, 0 is never. `folder`: gets the report, if it is there by then. `grace`: seconds in
         which the run must end before it is killed."""
         self.limit, self.folder, self.grace = limit, folder, grace
-        self.pulse = Pulse()  # of this process
+        self.heartbeat = Heartbeat()  # of this process
         self.workers: Callable[[bool], Sequence[Condition]] = lambda with_stacks: ()  # the other processes
         self._message = ""
         self._over, self._ending = threading.Event(), threading.Lock()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if self.limit:
             self._before = signal.signal(signal.SIGUSR2, self._interrupt)
             self._arm()
@@ -68,7 +68,7 @@ class Watch:
 
     def conditions(self, with_stacks: bool) -> list[Condition]:
         where = f"pid {os.getpid()} on {socket.gethostname()}"
-        mine = Condition("controller", where, self.pulse.progress(), own_stacks() if with_stacks else "")
+        mine = Condition("controller", where, self.heartbeat.progress(), own_stacks() if with_stacks else "")
         return [mine, *self.workers(with_stacks)]
 
     def _watch(self) -> None:

@@ -13,25 +13,25 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.task import Recipe, recipe
+from rlcore.algorithms.task import TrainingTask, training_task
 from rlcore.checkpoint.folder import writing
 from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
 from rlcore.distributed import world
-from rlcore.distributed.broadcast import Link
+from rlcore.distributed.broadcast import WeightBroadcast
 from rlcore.distributed.fsdp import Sharding
 from rlcore.errors import ConfigError
-from rlcore.model.actor import AdapterOffReference, TorchActor
+from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.critic import TorchCritic
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import Learner, Tally
+from rlcore.model.optimizer import Learner, StepStatistics
 from rlcore.model.reference import TorchReference
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder, lone_tower, replace_tower
 from rlcore.monitor.clock import Clock, Span
-from rlcore.monitor.heartbeat import Pulse
+from rlcore.monitor.heartbeat import Heartbeat
 from rlcore.protocols import Rollout
 from rlcore.runtime.factory import start_rollout
-from rlcore.runtime.memory import Parked, Residence, memory
+from rlcore.runtime.memory import MemoryManager, OffloadedTensors, memory
 from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
 
 T = TypeVar("T")
@@ -42,114 +42,121 @@ class Worker:
     """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
 
     def __init__(
-        self, policy: Policy, roles: Collection[str] = ROLES, pulse: Pulse | None = None,
+        self, resolved: ResolvedModel, roles: Collection[str] = ROLES, heartbeat: Heartbeat | None = None,
         put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:  # fmt: skip
-        """`pulse`: beats at whatever a role finishes. `put`: makes of a tensor what stands for it in an answer, where other
+        """`heartbeat`: beats at whatever a role finishes. `put`: makes of a tensor what stands for it in an answer, where other
         workers read it and the controller does not."""
         self._put = put
-        self.policy, self.config, self.roles, self.pulse = policy, policy.config, frozenset(roles), pulse or Pulse()
-        device = policy.settings.device
+        self.resolved, self.config, self.roles, self.heartbeat = (
+            resolved,
+            resolved.config,
+            frozenset(roles),
+            heartbeat or Heartbeat(),
+        )
+        device = resolved.settings.device
         if not torch.get_device_module(device).is_available():
             raise ConfigError(
-                f"backend.name {policy.backend.name}: this process sees no {device.type} device; look at what is plugged in,"
+                f"backend.name {resolved.backend.name}: this process sees no {device.type} device; look at what is plugged in,"
                 " at its driver, and at the variables that hide devices, or choose another backend"
             )
         self.clock = Clock(finish=partial(torch.get_device_module(device).synchronize, device))
-        self.residence = Residence(self.clock, self.config.placement.offload)
+        self.memory_manager = MemoryManager(self.clock, self.config.placement.offload)
         self.ranks = world.ALONE
         self.encoder: VisionEncoder | None = None
         self.actor: TorchActor | None = None
-        self.reference: TorchReference | AdapterOffReference | None = None
+        self.reference: TorchReference | LoraOffReference | None = None
         self.critic: TorchCritic | None = None
         self.rollout: Rollout | None = None
-        self._link: Link | None = None
+        self._broadcast: WeightBroadcast | None = None
 
     def join(self, rank: int, size: int, address: str) -> None:
         """Become one of the ranks that meet at `address` (host:port)."""
-        backend, config = self.policy.backend, self.config.sharding
+        backend, config = self.resolved.backend, self.config.sharding
         self.ranks = world.join(
-            rank, size, address, backend.collectives(), self.policy.settings.device, config.replicas, config.sequence_parallel
+            rank, size, address, backend.collectives(), self.resolved.settings.device, config.replicas, config.sequence_parallel
         )
 
     def start_engine(self) -> None:
         """Weights reach it by `sync`."""
         if "rollout" in self.roles:
-            self.rollout = start_rollout(self.policy, self.pulse.beat)
-            self.residence.settle("engine", self.rollout)
+            self.rollout = start_rollout(self.resolved, self.heartbeat.beat)
+            self.memory_manager.register("engine", self.rollout)
 
     def load(self, task: str, folder: Path | None = None) -> None:
         """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
         self.encoder = self.actor = self.reference = self.critic = None
-        way, trained = recipe(task, self.config), "actor" in self.roles
+        way, trained = training_task(task, self.config), "actor" in self.roles
         compared = way.compared and "reference" in self.roles
         if trained or compared:
             seed_random_states(self.config.seed)  # on every rank the same
-            self._build(way, folder or self.policy.folder, trained, compared)
+            self._build(way, folder or self.resolved.folder, trained, compared)
         if "vision" in self.roles and self.config.model.images_are_read_once:
             self.encoder = self._encoder()
         if trained and task == "grpo" and self.config.critic:
-            model, source = self._model(self.policy.critic_folder())
-            if (tower := self.policy.encoder_tower(model)) is not None:
+            model, source = self._model(self.resolved.critic_folder())
+            if (tower := self.resolved.encoder_tower(model)) is not None:
                 tower.requires_grad_(False)
             self.critic = TorchCritic(
-                model, self.policy.adapter, self._settings(), self.config.algorithm, self.config.critic.optimizer, way.passes,
-                self._sharding(), source, self.policy.backend.adamw,
+                model, self.resolved.family, self._settings(), self.config.algorithm, self.config.critic.optimizer,
+                way.schedule, self._sharding(), source, self.resolved.backend.adamw,
             )  # fmt: skip
-        self._settle()
+        self._register_memory()
 
     def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
         """A model, and where its weights are still to be read from. Low-rank additions need weights to stand beside."""
-        policy = self.policy
+        resolved = self.resolved
         if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
-            return policy.backend.fuse(policy.load(folder)), None
-        return policy.backend.fuse(policy.adapter.outline(folder, torch.float32)), folder
+            return resolved.backend.fuse(resolved.load(folder)), None
+        return resolved.backend.fuse(resolved.family.meta_model(folder, torch.float32)), folder
 
-    def _build(self, way: Recipe, folder: Path, trained: bool, compared: bool) -> None:
-        policy, sharding = self.policy, self._sharding()
+    def _build(self, way: TrainingTask, folder: Path, trained: bool, compared: bool) -> None:
+        resolved, sharding = self.resolved, self._sharding()
         model, source = self._model(folder)
         settings = replace(self._settings(), temperature=way.temperature)
         additions = self.config.model.lora is not None and trained  # without them the model is the reference
-        tower = policy.encoder_tower(model)
+        tower = resolved.encoder_tower(model)
         fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
         if trained:
             self.actor = TorchActor(
-                policy.trainable(model), policy.adapter, settings, way.objective, way.optimizer, way.passes,
-                publish_additions=policy.additions is not None, sharding=sharding, source=source, tower=tower,
-                adamw=policy.backend.adamw,
+                resolved.trainable(model), resolved.family, settings, way.objective, way.optimizer, way.schedule,
+                publish_lora=resolved.additions is not None, sharding=sharding, source=source, tower=tower,
+                adamw=resolved.backend.adamw,
             )  # fmt: skip
         if compared:
-            self.reference = AdapterOffReference(self.actor) if additions else TorchReference(
-                fixed.requires_grad_(False), policy.adapter, settings, sharding, source, tower
+            self.reference = LoraOffReference(self.actor) if additions else TorchReference(
+                fixed.requires_grad_(False), resolved.family, settings, sharding, source, tower
             )  # fmt: skip
-        if self.actor and policy.tower_folder:
-            replace_tower(self.actor.model, policy.adapter, policy.tower_folder)
+        if self.actor and resolved.tower_folder:
+            replace_tower(self.actor.model, resolved.family, resolved.tower_folder)
 
     def _encoder(self) -> VisionEncoder:
         """With the actor's tower, where that is in this process."""
-        policy = self.policy
+        resolved = self.resolved
         if self.actor:
-            tower = policy.adapter.vision_tower(self.actor.model)
+            tower = resolved.family.vision_tower(self.actor.model)
         else:
-            tower = lone_tower(policy.adapter, policy.folder, policy.tower_folder, policy.settings.device)
-        return VisionEncoder(_there(tower), policy.adapter, self._settings(), self.config.vision.images_per_batch)
+            tower = lone_tower(resolved.family, resolved.folder, resolved.tower_folder, resolved.settings.device)
+        return VisionEncoder(_there(tower), resolved.family, self._settings(), self.config.vision.images_per_batch)
 
-    def _settle(self) -> None:
+    def _register_memory(self) -> None:
         """Who holds memory now."""
         trained = [role for role in (self.actor, self.critic) if role]
         learners = [role.learner for role in trained]
         fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
-        tower = self.policy.encoder_tower(self.actor.model) if self.actor else self.encoder.tower if self.encoder else None
-        self.residence.settle("vision", Parked(tower.parameters) if tower is not None else None)
-        self.residence.settle("parameters", Parked(lambda: _weights(trained, tower)) if trained else None)
-        self.residence.settle("optimizer", Parked(lambda: _moments(learners)) if learners else None)
-        self.residence.settle("reference", Parked(lambda: _tensors(fixed, tower)) if fixed else None)
+        tower = self.resolved.encoder_tower(self.actor.model) if self.actor else self.encoder.tower if self.encoder else None
+        self.memory_manager.register("vision", OffloadedTensors(tower.parameters) if tower is not None else None)
+        self.memory_manager.register("parameters", OffloadedTensors(lambda: _weights(trained, tower)) if trained else None)
+        self.memory_manager.register("optimizer", OffloadedTensors(lambda: _moments(learners)) if learners else None)
+        self.memory_manager.register("reference", OffloadedTensors(lambda: _tensors(fixed, tower)) if fixed else None)
         for learner in learners:
-            learner.optimizer.register_step_pre_hook(lambda optimizer, *_: self.residence.note("train", _gradients(optimizer)))
+            learner.optimizer.register_step_pre_hook(
+                lambda optimizer, *_: self.memory_manager.note("train", _gradients(optimizer))
+            )
 
     def embed(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
         """What the encoder makes of each prompt's images. The embeddings stay where the roles that come after can read them."""
-        with self.residence.phase("encode", "image_embeds"):
+        with self.memory_manager.phase("encode", "image_embeds"):
             read = _there(self.encoder).read(visions)
         return [vision and {**vision, "image_embeds": self._put(vision["image_embeds"])} for vision in read]
 
@@ -159,7 +166,7 @@ class Worker:
         """The samples of each prompt as they are finished, with its place in the whole call. The processes of one engine draw
         the same; one of them `answers`."""
         prompts, sampling = part
-        with self.residence.phase("infer", "rollout"):
+        with self.memory_manager.phase("infer", "rollout"):
             if prompts:
                 for place, group in _there(self.rollout).stream(prompts, sampling):
                     if answers:
@@ -171,64 +178,64 @@ class Worker:
 
     def sync(self, version: int) -> Receipt:
         """The engine of this process serves the weights of its actor."""
-        with self.residence.phase("reshard", "resharding_to_infer"):
+        with self.memory_manager.phase("reshard", "resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
 
-    def link(self, rank: int, size: int, address: str) -> None:
+    def connect_broadcast(self, rank: int, size: int, address: str) -> None:
         """One end of what weights travel through to the engines of other pools; rank 0 sends."""
-        group = self.policy.backend.group(address, rank, size)
-        self._link = Link(group, self.policy.settings.device, self._bucket)
+        group = self.resolved.backend.group(address, rank, size)
+        self._broadcast = WeightBroadcast(group, self.resolved.settings.device, self._bucket)
 
     def send(self) -> None:
         """The actor's weights, gathered by all ranks and sent by the first."""
-        with self.residence.phase("send", "resharding_to_infer"):
+        with self.memory_manager.phase("send", "resharding_to_infer"):
             weights = _there(self.actor).weights()
             if world.first():
-                _there(self._link).send(weights)
+                _there(self._broadcast).send(weights)
             else:
                 for _ in weights:
                     pass
 
     def receive(self, version: int) -> Receipt:
         """The engine of this process serves the weights that are being sent."""
-        with self.residence.phase("reshard", "resharding_to_infer"):
-            return _there(self.rollout).load_weights(_there(self._link).receive(), version)
+        with self.memory_manager.phase("reshard", "resharding_to_infer"):
+            return _there(self.rollout).load_weights(_there(self._broadcast).receive(), version)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        phase = "score" if isinstance(self.reference, AdapterOffReference) else "reference"
-        with self.residence.phase(phase, "reference_model"):
+        phase = "score" if isinstance(self.reference, LoraOffReference) else "reference"
+        with self.memory_manager.phase(phase, "reference_model"):
             return _there(self.reference).logprobs(batch)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        with self.residence.phase("score", "old_log_p"):
+        with self.memory_manager.phase("score", "old_log_p"):
             return _there(self.actor).logprobs(batch)
 
     def values(self, batch: Batch) -> Tensor:
-        with self.residence.phase("score", "values"):
+        with self.memory_manager.phase("score", "values"):
             return _there(self.critic).values(batch)
 
-    def update(self, steps: Sequence[Batch]) -> list[Tally]:
+    def update(self, steps: Sequence[Batch]) -> list[StepStatistics]:
         """This rank's part of each optimizer step."""
-        with self.residence.phase("train", "update"):
+        with self.memory_manager.phase("train", "update"):
             return [_there(self.actor).step(step) for step in steps]
 
-    def update_critic(self, steps: Sequence[Batch]) -> list[Tally]:
-        with self.residence.phase("train", "update"):
+    def update_critic(self, steps: Sequence[Batch]) -> list[StepStatistics]:
+        with self.memory_manager.phase("train", "update"):
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        with self.residence.phase("save"), writing():
+        with self.memory_manager.phase("save"), writing():
             _there(self.actor).save(folder)
-            save_generator(self.policy.settings.device, folder)
+            save_generator(self.resolved.settings.device, folder)
             if self.critic:
                 self.critic.save(folder / "critic")
 
     def restore(self, folder: Path) -> int:
         """The number of optimizer steps that the checkpoint has behind it."""
         actor = _there(self.actor)
-        with self.residence.phase("save"):
+        with self.memory_manager.phase("save"):
             actor.load(folder)
-            load_generator(self.policy.settings.device, folder)
+            load_generator(self.resolved.settings.device, folder)
             if self.critic:
                 self.critic.load(folder / "critic")
         return actor.learner.steps
@@ -241,19 +248,19 @@ class Worker:
         return self.clock.take()
 
     def memory(self) -> Metrics:
-        return {**memory(self.policy.settings.device), **self.residence.memory()}
+        return {**memory(self.resolved.settings.device), **self.memory_manager.memory()}
 
     def _settings(self) -> ForwardSettings:
         """The policy's, as they are in this process."""
-        return replace(self.policy.settings, sequence=self.ranks.sequence, beat=self.pulse.beat)
+        return replace(self.resolved.settings, sequence=self.ranks.sequence, beat=self.heartbeat.beat)
 
     def _sharding(self) -> Sharding | None:
-        mesh, config, backend = self.ranks.mesh, self.config.sharding, self.policy.backend
+        mesh, config, backend = self.ranks.mesh, self.config.sharding, self.resolved.backend
         if mesh is None:
             return None
         exchange = backend.exchange(mesh.get_group(mesh.ndim - 1), self._bucket)
         return Sharding(
-            mesh, self.policy.settings.compute_dtype, config.cpu_offload, exchange, self._bucket,
+            mesh, self.resolved.settings.compute_dtype, config.cpu_offload, exchange, self._bucket,
             sum_each=config.gradient_sync == "each",
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from rlcore.algorithms.advantages import advantages
 from rlcore.algorithms.kl import divergence
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.schema import RunConfig
-from rlcore.types import Batch, Outcome, Score
+from rlcore.types import AdvantageInputs, Batch, Score
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
@@ -21,7 +21,7 @@ def needs_old_logprobs(config: RunConfig) -> bool:
     return updates > 1 or (config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "reward")
 
 
-def outcome_of(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfig) -> Outcome:
+def advantage_inputs(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfig) -> AdvantageInputs:
     """What the advantages are made of: scores, less what long responses and distance from the reference cost."""
     algorithm = config.algorithm
     flat = [score for group in scores for score in group]
@@ -34,13 +34,13 @@ def outcome_of(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfi
         assert batch.old_logprobs is not None
         penalties = batch.kl_coef * divergence(batch.old_logprobs, batch.ref_logprobs, algorithm.kl_estimator).double()
     groups = torch.tensor([number for number, group in enumerate(scores) for _ in group])
-    return Outcome(rewards, valid, groups, batch.lengths, penalties, batch.values)
+    return AdvantageInputs(rewards, valid, groups, batch.lengths, penalties, batch.values)
 
 
-def with_advantages(batch: Batch, outcome: Outcome, config: AlgorithmConfig) -> Batch:
+def with_advantages(batch: Batch, inputs: AdvantageInputs, config: AlgorithmConfig) -> Batch:
     """The batch with each token's advantage; samples whose reward failed, and truncated ones if so set, leave the loss."""
-    values, returns = advantages(outcome, config)
-    counts = outcome.valid
+    values, returns = advantages(inputs, config)
+    counts = inputs.valid
     if config.mask_truncated:
         counts = counts & torch.tensor([sample.finish == "stop" for sample in batch.samples])
     return replace(batch, advantages=values, returns=returns, loss_mask=batch.per_token(counts))

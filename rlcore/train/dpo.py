@@ -11,12 +11,12 @@ from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import left_out
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.runtime.placement import start
 from rlcore.runtime.signals import Interruption
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.train.loop import Loop, Task
 from rlcore.train.sft import checked, response_length, written
 from rlcore.types import Batch, Group, Prompt, Row
@@ -28,31 +28,31 @@ def train(
     """The `dpo` section as a run. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
+    with Interruption() as interruption, Watchdog(config.placement.stall_seconds, folder) as watchdog:
         saved = latest_checkpoint(folder) if resume else None
-        policy, source = checked(config, backend, check_pairs)
-        with start(policy, watch) as placement:
+        resolved, source = checked(config, backend, check_pairs)
+        with start(resolved, watchdog) as placement:
             placement.load("dpo")
             begin()
-            console.say(policy.notice)
-            console.warn(policy.caution)
+            console.say(resolved.notice)
+            console.warn(resolved.caution)
             console.warn(left_out("data.train", source, config.data))
             count, reference, encoder = config.dpo.pairs_per_step, placement.reference, placement.encoder
             assert reference is not None
 
             def batch() -> Batch:
                 prompts = source.draw(count)
-                pairs = Batch.of(preferences(encoder.embed(prompts) if encoder else prompts, policy.adapter))
+                pairs = Batch.of(preferences(encoder.embed(prompts) if encoder else prompts, resolved.family))
                 return replace(pairs, ref_logprobs=reference.logprobs(pairs))
 
             task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
             Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
 
 
-def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
+def check_pairs(rows: Sequence[Row], resolved: ResolvedModel) -> None:
     """ConfigError names the first row without a preferred or a rejected response, with one that no model would write, with
     equal ones, or too long for one pass."""
-    adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
+    family, cap = resolved.family, resolved.config.train.max_tokens_per_microbatch
     for row in rows:
         for name, text in (("preferred", row.target), ("rejected", row.rejected)):
             if not text or not text.strip():
@@ -60,7 +60,7 @@ def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
         if row.target == row.rejected:
             raise ConfigError(f"{row.id}: the preferred and the rejected response are the same; remove the row")
         named = (("preferred response", row.target), ("rejected response", row.rejected))
-        needed = adapter.prompt_length(row) + sum(response_length(row, text, name, adapter) - 1 for name, text in named)
+        needed = family.prompt_length(row) + sum(response_length(row, text, name, family) - 1 for name, text in named)
         if needed > cap:
             raise ConfigError(
                 f"{row.id}: prompt and both responses need {needed} tokens in one forward pass, more than"
@@ -68,10 +68,10 @@ def check_pairs(rows: Sequence[Row], policy: Policy) -> None:
             )
 
 
-def preferences(prompts: Sequence[Prompt], adapter: Adapter) -> list[Group]:
+def preferences(prompts: Sequence[Prompt], family: ModelFamily) -> list[Group]:
     """Each prompt with its row's preferred and rejected response."""
     return [
-        Group(prompt, [written(text, adapter) for text in (prompt.row.target or "", prompt.row.rejected or "")])
+        Group(prompt, [written(text, family) for text in (prompt.row.target or "", prompt.row.rejected or "")])
         for prompt in prompts
     ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import Prompts, encode_all
 from rlcore.data.rows import load_rows
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.roles import Scorer
 from rlcore.train.sampling import sampling, scored_in_order
@@ -47,11 +47,11 @@ def evaluate(placement: Placement, reward: Scorer, prompts: Sequence[Prompt], co
     return Evaluation(scored.groups, scored.scores)
 
 
-def _held_out(policy: Policy) -> Prompts | None:
-    data = policy.config.data
-    if policy.config.evaluation is None or data.eval is None:
+def _held_out(resolved: ResolvedModel) -> Prompts | None:
+    data = resolved.config.data
+    if resolved.config.evaluation is None or data.eval is None:
         return None
-    return encode_all(load_rows(data.eval, "data.eval"), policy.adapter, data.max_prompt_tokens, data.long_prompts)
+    return encode_all(load_rows(data.eval, "data.eval"), resolved.family, data.max_prompt_tokens, data.long_prompts)
 
 
 def _unread(config: RunConfig) -> str | None:

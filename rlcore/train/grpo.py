@@ -20,7 +20,7 @@ from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import Prompts, PromptSource, left_out
 from rlcore.device import Backend
 from rlcore.errors import ConfigError, NonFinite, RunError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor import metrics
 from rlcore.monitor.clock import OUTSIDE_ITERATION, Clock, Span, timings
 from rlcore.monitor.console import Console, grpo_line
@@ -29,9 +29,9 @@ from rlcore.rewards.runner import RewardFunctions
 from rlcore.runtime.placement import Placement, start
 from rlcore.runtime.roles import InlineReward, Scorer
 from rlcore.runtime.signals import Interruption
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.train import sft
-from rlcore.train.advantages import needs_old_logprobs, outcome_of, with_advantages
+from rlcore.train.advantages import advantage_inputs, needs_old_logprobs, with_advantages
 from rlcore.train.evaluate import Evaluation, _held_out, _unread, evaluate
 from rlcore.train.loop import Loop
 from rlcore.train.records import Iteration, evaluation_records, failures, sample_records, score_metrics
@@ -63,13 +63,13 @@ def learn(
     if compared is not None:
         batch = replace(batch, ref_logprobs=compared.result())
     with clock.span("adv"):
-        outcome = outcome_of(batch, kept.scores, config)
-        batch = with_advantages(batch, outcome, config.algorithm)
+        inputs = advantage_inputs(batch, kept.scores, config)
+        batch = with_advantages(batch, inputs, config.algorithm)
     interruption.hold()
     update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
-        update["actor/kl_penalty"] = float(outcome.penalties.mean()) / kl_coef  # which a controller keeps above 0
-    return Iteration(batch, kept.scores, outcome, sampled.replaced, sampled.receipt, update)
+        update["actor/kl_penalty"] = float(inputs.penalties.mean()) / kl_coef  # which a controller keeps above 0
+    return Iteration(batch, kept.scores, inputs, sampled.replaced, sampled.receipt, update)
 
 
 def compared_with(placement: Placement, batch: Batch) -> Future[Tensor] | None:
@@ -106,30 +106,30 @@ def train(
     """
     if not config.reward:
         raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
-    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
+    with Interruption() as interruption, Watchdog(config.placement.stall_seconds, folder) as watchdog:
         warm = folder / "sft" if config.sft else None
         saved = _resumed(folder, warm) if resume else None
         seed_random_states(config.seed)
-        policy = Policy(config, backend)
-        source = policy.prompts(config.seed)
-        held_out = _held_out(policy)
+        resolved = ResolvedModel(config, backend)
+        source = resolved.prompts(config.seed)
+        held_out = _held_out(resolved)
         if config.sft:
-            sft.check_targets(source.rows, policy)
+            sft.check_targets(source.rows, resolved)
         rewards = RewardFunctions(config.reward)
-        with start(policy, watch) as placement:
+        with start(resolved, watchdog) as placement:
             first = config.sft is not None and saved is None and sft.missing(warm, config.sft.steps)
             placement.load("sft" if first else "grpo", None if first else sft.result(warm))
             placement.start_engines()
             begin()
-            console.say(policy.notice)
-            console.warn(policy.caution)
+            console.say(resolved.notice)
+            console.warn(resolved.caution)
             console.warn(left_out("data.train", source, config.data))
             console.warn(left_out("data.eval", held_out, config.data) if held_out else _unread(config))
             if first:
-                _warm_up(placement, policy, warm, console, interruption)
+                _warm_up(placement, resolved, warm, console, interruption)
                 placement.load("grpo", sft.result(warm))
             done, kl_coef = _restore(placement, source, saved) if saved else (0, config.algorithm.kl_coef)
-            clock = Clock(watch.pulse)
+            clock = Clock(watchdog.heartbeat)
             reward = placement.reward or InlineReward(rewards, clock)
             Run(config, placement, reward, source, held_out, folder, console, interruption, clock, done, kl_coef).go()
 
@@ -263,12 +263,12 @@ class Run:
         self.saved = self.done
 
     def _row(self, iteration: Iteration, start: float) -> Metrics:
-        batch, outcome = iteration.batch, iteration.outcome
+        batch, inputs = iteration.batch, iteration.inputs
         timing = self._timing(start)
         sampled = [*batch.groups, *iteration.replaced.groups]
         return {
             **score_metrics([*iteration.scores, *iteration.replaced.scores]),
-            **metrics.spread("grpo/rewards", outcome.penalized[outcome.valid].tolist()),
+            **metrics.spread("grpo/rewards", inputs.penalized[inputs.valid].tolist()),
             **metrics.spread("grpo/advantages", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
             **metrics.lengths(sampled),
@@ -320,11 +320,11 @@ def _part_of(outside: Sequence[Span], span: Span) -> bool:
     return "evaluate" in within or (bool(within) and span.stage not in SAMPLING)
 
 
-def _warm_up(placement: Placement, policy: Policy, folder: Path, console: Console, interruption: Interruption) -> None:
+def _warm_up(placement: Placement, resolved: ResolvedModel, folder: Path, console: Console, interruption: Interruption) -> None:
     """From the warm start's own last checkpoint, if it has one."""
-    source = policy.prompts(policy.config.seed)
-    task = sft.imitation(placement, policy, source)
-    Loop(task, placement.actor, source, policy.config, folder, console, interruption).go(newest_checkpoint(folder))
+    source = resolved.prompts(resolved.config.seed)
+    task = sft.imitation(placement, resolved, source)
+    Loop(task, placement.actor, source, resolved.config, folder, console, interruption).go(newest_checkpoint(folder))
 
 
 def _resumed(folder: Path, warm: Path | None) -> Path | None:

@@ -6,7 +6,7 @@ from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import Prompts, encode_all
 from rlcore.data.rows import load_rows
 from rlcore.device import Backend
-from rlcore.model.loading import adapter_for, resolve
+from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import plan as microbatches
 from rlcore.model.resolved import MODEL_CACHE
 
@@ -16,11 +16,11 @@ CAP = "train.max_tokens_per_microbatch"
 def read(config: RunConfig, backend: Backend) -> tuple[Prompts, Prompts | None]:
     """The rows that train and those of the evaluations, as the model reads them."""
     backend.prepare()
-    data, adapter = config.data, adapter_for(resolve(config.model, MODEL_CACHE), config.model)
+    data, family = config.data, family_of(resolve(config.model, MODEL_CACHE), config.model)
 
     def prompts(key: str) -> Prompts:
         rows = load_rows(getattr(data, key), f"data.{key}")
-        return encode_all(rows, adapter, data.max_prompt_tokens, data.long_prompts)
+        return encode_all(rows, family, data.max_prompt_tokens, data.long_prompts)
 
     return prompts("train"), prompts("eval") if config.evaluation and data.eval else None
 

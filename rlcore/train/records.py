@@ -13,7 +13,7 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.monitor.metrics import spread
 from rlcore.train.evaluate import Evaluation
 from rlcore.train.sampling import Scored
-from rlcore.types import Batch, Group, Metrics, Outcome, Receipt, Score
+from rlcore.types import AdvantageInputs, Batch, Group, Metrics, Receipt, Score
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Iteration:
 
     batch: Batch
     scores: list[list[Score]]  # of the batch's groups
-    outcome: Outcome
+    inputs: AdvantageInputs
     replaced: Scored  # groups without signal that other prompts took the place of
     receipt: Receipt  # of the weights that were sampled from, whenever they were sent
     update: Metrics

@@ -14,12 +14,12 @@ from rlcore.data.chat import check_opening
 from rlcore.data.prompts import PromptSource, left_out
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.runtime.placement import Placement, start
 from rlcore.runtime.signals import Interruption
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.train.loop import Loop, Task
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
@@ -30,28 +30,28 @@ def train(
     """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
-    with Interruption() as interruption, Watch(config.placement.stall_seconds, folder) as watch:
+    with Interruption() as interruption, Watchdog(config.placement.stall_seconds, folder) as watchdog:
         saved = latest_checkpoint(folder) if resume else None
-        policy, source = checked(config, backend, check_targets)
-        with start(policy, watch) as placement:
+        resolved, source = checked(config, backend, check_targets)
+        with start(resolved, watchdog) as placement:
             placement.load("sft")
             begin()
-            console.say(policy.notice)
-            console.warn(policy.caution)
+            console.say(resolved.notice)
+            console.warn(resolved.caution)
             console.warn(left_out("data.train", source, config.data))
-            task = imitation(placement, policy, source)
+            task = imitation(placement, resolved, source)
             Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
 
 
 def checked(
-    config: RunConfig, backend: Backend, check: Callable[[Sequence[Row], Policy], None]
-) -> tuple[Policy, PromptSource]:
+    config: RunConfig, backend: Backend, check: Callable[[Sequence[Row], ResolvedModel], None]
+) -> tuple[ResolvedModel, PromptSource]:
     """The policy and its rows after `check`: whatever can be refused is refused before a run folder exists."""
     seed_random_states(config.seed)
-    policy = Policy(config, backend)
-    source = policy.prompts(config.seed)
-    check(source.rows, policy)
-    return policy, source
+    resolved = ResolvedModel(config, backend)
+    source = resolved.prompts(config.seed)
+    check(source.rows, resolved)
+    return resolved, source
 
 
 def missing(folder: Path | None, steps: int) -> bool:
@@ -65,13 +65,13 @@ def result(folder: Path | None) -> Path | None:
     return None if folder is None else latest_checkpoint(folder) / "model"
 
 
-def check_targets(rows: Sequence[Row], policy: Policy) -> None:
+def check_targets(rows: Sequence[Row], resolved: ResolvedModel) -> None:
     """ConfigError names the first row without a target, with one that no model would write, or too long for one pass."""
-    adapter, cap = policy.adapter, policy.config.train.max_tokens_per_microbatch
+    family, cap = resolved.family, resolved.config.train.max_tokens_per_microbatch
     for row in rows:
         if not row.target or not row.target.strip():
             raise ConfigError(f"{row.id}: no target to imitate; name the target column in data.train.options or remove sft")
-        tokens = adapter.prompt_length(row) + response_length(row, row.target, "target", adapter) - 1
+        tokens = family.prompt_length(row) + response_length(row, row.target, "target", family) - 1
         if tokens > cap:
             raise ConfigError(
                 f"{row.id}: prompt and target need {tokens} tokens, more than train.max_tokens_per_microbatch {cap};"
@@ -79,12 +79,12 @@ def check_targets(rows: Sequence[Row], policy: Policy) -> None:
             )
 
 
-def response_length(row: Row, text: str, what: str, adapter: Adapter) -> int:
+def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
     """The tokens of a response to imitate; ConfigError when it repeats what the chat template writes before it, or goes on
     after the end of its turn."""
-    check_opening(adapter.opening(row), text, row.id, what)
-    token_ids = adapter.encode_response(text)
-    if ends := adapter.stop_token_ids.intersection(token_ids[:-1]):
+    check_opening(family.opening(row), text, row.id, what)
+    token_ids = family.encode_response(text)
+    if ends := family.stop_token_ids.intersection(token_ids[:-1]):
         raise ConfigError(
             f"{row.id}: the {what} holds token {min(ends)}, which ends a response, before its end, where it is added; remove it"
             " from the data"
@@ -92,29 +92,29 @@ def response_length(row: Row, text: str, what: str, adapter: Adapter) -> int:
     return len(token_ids)
 
 
-def imitation(placement: Placement, policy: Policy, source: PromptSource) -> Task:
+def imitation(placement: Placement, resolved: ResolvedModel, source: PromptSource) -> Task:
     """Minimizes the mean negative log-probability of the target tokens."""
-    config, encoder = policy.config.sft, placement.encoder
+    config, encoder = resolved.config.sft, placement.encoder
     assert config is not None
 
     def batch() -> Batch:
         prompts = source.draw(config.rows_per_step)
-        return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, policy.adapter))
+        return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, resolved.family))
 
     return Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
 
 
-def targets(prompts: Sequence[Prompt], adapter: Adapter) -> list[Group]:
+def targets(prompts: Sequence[Prompt], family: ModelFamily) -> list[Group]:
     """Each prompt with its row's target as the only sample."""
-    return [Group(prompt, [_target(prompt, adapter)]) for prompt in prompts]
+    return [Group(prompt, [_target(prompt, family)]) for prompt in prompts]
 
 
-def _target(prompt: Prompt, adapter: Adapter) -> Sample:
+def _target(prompt: Prompt, family: ModelFamily) -> Sample:
     assert prompt.row.target, "check_targets comes first"
-    return written(prompt.row.target, adapter)
+    return written(prompt.row.target, family)
 
 
-def written(text: str, adapter: Adapter) -> Sample:
+def written(text: str, family: ModelFamily) -> Sample:
     """A response that no engine drew."""
-    token_ids = np.array(adapter.encode_response(text), np.int32)
+    token_ids = np.array(family.encode_response(text), np.int32)
     return Sample(token_ids, np.zeros(len(token_ids), np.float32), text, "stop", policy_version=0)

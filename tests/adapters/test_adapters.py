@@ -23,9 +23,9 @@ from rlcore.data.images import Pictures
 from rlcore.distributed import fsdp
 from rlcore.errors import ConfigError
 from rlcore.model import lora
-from rlcore.model.loading import adapter_for, resolve
+from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import microbatches
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.train.dpo import check_pairs
 from rlcore.train.sft import check_targets
 from rlcore.types import Batch, Group, Prompt, Row, Sample
@@ -38,7 +38,7 @@ SIZES = ((112, 112), (150, 90), (60, 200))  # width, height
 def made(name: str, models: Path):
     config = ModelConfig(path=name)
     folder = resolve(config, models)
-    return folder, adapter_for(folder, config)
+    return folder, family_of(folder, config)
 
 
 def text_row(text: str = "What is 12 + 30?") -> Row:
@@ -70,10 +70,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def packed_logprobs(adapter, model, batch: Batch, cap: int) -> Tensor:
+def packed_logprobs(family, model, batch: Batch, cap: int) -> Tensor:
     logprobs = torch.full((len(batch.rollout_logprobs),), torch.nan)
     for packed in microbatches(batch, cap):
-        logits = adapter.hidden(model, packed)[packed.sources] @ adapter.head(model).T
+        logits = family.hidden(model, packed)[packed.sources] @ family.head(model).T
         logprobs[packed.index] = logits.log_softmax(-1).gather(-1, packed.targets[:, None])[:, 0]
     return logprobs
 
@@ -95,10 +95,10 @@ def sample_logprobs(model, image_token: int | None, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("cap", [4096, 70])
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_packed_text_has_the_logprobs_of_each_sample_alone(name, cap, models):
-    folder, adapter = made(name, models)
-    prompts = [adapter.encode(text_row(text)) for text in ("What is 12 + 30?", "How many are left? " * 4, "Hi")]
+    folder, family = made(name, models)
+    prompts = [family.encode(text_row(text)) for text in ("What is 12 + 30?", "How many are left? " * 4, "Hi")]
     batch = batch_of(prompts, [[5, 1, 17], [9], [3, 3, 11, 2]])
-    ours = packed_logprobs(adapter, adapter.load(folder, torch.float32), batch, cap)
+    ours = packed_logprobs(family, family.load(folder, torch.float32), batch, cap)
     theirs = sample_logprobs(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), None, batch)
     assert (ours - theirs).abs().max() <= 1e-4
 
@@ -107,20 +107,20 @@ def test_packed_text_has_the_logprobs_of_each_sample_alone(name, cap, models):
 @pytest.mark.parametrize("images", [[0, 1, 2], [0], [2, 1]])
 @pytest.mark.parametrize("cap", [4096, 110])
 def test_packed_images_have_the_logprobs_of_each_sample_alone(images, cap, models):
-    folder, adapter = made("tiny_qwen2_5_vl", models)
-    batch = batch_of([adapter.encode(image_row(count)) for count in images], [[5, 1, 17], [9, 12], [3, 3, 11]][: len(images)])
-    ours = packed_logprobs(adapter, adapter.load(folder, torch.float32), batch, cap)
+    folder, family = made("tiny_qwen2_5_vl", models)
+    batch = batch_of([family.encode(image_row(count)) for count in images], [[5, 1, 17], [9, 12], [3, 3, 11]][: len(images)])
+    ours = packed_logprobs(family, family.load(folder, torch.float32), batch, cap)
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     assert (ours - sample_logprobs(model, model.config.image_token_id, batch)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_gradients_are_those_of_each_sample_alone(name, models):
-    folder, adapter = made(name, models)
-    prompts = [adapter.encode(text_row()), adapter.encode(image_row(2) if name == "tiny_qwen2_5_vl" else text_row("Hi"))]
+    folder, family = made(name, models)
+    prompts = [family.encode(text_row()), family.encode(image_row(2) if name == "tiny_qwen2_5_vl" else text_row("Hi"))]
     batch = batch_of(prompts, [[5, 1, 17], [9, 12]])
-    model = adapter.load(folder, torch.float32)
-    packed_logprobs(adapter, model, batch, 4096).sum().backward()
+    model = family.load(folder, torch.float32)
+    packed_logprobs(family, model, batch, 4096).sum().backward()
     ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model = type(model).from_pretrained(folder, attn_implementation="sdpa")
     sample_logprobs(model, getattr(model.config, "image_token_id", None), batch).sum().backward()
@@ -130,12 +130,12 @@ def test_packed_gradients_are_those_of_each_sample_alone(name, models):
 
 @torch.no_grad()
 def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(models):
-    folder, adapter = made("tiny_qwen2_5_vl", models)
-    prompt, image = adapter.encode(image_row(1)), adapter.processor.image_token_id
+    folder, family = made("tiny_qwen2_5_vl", models)
+    prompt, image = family.encode(image_row(1)), family.processor.image_token_id
     response = [5, image, 17, image, 3]
-    model = adapter.load(folder, torch.float32)
+    model = family.load(folder, torch.float32)
     sample = Sample(response, [0.0] * len(response), "", "length", policy_version=0)
-    ours = packed_logprobs(adapter, model, Batch.of([Group(prompt, [sample])]), 4096)
+    ours = packed_logprobs(family, model, Batch.of([Group(prompt, [sample])]), 4096)
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     read = theirs(input_ids=torch.tensor([prompt.token_ids]), position_ids=prompt.position_ids[:, None], **prompt.vision)
     positions = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)[:, None]
@@ -147,19 +147,19 @@ def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(mod
 
 @torch.no_grad()
 def test_an_image_changes_what_follows(models):
-    folder, adapter = made("tiny_qwen2_5_vl", models)
-    model = adapter.load(folder, torch.float32)
+    folder, family = made("tiny_qwen2_5_vl", models)
+    model = family.load(folder, torch.float32)
     row = image_row(1)
     other = Row("other", row.messages, images=[noise(*SIZES[0], seed=9)])
-    first, second = (packed_logprobs(adapter, model, batch_of([adapter.encode(r)], [[8]]), 4096) for r in (row, other))
+    first, second = (packed_logprobs(family, model, batch_of([family.encode(r)], [[8]]), 4096) for r in (row, other))
     assert (first - second).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_positions_are_those_of_the_model(images, models):
-    folder, adapter = made("tiny_qwen2_5_vl", models)
-    model = adapter.load(folder, torch.float32)
-    prompt = adapter.encode(image_row(images))
+    folder, family = made("tiny_qwen2_5_vl", models)
+    model = family.load(folder, torch.float32)
+    prompt = family.encode(image_row(images))
     token_ids = torch.tensor([prompt.token_ids])
     types = (token_ids == model.config.image_token_id).int()
     theirs, offset = model.model.get_rope_index(token_ids, types, image_grid_thw=prompt.vision["image_grid_thw"])
@@ -176,17 +176,17 @@ def test_positions_of_a_hand_made_prompt():
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])
 def test_the_prompt_length_is_known_without_the_pixels(images, models, monkeypatch):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     row = image_row(images)
-    length = len(adapter.encode(row).token_ids)
-    monkeypatch.setattr(type(adapter.processor.image_processor), "preprocess", None)
-    assert adapter.prompt_length(row) == length
+    length = len(family.encode(row).token_ids)
+    monkeypatch.setattr(type(family.processor.image_processor), "preprocess", None)
+    assert family.prompt_length(row) == length
 
 
 def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_trainer(models):
-    _, adapter = made("tiny_qwen2_5_vl", models)
-    prompt = adapter.encode(image_row(1))
-    image = adapter.processor.image_token_id
+    _, family = made("tiny_qwen2_5_vl", models)
+    prompt = family.encode(image_row(1))
+    image = family.processor.image_token_id
     assert prompt.engine_token_ids.count(image) == 1
     assert prompt.token_ids.count(image) == 16
     assert prompt.vision["image_grid_thw"].tolist() == [[1, 8, 8]]
@@ -195,92 +195,92 @@ def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_tra
 
 
 def test_the_processor_of_transformers_makes_the_same_prompt(models):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     row = image_row(2)
-    text = adapter.processor.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
-    theirs = adapter.processor(text=[text], images=list(row.images), return_tensors="pt")
-    prompt = adapter.encode(row)
+    text = family.processor.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    theirs = family.processor(text=[text], images=list(row.images), return_tensors="pt")
+    prompt = family.encode(row)
     assert prompt.token_ids == theirs["input_ids"][0].tolist()
     assert torch.equal(prompt.vision["pixel_values"], theirs["pixel_values"])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_text_prompt_ends_where_the_assistant_begins(name, models):
-    _, adapter = made(name, models)
-    prompt = adapter.encode(text_row())
-    assert adapter.tokenizer.decode(prompt.token_ids) == (
+    _, family = made(name, models)
+    prompt = family.encode(text_row())
+    assert family.tokenizer.decode(prompt.token_ids) == (
         "<|im_start|>system\nCount.<|im_end|>\n<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.token_ids == prompt.engine_token_ids
-    assert adapter.prompt_length(prompt.row) == len(prompt.token_ids)
+    assert family.prompt_length(prompt.row) == len(prompt.token_ids)
     assert prompt.vision is None and prompt.position_ids is None
 
 
 def test_text_in_parts_reads_like_text(models):
-    _, adapter = made("tiny_llama", models)
+    _, family = made("tiny_llama", models)
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 30?"}]
     in_parts = Row("parts", [text_row().messages[0], {"role": "user", "content": parts}])
-    assert adapter.encode(in_parts).token_ids == adapter.encode(text_row()).token_ids
+    assert family.encode(in_parts).token_ids == family.encode(text_row()).token_ids
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_has_the_text_that_its_tokens_are(name, models):
-    _, adapter = made(name, models)
+    _, family = made(name, models)
     for row in (text_row(), *([image_row(2)] if name == "tiny_qwen2_5_vl" else [])):
-        prompt = adapter.encode(row)
-        assert adapter.tokenizer(prompt.text, add_special_tokens=False)["input_ids"] == prompt.engine_token_ids
+        prompt = family.encode(row)
+        assert family.tokenizer(prompt.text, add_special_tokens=False)["input_ids"] == prompt.engine_token_ids
 
 
 def test_a_tokenizer_without_a_chat_template_reads_plain_text(models, tmp_path):
     folder, _ = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
-    adapter = adapter_for(tmp_path / "plain", ModelConfig(path="plain"))
-    assert adapter.tokenizer.decode(adapter.encode(text_row()).token_ids) == "Count.\nWhat is 12 + 30?"
+    family = family_of(tmp_path / "plain", ModelConfig(path="plain"))
+    assert family.tokenizer.decode(family.encode(text_row()).token_ids) == "Count.\nWhat is 12 + 30?"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_ends_its_turn(name, models):
-    _, adapter = made(name, models)
-    tokens = adapter.encode_response("It is 5.")
-    assert tokens[-1] in adapter.stop_token_ids and not adapter.stop_token_ids & set(tokens[:-1])
-    assert adapter.decode(tokens) == "It is 5."
+    _, family = made(name, models)
+    tokens = family.encode_response("It is 5.")
+    assert tokens[-1] in family.stop_token_ids and not family.stop_token_ids & set(tokens[:-1])
+    assert family.decode(tokens) == "It is 5."
 
 
 def test_decoding_leaves_out_special_tokens_only(models):
-    _, adapter = made("tiny_llama", models)
-    token_ids = adapter.encode_response("<answer>7</answer>")
-    assert token_ids == adapter.tokenizer("<answer>7</answer><|im_end|>")["input_ids"]
+    _, family = made("tiny_llama", models)
+    token_ids = family.encode_response("<answer>7</answer>")
+    assert token_ids == family.tokenizer("<answer>7</answer><|im_end|>")["input_ids"]
     assert len(token_ids) == 4
-    assert token_ids[-1] in adapter.stop_token_ids
-    assert adapter.decode(token_ids) == "<answer>7</answer>"
+    assert token_ids[-1] in family.stop_token_ids
+    assert family.decode(token_ids) == "<answer>7</answer>"
 
 
 def test_turns_end_at_the_tokens_of_tokenizer_and_generation_config(models, tmp_path):
-    folder, adapter = made("tiny_llama", models)
+    folder, family = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
-    other = adapter_for(tmp_path / "model", ModelConfig(path="model"))
-    assert other.stop_token_ids == adapter.stop_token_ids | {0, 5}
+    other = family_of(tmp_path / "model", ModelConfig(path="model"))
+    assert other.stop_token_ids == family.stop_token_ids | {0, 5}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_names_are_those_on_disk(name, models):
-    folder, adapter = made(name, models)
+    folder, family = made(name, models)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         on_disk = set(weights.keys())
-    names = {adapter.published_name(key) for key in adapter.load(folder, torch.float32).state_dict()}
+    names = {family.hf_name(key) for key in family.load(folder, torch.float32).state_dict()}
     assert names == on_disk | {"lm_head.weight"}  # tied: the embedding, written once
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_model_is_a_model_folder(name, models, tmp_path):
-    folder, adapter = made(name, models)
-    model = adapter.load(folder, torch.float32)
+    folder, family = made(name, models)
+    model = family.load(folder, torch.float32)
     model.save_pretrained(tmp_path)
-    adapter.save_processor(tmp_path)
-    again = adapter_for(resolve(ModelConfig(path=str(tmp_path)), models), ModelConfig(path=str(tmp_path)))
-    assert again.encode(text_row()).token_ids == adapter.encode(text_row()).token_ids
+    family.save_processor(tmp_path)
+    again = family_of(resolve(ModelConfig(path=str(tmp_path)), models), ModelConfig(path=str(tmp_path)))
+    assert again.encode(text_row()).token_ids == family.encode(text_row()).token_ids
     loaded = again.load(tmp_path, torch.float32).state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
     assert "rlcore" not in (tmp_path / "config.json").read_text()
@@ -288,71 +288,71 @@ def test_a_saved_model_is_a_model_folder(name, models, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_dropped_out(name, models):
-    folder, adapter = made(name, models)
-    assert not any(module.training for module in adapter.load(folder, torch.float32).modules())
+    folder, family = made(name, models)
+    assert not any(module.training for module in family.load(folder, torch.float32).modules())
 
 
 def test_a_text_model_names_the_row_with_images(models):
-    _, adapter = made("tiny_llama", models)
-    for read in (adapter.encode, adapter.prompt_length):
+    _, family = made("tiny_llama", models)
+    for read in (family.encode, family.prompt_length):
         with pytest.raises(ConfigError, match=r"2 images: the row has 2 images but the model reads text only; use a vision"):
             read(image_row(2))
 
 
 def test_images_without_their_parts_are_an_error_naming_the_row(models):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     row = Row("row 7", text_row().messages, images=image_row(1).images)
     with pytest.raises(ConfigError, match="row 7: the messages have 0 image parts for 1 images; give each image one part"):
-        adapter.encode(row)
+        family.encode(row)
 
 
 def test_a_placeholder_in_the_text_is_an_error_naming_the_row(models):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     with pytest.raises(ConfigError, match=r"text: the chat template wrote 1 <\|image_pad\|> for 0 images"):
-        adapter.prompt_length(text_row("What is <|image_pad|>?"))
+        family.prompt_length(text_row("What is <|image_pad|>?"))
 
 
 def test_an_image_too_thin_is_an_error_naming_the_row(models):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     row = Row("row 3", image_row(1).messages, images=[Image.new("RGB", (3000, 2))])
     with pytest.raises(ConfigError, match=r"row 3: image 0 \(3000x2 pixels\) does not fit the processor: .*200"):
-        adapter.prompt_length(row)
+        family.prompt_length(row)
 
 
 def test_weights_that_lack_a_tensor_are_refused(models, tmp_path):
-    folder, adapter = made("tiny_llama", models)
+    folder, family = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(ConfigError, match=r"lack 9 tensors of this .* \(model\.layers\.4\..*is the folder complete\?"):
-        adapter.load(tmp_path / "model", torch.float32)
+        family.load(tmp_path / "model", torch.float32)
 
 
 def test_weights_of_other_shapes_are_refused(models, tmp_path):
-    folder, adapter = made("tiny_llama", models)
+    folder, family = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
     with pytest.raises(ConfigError, match=r"12 tensors in .*down_proj.weight is \[128, 256\], not \[128, 100\], \.\.\.\)"):
-        adapter.load(tmp_path / "model", torch.float32)
+        family.load(tmp_path / "model", torch.float32)
 
 
 def test_weights_cut_short_are_refused(models, tmp_path):
-    folder, adapter = made("tiny_llama", models)
+    folder, family = made("tiny_llama", models)
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100_000])
     with pytest.raises(ConfigError, match=r"model\.path: .*model does not load: .*incomplete"):
-        adapter.load(tmp_path / "model", torch.float32)
+        family.load(tmp_path / "model", torch.float32)
 
 
 def test_sliding_windows_are_refused(models, tmp_path):
-    folder, adapter = made("tiny_qwen3", models)
+    folder, family = made("tiny_qwen3", models)
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None}
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **window}))
     with pytest.raises(ConfigError, match=r"sliding-window attention, which packed rows do not support; .*use_sliding_window"):
-        adapter.load(tmp_path / "model", torch.float32)
+        family.load(tmp_path / "model", torch.float32)
 
 
 def test_a_folder_without_a_tokenizer_says_so(models, tmp_path):
@@ -360,18 +360,18 @@ def test_a_folder_without_a_tokenizer_says_so(models, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path)
     with pytest.raises(ConfigError, match=r"no usable tokenizer or processor files .*copy tokenizer\.json"):
-        adapter_for(tmp_path, ModelConfig(path=str(tmp_path)))
+        family_of(tmp_path, ModelConfig(path=str(tmp_path)))
 
 
 HEADS = {"tied": (True, False), "untied": (False, False), "tied, with a head of its own": (True, True)}
 
 
-def filled(adapter, folder: Path) -> torch.nn.Module:
+def filled(family, folder: Path) -> torch.nn.Module:
     """The outline with the folder's weights. What is tied stays so, as it does where weights are dealt over ranks."""
-    model = adapter.outline(folder, torch.float32)
+    model = family.meta_model(folder, torch.float32)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        fsdp.read(model, model, adapter.published_name, folder, torch.device("cpu"))
+        fsdp.read(model, model, family.hf_name, folder, torch.device("cpu"))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     return model
@@ -398,18 +398,18 @@ def headed(request, models, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_an_outline_that_is_filled_is_the_loaded_model(name, headed, tmp_path):
     folder, shared_head = headed(name)
-    adapter = adapter_for(folder, ModelConfig(path=str(folder)))
-    loaded, outline = adapter.load(folder, torch.float32), filled(adapter, folder)
+    family = family_of(folder, ModelConfig(path=str(folder)))
+    loaded, meta_model = family.load(folder, torch.float32), filled(family, folder)
     for kind in ("named_parameters", "named_buffers"):
-        ours, theirs = (dict(getattr(model, kind)()) for model in (outline, loaded))
+        ours, theirs = (dict(getattr(model, kind)()) for model in (meta_model, loaded))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert ("lm_head.weight" in dict(outline.named_parameters())) is not shared_head
-    assert all((adapter.head(model) is model.get_input_embeddings().weight) is shared_head for model in (outline, loaded))
-    for number, model in enumerate((outline, loaded)):
+    assert ("lm_head.weight" in dict(meta_model.named_parameters())) is not shared_head
+    assert all((family.head(model) is model.get_input_embeddings().weight) is shared_head for model in (meta_model, loaded))
+    for number, model in enumerate((meta_model, loaded)):
         saved = tmp_path / str(number)
         lora.save_merged(model, saved)
         again = type(model).from_pretrained(saved)
-        assert torch.equal(again.lm_head.weight, adapter.head(model))
+        assert torch.equal(again.lm_head.weight, family.head(model))
         assert again.config.tie_word_embeddings is shared_head
 
 
@@ -418,9 +418,9 @@ def test_an_embedding_stored_twice_is_tied(models, tmp_path):
     weights = load_file(tmp_path / "twice" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "twice" / "model.safetensors", metadata={"format": "pt"})
-    adapter = adapter_for(tmp_path / "twice", ModelConfig(path="twice"))
-    for model in (adapter.load(tmp_path / "twice", torch.float32), adapter.outline(tmp_path / "twice", torch.float32)):
-        assert adapter.head(model) is model.get_input_embeddings().weight
+    family = family_of(tmp_path / "twice", ModelConfig(path="twice"))
+    for model in (family.load(tmp_path / "twice", torch.float32), family.meta_model(tmp_path / "twice", torch.float32)):
+        assert family.head(model) is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
@@ -431,20 +431,20 @@ def test_an_embedding_stored_twice_is_tied(models, tmp_path):
         None,
     ],
 )
-@pytest.mark.parametrize("way", ["load", "outline"])
+@pytest.mark.parametrize("way", ["load", "meta_model"])
 def test_the_generation_config_is_saved_as_it_came(way, text, models, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(made("tiny_llama", models)[0], folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if text is not None:
         (folder / "generation_config.json").write_text(text)
-    adapter = adapter_for(folder, ModelConfig(path="model"))
-    model = filled(adapter, folder) if way == "outline" else adapter.load(folder, torch.float32)
+    family = family_of(folder, ModelConfig(path="model"))
+    model = filled(family, folder) if way == "outline" else family.load(folder, torch.float32)
     lora.save_merged(model, tmp_path / "saved")
-    adapter.save_processor(tmp_path / "saved")
+    family.save_processor(tmp_path / "saved")
     saved = tmp_path / "saved" / "generation_config.json"
     assert (saved.read_text() if saved.exists() else None) == text
-    assert adapter_for(tmp_path / "saved", ModelConfig(path="saved")).stop_token_ids == adapter.stop_token_ids
+    assert family_of(tmp_path / "saved", ModelConfig(path="saved")).stop_token_ids == family.stop_token_ids
 
 
 def test_a_broken_generation_config_is_named(models, tmp_path):
@@ -452,7 +452,7 @@ def test_a_broken_generation_config_is_named(models, tmp_path):
     for text in ("{", "[]"):
         (tmp_path / "model" / "generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"model\.path: .*generation_config\.json is not a JSON object: .*; restore"):
-            adapter_for(tmp_path / "model", ModelConfig(path="model"))
+            family_of(tmp_path / "model", ModelConfig(path="model"))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
@@ -462,16 +462,16 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(models, tmp_path):
         tokenizer.add_tokens([token])
         tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
         with pytest.raises(ConfigError, match=rf"up to token {last} \('{token}'\), the model's 576 embedding rows to 575"):
-            adapter_for(tmp_path / "model", ModelConfig(path="model"))
+            family_of(tmp_path / "model", ModelConfig(path="model"))
 
 
 def test_an_embedding_may_have_rows_without_a_token(models, tmp_path):
-    folder, adapter = made("tiny_llama", models)
-    model = adapter.load(folder, torch.float32)
+    folder, family = made("tiny_llama", models)
+    model = family.load(folder, torch.float32)
     model.resize_token_embeddings(640)
     model.save_pretrained(tmp_path)
-    adapter.save_processor(tmp_path)
-    assert adapter_for(tmp_path, ModelConfig(path="model")).encode(text_row()).token_ids == adapter.encode(text_row()).token_ids
+    family.save_processor(tmp_path)
+    assert family_of(tmp_path, ModelConfig(path="model")).encode(text_row()).token_ids == family.encode(text_row()).token_ids
 
 
 @pytest.mark.parametrize(
@@ -486,30 +486,30 @@ def test_a_chat_template_that_refuses_a_row_is_named_with_what_it_says(start, sa
     shutil.copytree(made("tiny_llama", models)[0], tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text(start + template.read_text())
-    adapter = adapter_for(tmp_path / "model", ModelConfig(path="model"))
-    for look in (adapter.prompt_length, adapter.encode, adapter.opening):
+    family = family_of(tmp_path / "model", ModelConfig(path="model"))
+    for look in (family.prompt_length, family.encode, family.opening):
         with pytest.raises(ConfigError, match=rf"text: .* chat template does not take .*\(system, user\): .*{said}"):
             look(text_row())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_opening_is_what_the_template_writes_for_the_assistant(name, models):
-    _, adapter = made(name, models)
-    assert adapter.opening(text_row()) == "<|im_start|>assistant\n"
-    assert adapter.opening(text_row("<|im_start|>assistant\n")) == "<|im_start|>assistant\n"
+    _, family = made(name, models)
+    assert family.opening(text_row()) == "<|im_start|>assistant\n"
+    assert family.opening(text_row("<|im_start|>assistant\n")) == "<|im_start|>assistant\n"
 
 
 def test_without_a_chat_template_there_is_no_opening(models, tmp_path):
     shutil.copytree(made("tiny_llama", models)[0], tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
-    assert adapter_for(tmp_path / "plain", ModelConfig(path="plain")).opening(text_row("Think. <think>")) == ""
+    assert family_of(tmp_path / "plain", ModelConfig(path="plain")).opening(text_row("Think. <think>")) == ""
 
 
 def test_the_prompt_length_asks_for_no_image(models, monkeypatch):
-    _, adapter = made("tiny_qwen2_5_vl", models)
+    _, family = made("tiny_qwen2_5_vl", models)
     row = image_row(2)
     drawn = Row(row.id, row.messages, images=Pictures(never, (0, 1), SIZES[:2]))
-    assert adapter.prompt_length(drawn) == adapter.prompt_length(row)
+    assert family.prompt_length(drawn) == family.prompt_length(row)
 
 
 def never(source):
@@ -517,12 +517,12 @@ def never(source):
 
 
 @pytest.fixture
-def policy(models, backend, tmp_path):
+def resolved(models, backend, tmp_path):
     """Of a model whose generation prompt opens a tag."""
     shutil.copytree(made("tiny_llama", models)[0], tmp_path / "thinking")
     template = tmp_path / "thinking" / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
-    return Policy(RunConfig.model_validate(settings(tmp_path / "thinking")), backend)
+    return ResolvedModel(RunConfig.model_validate(settings(tmp_path / "thinking")), backend)
 
 
 def pair(target: str | None, rejected: str | None = None) -> Row:
@@ -538,21 +538,21 @@ def pair(target: str | None, rejected: str | None = None) -> Row:
         (None, r"a:7: no {}"),
     ],
 )
-def test_a_response_that_no_model_would_write_is_refused(text, said, policy):
+def test_a_response_that_no_model_would_write_is_refused(text, said, resolved):
     good = "two</think> 2"
-    check_targets([pair(good)], policy)
-    check_pairs([pair(good, "three</think> 3")], policy)
+    check_targets([pair(good)], resolved)
+    check_pairs([pair(good, "three</think> 3")], resolved)
     with pytest.raises(ConfigError, match=said.format("target")):
-        check_targets([pair(good), pair(text)], policy)
+        check_targets([pair(good), pair(text)], resolved)
     with pytest.raises(ConfigError, match=said.format("preferred response")):
-        check_pairs([pair(text, good)], policy)
+        check_pairs([pair(text, good)], resolved)
     with pytest.raises(ConfigError, match=said.format("rejected response")):
-        check_pairs([pair(good, text)], policy)
+        check_pairs([pair(good, text)], resolved)
 
 
 def test_freezing_everything_leaves_nothing_to_train(models, backend):
     folder = made("tiny_llama", models)[0]
     frozen = {"model": {"path": str(folder), "freeze": ["model"]}}
-    policy = Policy(RunConfig.model_validate(settings(folder) | frozen), backend)
+    resolved = ResolvedModel(RunConfig.model_validate(settings(folder) | frozen), backend)
     with pytest.raises(ConfigError, match=r"model\.freeze: model is every weight: nothing is left to train; name fewer"):
-        policy.trainable(policy.load(folder))
+        resolved.trainable(resolved.load(folder))

@@ -14,8 +14,8 @@ from rlcore.algorithms.kl import Controller, divergence
 from rlcore.algorithms.loss import objective, policy_loss
 from rlcore.algorithms.ppo import value_loss
 from rlcore.config.algorithm import PRESETS, AlgorithmConfig
-from rlcore.model.optimizer import Tally
-from rlcore.types import Batch, Group, Outcome, Prompt, Row, Sample, Score, TokenView, ValueView
+from rlcore.model.optimizer import StepStatistics
+from rlcore.types import AdvantageInputs, Batch, Group, Prompt, Row, Sample, Score, TokenView, ValueView
 
 LIMIT = 12  # tokens of the longest response
 GROUPS, SAMPLES = 3, 4
@@ -175,7 +175,7 @@ def paper_loss(case, new, config, advantages, held):
 def our_batch(case, config):
     """The batch as the trainer hands it to the update."""
     from rlcore.config.schema import RunConfig
-    from rlcore.train.advantages import outcome_of, with_advantages
+    from rlcore.train.advantages import advantage_inputs, with_advantages
 
     sections = {"model": {"path": "x"}, "data": {"train": {}}, "rollout": {"max_new_tokens": LIMIT}}
     critic = {"critic": {}} if config.advantage == "gae" else {}
@@ -185,7 +185,7 @@ def our_batch(case, config):
     batch = replace(case.batch(), kl_coef=config.kl_coef)
     if not config.kl_coef:
         batch = replace(batch, ref_logprobs=None)
-    return with_advantages(batch, outcome_of(batch, grouped, run), config)
+    return with_advantages(batch, advantage_inputs(batch, grouped, run), config)
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
@@ -210,7 +210,7 @@ def test_the_loss_and_its_gradient_are_the_papers(config):
         batch.rollout_logprobs[mask], batch.advantages[mask], None if batch.ref_logprobs is None else batch.ref_logprobs[mask],
         batch.old_logprobs[mask], batch.kl_coef,
     )  # fmt: skip
-    loss = (goal.loss(view).loss * goal.shares(batch)[mask]).sum()
+    loss = (goal.loss(view).loss * goal.loss_weights(batch)[mask]).sum()
     loss.backward()
 
     theirs = paper_advantages(case, config)
@@ -241,13 +241,13 @@ def test_on_policy_every_algorithm_has_ratio_1_and_clips_nothing(name):
 
 def test_one_sample_a_prompt_compares_with_the_batch_and_is_never_nan():
     config = AlgorithmConfig(name="reinforce++", group_size=1)
-    outcome = Outcome(
+    inputs = AdvantageInputs(
         torch.tensor([1.0, 0.0]), torch.tensor([True, True]), torch.tensor([0, 1]), torch.tensor([1, 2]), torch.zeros(3)
     )
-    assert advantages(outcome, config)[0].tolist() == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
+    assert advantages(inputs, config)[0].tolist() == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
     for alone in ("group", "leave_one_out"):
         config = AlgorithmConfig(advantage=alone)
-        assert advantages(outcome, config)[0].tolist() == [0.0, 0.0, 0.0]
+        assert advantages(inputs, config)[0].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_values_learn_the_returns_and_the_clip_holds_them_back():
@@ -286,16 +286,16 @@ def test_equal_rewards_have_no_advantage_whatever_their_value_and_number(setting
             rewards = torch.tensor([value] * size + [value if beside is None else beside] * size, dtype=dtype)
             lengths = torch.from_numpy(random.integers(1, 5, 2 * size))
             tokens, groups = int(lengths.sum()), torch.tensor([0, 1]).repeat_interleave(size)
-            outcome = Outcome(
+            inputs = AdvantageInputs(
                 rewards, rewards == rewards, groups, lengths, torch.zeros(tokens, dtype=dtype), torch.zeros(tokens)
             )
-            given, _ = advantages(outcome, config)
+            given, _ = advantages(inputs, config)
             assert given.dtype == torch.float32 and not given.any(), (size, value)
 
 
 def test_a_single_sample_is_not_divided_by_its_own_deviation():
-    outcome = Outcome(torch.tensor([0.9]), torch.tensor([True]), torch.tensor([0]), torch.tensor([3]), torch.zeros(3))
-    assert advantages(outcome, AlgorithmConfig(name="reinforce++", group_size=1))[0].tolist() == [0.0, 0.0, 0.0]
+    inputs = AdvantageInputs(torch.tensor([0.9]), torch.tensor([True]), torch.tensor([0]), torch.tensor([3]), torch.zeros(3))
+    assert advantages(inputs, AlgorithmConfig(name="reinforce++", group_size=1))[0].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -330,7 +330,7 @@ def test_what_is_reported_off_policy_has_its_definition(gap):
         flat([new]), torch.ones(40), torch.arange(40) // 4, flat([engine]), flat([random.normal(0, 1, 40)]),
         old_logprobs=flat([old]),
     )  # fmt: skip
-    tally = Tally()
+    tally = StepStatistics()
     tally.add(policy_loss(view, AlgorithmConfig()))
     told = tally.metrics(40)
     weights = np.exp(old - engine)

@@ -478,17 +478,17 @@ def test_no_prompt_left_is_said_with_the_shortest():
 
 
 def test_prompts_are_encoded_once_while_they_fit_the_cache():
-    adapter = LetterAdapter()
-    source = PromptSource(letters(4), adapter, 100)
+    family = LetterAdapter()
+    source = PromptSource(letters(4), family, 100)
     source.draw(40)
-    assert adapter.encoded == 4
+    assert family.encoded == 4
 
 
 def test_the_cache_is_bounded_and_changes_nothing():
-    adapter = LetterAdapter()
-    prompts = Prompts(letters(4), adapter, cache_bytes=1500)
+    family = LetterAdapter()
+    prompts = Prompts(letters(4), family, cache_bytes=1500)
     tokens = [[prompt.token_ids for prompt in prompts] for _ in range(3)]
-    assert tokens[0] == tokens[1] == tokens[2] and adapter.encoded == 12
+    assert tokens[0] == tokens[1] == tokens[2] and family.encoded == 12
     assert prompts._held <= 1500 and prompts._held == sum(32 * 2 * len(p.token_ids) + 1000 for p in prompts._cache.values())
 
 

@@ -17,7 +17,7 @@ import pytest
 from distributions import distribution
 
 from rlcore import registry
-from rlcore.checks import Devices, Finding, Trial, attempt, satisfies
+from rlcore.checks import CheckResult, Devices, Trial, attempt, satisfies
 from rlcore.cli.main import main
 from rlcore.diagnose import doctor, host
 from rlcore.errors import PluginError
@@ -45,8 +45,8 @@ def run(*arguments, limit=None, **environment):
     )  # fmt: skip
 
 
-def findings(result):
-    return {finding["what"]: finding for finding in json.loads(result.stdout)["findings"]}
+def results(result):
+    return {result["what"]: result for result in json.loads(result.stdout)["checks"]}
 
 
 def tree(root, *paths):
@@ -91,11 +91,11 @@ def test_a_machine_that_runs_these_tests_passes(healthy):
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     said = json.loads(healthy.stdout)
     assert said["ok"] is True and said["backend"] == "cpu" and said["devices"] == 1
-    assert findings(healthy)["import torch"]["verdict"] == findings(healthy)["import torchvision"]["verdict"] == "ok"
+    assert results(healthy)["import torch"]["verdict"] == results(healthy)["import torchvision"]["verdict"] == "ok"
 
 
 def test_nothing_is_looked_at_twice_and_torch_is_last(healthy):
-    names = [finding["what"] for finding in json.loads(healthy.stdout)["findings"]]
+    names = [result["what"] for result in json.loads(healthy.stdout)["checks"]]
     assert len(set(names)) == len(names)
     assert names[-2:] == ["import torch", "import torchvision"]
 
@@ -123,27 +123,31 @@ def test_what_fails_is_an_exit_status(spoiled):
 )
 def test_each_thing_that_is_wrong_is_seen_with_its_remedy(spoiled, what, verdict, seen, remedy):
     result, port = spoiled
-    found = findings(result)[what]
+    found = results(result)[what]
     assert found["verdict"] == verdict
     assert re.search(seen.replace("{port}", str(port)), found["seen"]), found
     assert re.search(remedy, found["remedy"]), found
 
 
 def test_a_torch_that_does_not_import_is_tried_once_and_alone(spoiled):
-    names = list(findings(spoiled[0]))
+    names = list(results(spoiled[0]))
     assert names[-1] == "import torch"
 
 
 def test_every_remedy_stands_under_its_line():
-    said = doctor.line(Finding("thing", "failure", "gone", "bring it back"))
+    said = doctor.line(CheckResult("thing", "failure", "gone", "bring it back"))
     assert said.splitlines() == [f"failure  {'thing':16} gone", "         -> bring it back"]
-    assert doctor.line(Finding("thing", "absent", "not there", "get one")) == f"absent   {'thing':16} not there"
+    assert doctor.line(CheckResult("thing", "absent", "not there", "get one")) == f"absent   {'thing':16} not there"
 
 
 def test_a_warning_is_no_failure():
-    found = [Finding("a", "ok", "here"), Finding("b", "warning", "old", "renew it"), Finding("c", "absent", "not there")]
+    found = [
+        CheckResult("a", "ok", "here"),
+        CheckResult("b", "warning", "old", "renew it"),
+        CheckResult("c", "absent", "not there"),
+    ]
     assert not doctor.failed(found)
-    assert doctor.failed([*found, Finding("d", "failure", "gone", "bring it back")])
+    assert doctor.failed([*found, CheckResult("d", "failure", "gone", "bring it back")])
 
 
 def test_the_cores_are_those_that_this_process_may_use():
@@ -157,7 +161,7 @@ def test_the_cores_are_those_that_this_process_may_use():
 
 def test_a_failure_without_a_remedy_is_no_finding():
     with pytest.raises(AssertionError, match="needs a remedy"):
-        Finding("thing", "failure", "gone")
+        CheckResult("thing", "failure", "gone")
 
 
 @pytest.mark.parametrize(
@@ -206,17 +210,17 @@ def test_gpus_are_counted_as_cuda_will_show_them(tmp_path, shown, count):
 ])  # fmt: skip
 def test_the_driver_is_compared_with_what_cuda_needs(tmp_path, module, version, verdict):
     written(tmp_path / "proc/driver/nvidia/version", f"NVRM version: {module}\nGCC version:  gcc version 12.2.0\n")
-    found = {finding.what: finding for finding in CUDA(tmp_path, {}).findings()}["NVIDIA driver"]
+    found = {result.what: result for result in CUDA(tmp_path, {}).check_results()}["NVIDIA driver"]
     assert (found.verdict, found.seen) == (verdict, version)
 
 
 def test_npus_need_the_nodes_beside_them(tmp_path):
     tree(tmp_path, "dev/davinci0", "dev/davinci1", "dev/davinci_manager", "dev/devmm_svm")
-    found = next(NPU(tmp_path, {}).findings())
+    found = next(NPU(tmp_path, {}).check_results())
     assert (found.verdict, found.seen) == ("failure", "2 NPUs as /dev/davinci*; /dev/hisi_hdc not there")
     tree(tmp_path, "dev/hisi_hdc")
-    assert next(NPU(tmp_path, {}).findings()) == Finding("NPUs", "ok", "2 NPUs as /dev/davinci*")
-    hidden = next(NPU(tmp_path, {"ASCEND_RT_VISIBLE_DEVICES": ""}).findings())
+    assert next(NPU(tmp_path, {}).check_results()) == CheckResult("NPUs", "ok", "2 NPUs as /dev/davinci*")
+    hidden = next(NPU(tmp_path, {"ASCEND_RT_VISIBLE_DEVICES": ""}).check_results())
     assert hidden.verdict == "failure" and "unset ASCEND_RT_VISIBLE_DEVICES" in hidden.remedy
 
 
@@ -234,7 +238,7 @@ def ascend(tmp_path):
 
 
 def ascend_findings(root, environment):
-    return {finding.what: finding for finding in NPU(root, environment).findings()}
+    return {result.what: result for result in NPU(root, environment).check_results()}
 
 
 def test_the_toolkits_of_ascend_are_read_where_they_are(ascend):
@@ -272,7 +276,7 @@ def test_doctor_for_npu_runs_where_torch_does_not(ascend):
     distribution(root / "site", "triton", "3.6.0")
     result = run("--backend", "npu", "--json", **environment, LD_LIBRARY_PATH=str(root), PYTHONPATH=str(root / "site"))
     assert result.returncode == 1, result.stderr
-    found = findings(result)
+    found = results(result)
     assert found["CANN"]["seen"] == "8.5.0, not ==9.1.0"
     assert found["libhccl.so"]["verdict"] == "ok"
     assert found["torch-npu"]["remedy"].startswith("pip install --no-deps 'torch-npu==")
@@ -313,7 +317,7 @@ def test_jemalloc_that_is_preloaded_from_nowhere_is_said():
 
 
 def launcher_findings(**environment):
-    return {finding.what: finding for finding in LAUNCHER.findings(environment)}
+    return {result.what: result for result in LAUNCHER.check_results(environment)}
 
 
 def test_the_way_to_the_head_names_the_interface():

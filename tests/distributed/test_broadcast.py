@@ -8,7 +8,7 @@ import pytest
 import torch
 from rlcore_backends.common import node_address
 
-from rlcore.distributed.broadcast import Link
+from rlcore.distributed.broadcast import WeightBroadcast
 from rlcore.errors import RunError
 
 WEIGHTS = {
@@ -37,12 +37,14 @@ def sent(ends, bucket, spoil=None):
     def receive(number):
         group = Spoiling(ends[number + 1], spoil) if spoil is not None and number == 1 else ends[number + 1]
         try:
-            received[number] = {name: tensor.clone() for name, tensor in Link(group, torch.device("cpu"), bucket).receive()}
+            received[number] = {
+                name: tensor.clone() for name, tensor in WeightBroadcast(group, torch.device("cpu"), bucket).receive()
+            }
         except RunError as error:
             received[number] = error
 
     threads = [threading.Thread(target=receive, args=(number,), daemon=True) for number in range(2)]
-    sender = Link(ends[0], torch.device("cpu"), bucket)
+    sender = WeightBroadcast(ends[0], torch.device("cpu"), bucket)
     threads.append(threading.Thread(target=sender.send, args=(iter(WEIGHTS.items()),), daemon=True))
     for thread in threads:
         thread.start()

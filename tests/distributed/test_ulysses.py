@@ -17,7 +17,7 @@ from rlcore_backends.common import node_address
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import OptimizerConfig
@@ -28,7 +28,7 @@ from rlcore.model.actor import TorchActor
 from rlcore.model.critic import OBJECTIVE, TorchCritic
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.packing import deal
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder
 from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
 
@@ -47,29 +47,29 @@ def loss(view):
 
 
 def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, sharding=None):
-    adapter = adapter_of(folder)
-    model = adapter.load(folder, torch.float32)
+    family = adapter_of(folder)
+    model = family.load(folder, torch.float32)
     if frozen:
-        adapter.vision_tower(model).requires_grad_(False)
+        family.vision_tower(model).requires_grad_(False)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     return TorchActor(
-        model, adapter, settings_of(cap, sequence), Objective(loss, aggregation.token_mean, tokens), UNCLIPPED, Passes(1),
-        sharding=sharding, tower=adapter.vision_tower(model) if frozen else None,
+        model, family, settings_of(cap, sequence), Objective(loss, aggregation.token_mean, tokens), UNCLIPPED,
+        MinibatchSchedule(1), sharding=sharding, tower=family.vision_tower(model) if frozen else None,
     )  # fmt: skip
 
 
 def critic_of(folder, sequence=None, sharding=None):
-    adapter = adapter_of(folder)
-    model, settings = adapter.load(folder, torch.float32), settings_of(CAP, sequence)
-    role = TorchCritic(model, adapter, settings, AlgorithmConfig(), UNCLIPPED, Passes(1), sharding)
+    family = adapter_of(folder)
+    model, settings = family.load(folder, torch.float32), settings_of(CAP, sequence)
+    role = TorchCritic(model, family, settings, AlgorithmConfig(), UNCLIPPED, MinibatchSchedule(1), sharding)
     fill([("head", role.forward.head.weight)], {"head": torch.linspace(-1, 1, 96)[None]})
     return role
 
 
 def adapter_of(folder):
-    return registry.load("adapters", folder.name.removeprefix("tiny_"))(folder)
+    return registry.load("families", folder.name.removeprefix("tiny_"))(folder)
 
 
 def settings_of(cap, sequence):
@@ -119,9 +119,9 @@ def a_picture_for_one(folder):
 
 def pictures_read(folder):
     """The same, as a frozen tower has read them before."""
-    batch, adapter = pictures(folder), adapter_of(folder)
-    tower = adapter.vision_tower(adapter.load(folder, torch.float32))
-    prompts = VisionEncoder(tower, adapter, settings_of(CAP, None), 2).embed([group.prompt for group in batch.groups])
+    batch, family = pictures(folder), adapter_of(folder)
+    tower = family.vision_tower(family.load(folder, torch.float32))
+    prompts = VisionEncoder(tower, family, settings_of(CAP, None), 2).embed([group.prompt for group in batch.groups])
     return replace(batch, groups=[replace(group, prompt=prompt) for group, prompt in zip(batch.groups, prompts, strict=True)])
 
 
@@ -152,7 +152,7 @@ def found(models, case, sharing=1, ranks=world.ALONE):
     role.learner.optimizer.register_step_pre_hook(lambda *_: gradients.update(
         (name, world.whole(weight.grad)) for name, weight in role.learner.model.named_parameters() if weight.requires_grad
     ))  # fmt: skip
-    (step,) = role.passes.steps(rows(models / name), getattr(role, "objective", OBJECTIVE), 0)
+    (step,) = role.schedule.steps(rows(models / name), getattr(role, "objective", OBJECTIVE), 0)
     part, places = deal(step, ranks.size // sharing, role.settings.max_tokens)[ranks.rank // sharing]
     tokens = {"given": role.values(part) if role_of is critic_of else role.logprobs(part)}
     role.learner.step(part, seen(role._losses(part), tokens, len(places)))
@@ -175,7 +175,7 @@ def kept(models, sequence=None):
         return tensor
 
     prompt = Prompt(Row("long", []), [9] * 1000, [9] * 1000)
-    (step,) = role.passes.steps(batch_of([Group(prompt, samples(50, 50, 50, 50))]), role.objective, 0)
+    (step,) = role.schedule.steps(batch_of([Group(prompt, samples(50, 50, 50, 50))]), role.objective, 0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _losses = list(role._losses(step))  # held: what is freed may be counted again under its old address
     weights = {weight.untyped_storage().data_ptr() for weight in role.model.parameters()}
@@ -254,7 +254,7 @@ def test_query_heads_that_cannot_be_dealt_are_refused_before_anything_is_loaded(
     })  # fmt: skip
     wrong = r"sharding\.sequence_parallel: 3 devices do not divide the model's 4 query heads; use one of 1, 2, 4"
     with pytest.raises(ConfigError, match=wrong):
-        Policy(config, backend)
+        ResolvedModel(config, backend)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
@@ -21,31 +21,31 @@ from rlcore.types import Batch, Group, Row, Sample
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama):
-    return registry.load("adapters", "llama")(tiny_llama)
+def family(tiny_llama):
+    return registry.load("families", "llama")(tiny_llama)
 
 
 @pytest.fixture(scope="module")
-def batch(adapter):
+def batch(family):
     rows = [Row(text, [{"role": "user", "content": text}]) for text in ("What is 3 + 4?", "And 12 + 30?")]
     generator = torch.Generator().manual_seed(0)
     responses = [[torch.randint(8, 200, (length,), generator=generator).tolist() for length in (3, 5)] for _ in rows]
     return Batch.of([
-        Group(adapter.encode(row), [Sample(ids, [0.0] * len(ids), "", "length", 0) for ids in group])
+        Group(family.encode(row), [Sample(ids, [0.0] * len(ids), "", "length", 0) for ids in group])
         for row, group in zip(rows, responses, strict=True)
     ])  # fmt: skip
 
 
-def actor(adapter, folder, dtype):
+def actor(family, folder, dtype):
     settings = ForwardSettings(torch.device("cpu"), dtype, 256, 1.0)
-    model = adapter.load(folder, torch.float32)
+    model = family.load(folder, torch.float32)
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, adapter, settings, objective, OptimizerConfig(lr=1e-3), Passes(total_steps=1))
+    return TorchActor(model, family, settings, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(total_steps=1))
 
 
 @pytest.fixture
-def both(adapter, tiny_llama):
-    return [actor(adapter, tiny_llama, dtype) for dtype in (torch.float32, torch.bfloat16)]
+def both(family, tiny_llama):
+    return [actor(family, tiny_llama, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_bf16_logprobs_are_those_of_fp32_to_rounding(both, batch):
@@ -65,19 +65,21 @@ def test_a_bf16_update_takes_the_fp32_step_to_rounding(both, batch):
     assert torch.cosine_similarity(*steps, dim=0) > 0.95
 
 
-def test_supervised_steps_make_their_targets_likelier(adapter, tiny_llama, batch):
-    one = actor(adapter, tiny_llama, torch.float32)
+def test_supervised_steps_make_their_targets_likelier(family, tiny_llama, batch):
+    one = actor(family, tiny_llama, torch.float32)
     before = one.logprobs(batch)
     for _ in range(3):
         one.update(batch)
     assert one.logprobs(batch).mean() > before.mean() + 0.1
 
 
-def test_a_critic_begins_with_nothing_and_goes_on_from_what_it_saved(adapter, tiny_llama, batch, tmp_path):
+def test_a_critic_begins_with_nothing_and_goes_on_from_what_it_saved(family, tiny_llama, batch, tmp_path):
     def critic():
         settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
-        model = adapter.load(tiny_llama, torch.float32)
-        return TorchCritic(model, adapter, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), Passes(total_steps=4))
+        model = family.load(tiny_llama, torch.float32)
+        return TorchCritic(
+            model, family, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(total_steps=4)
+        )
 
     first, returns = critic(), torch.linspace(-1, 1, len(batch.loss_mask))
     assert not first.values(batch).any()

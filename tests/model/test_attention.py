@@ -103,12 +103,12 @@ def test_a_kernel_is_given_rows_in_its_dtypes_only(dtypes, calls, tiny_llama, mo
         asked.append(arguments[0].dtype)
         return one_by_one(*arguments)
 
-    adapter = registry.load("adapters", "llama")(tiny_llama)
+    family = registry.load("families", "llama")(tiny_llama)
     packed = Packed(torch.arange(TOKENS), torch.arange(TOKENS), SEGMENTS, *[torch.arange(3)] * 3, [])
     with torch.no_grad():
-        model = adapter.load(tiny_llama, torch.float32)
-        expected = adapter.hidden(model, packed)
+        model = family.load(tiny_llama, torch.float32)
+        expected = family.hidden(model, packed)
         monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, None)  # as it was, afterwards
         attention.use(counted, dtypes)
-        assert torch.allclose(adapter.hidden(model, packed), expected, atol=1e-5)
+        assert torch.allclose(family.hidden(model, packed), expected, atol=1e-5)
     assert asked == [torch.float32] * calls

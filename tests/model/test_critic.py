@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlcore import registry
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.critic import TorchCritic
@@ -22,13 +22,13 @@ RESPONSES = [[[10, 11, 12], [20, 30]], [[40, 41, 42, 43], [50]]]
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama):
-    return registry.load("adapters", "llama")(tiny_llama)
+def family(tiny_llama):
+    return registry.load("families", "llama")(tiny_llama)
 
 
 @pytest.fixture(scope="module")
-def batch(adapter):
-    prompts = [adapter.encode(Row(f"row:{n}", [{"role": "user", "content": f"{n} + 4?"}])) for n in range(len(RESPONSES))]
+def batch(family):
+    prompts = [family.encode(Row(f"row:{n}", [{"role": "user", "content": f"{n} + 4?"}])) for n in range(len(RESPONSES))]
     groups = [
         Group(prompt, [Sample(ids, [-5.0] * len(ids), "", "stop", 0) for ids in responses])
         for prompt, responses in zip(prompts, RESPONSES, strict=True)
@@ -36,16 +36,16 @@ def batch(adapter):
     return Batch.of(groups)
 
 
-def critic_of(adapter, folder, **settings):
+def critic_of(family, folder, **settings):
     """With a head that says something: a new one says 0."""
-    model = adapter.load(folder, torch.float32)
-    critic = TorchCritic(model, adapter, SETTINGS, AlgorithmConfig(**settings), OptimizerConfig(lr=1e-3), Passes(1))
+    model = family.load(folder, torch.float32)
+    critic = TorchCritic(model, family, SETTINGS, AlgorithmConfig(**settings), OptimizerConfig(lr=1e-3), MinibatchSchedule(1))
     torch.nn.init.normal_(critic.forward.head.weight, generator=torch.Generator().manual_seed(0))
     return critic
 
 
-def test_a_value_is_read_from_the_state_before_its_token(adapter, tiny_llama, batch):
-    critic, plain, expected = critic_of(adapter, tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama), []
+def test_a_value_is_read_from_the_state_before_its_token(family, tiny_llama, batch):
+    critic, plain, expected = critic_of(family, tiny_llama), AutoModelForCausalLM.from_pretrained(tiny_llama), []
     for group in batch.groups:
         for sample in group.samples:
             prompt, ids = list(group.prompt.token_ids), list(sample.token_ids)
@@ -57,8 +57,8 @@ def test_a_value_is_read_from_the_state_before_its_token(adapter, tiny_llama, ba
 
 
 @pytest.mark.parametrize("clip", [0.05, 100.0])
-def test_the_clip_of_the_run_file_reaches_the_loss(adapter, tiny_llama, batch, clip):
-    critic = critic_of(adapter, tiny_llama, value_clip=clip)
+def test_the_clip_of_the_run_file_reaches_the_loss(family, tiny_llama, batch, clip):
+    critic = critic_of(family, tiny_llama, value_clip=clip)
     now = critic.values(batch)
     random = torch.Generator().manual_seed(1)
     before, returns = (now + torch.randn(now.shape, generator=random) for _ in range(2))
@@ -73,18 +73,18 @@ def test_the_clip_of_the_run_file_reaches_the_loss(adapter, tiny_llama, batch, c
     assert told["critic/returns"] == pytest.approx(returns.mean(), rel=1e-4)
 
 
-def test_a_new_critic_expects_nothing(adapter, tiny_llama, batch):
-    model = adapter.load(tiny_llama, torch.float32)
-    critic = TorchCritic(model, adapter, SETTINGS, AlgorithmConfig(), OptimizerConfig(), Passes(1))
+def test_a_new_critic_expects_nothing(family, tiny_llama, batch):
+    model = family.load(tiny_llama, torch.float32)
+    critic = TorchCritic(model, family, SETTINGS, AlgorithmConfig(), OptimizerConfig(), MinibatchSchedule(1))
     assert not critic.values(batch).any()
 
 
-def test_in_bf16_it_runs_on_what_it_has_just_learned(adapter, tiny_llama, batch):
+def test_in_bf16_it_runs_on_what_it_has_just_learned(family, tiny_llama, batch):
     """Its copies of the weights, beside a new one's that was given the weights."""
     settings = replace(SETTINGS, compute_dtype=torch.bfloat16)
     learned, fresh = (
-        TorchCritic(model, adapter, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), Passes(1))
-        for model in (adapter.load(tiny_llama, torch.float32) for _ in range(2))
+        TorchCritic(model, family, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(1))
+        for model in (family.load(tiny_llama, torch.float32) for _ in range(2))
     )
     before = learned.values(batch)
     learned.update(replace(batch, values=before, returns=torch.linspace(-1, 1, len(before))))

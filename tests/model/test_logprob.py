@@ -74,17 +74,17 @@ def test_the_gradient_passes_finite_differences():
 
 
 def test_no_tensor_of_all_logits_is_ever_made():
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watchdog(torch.utils._python_dispatch.TorchDispatchMode):
         largest = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
-                Watch.largest = max(Watch.largest, result.numel())
+                Watchdog.largest = max(Watchdog.largest, result.numel())
             return result
 
     hidden, weight, targets = inputs(tokens=64, vocabulary=128, width=4)
-    with Watch():
+    with Watchdog():
         chosen, _ = logprob.token_logprobs(hidden, weight, targets)
         chosen.sum().backward()
-    assert 0 < Watch.largest <= 128 * 4 < 64 * 128
+    assert 0 < Watchdog.largest <= 128 * 4 < 64 * 128

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config.sections import LoraConfig, OptimizerConfig, RolloutConfig
 from rlcore.errors import ConfigError
 from rlcore.model import lora
-from rlcore.model.actor import AdapterOffReference, TorchActor
+from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.reference import TorchReference
 from rlcore.rollout import sampler as torch_sampler
@@ -24,48 +24,48 @@ SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama):
-    return registry.load("adapters", "llama")(tiny_llama)
+def family(tiny_llama):
+    return registry.load("families", "llama")(tiny_llama)
 
 
 @pytest.fixture(scope="module")
-def batch(adapter):
-    prompt = adapter.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
+def batch(family):
+    prompt = family.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
     return Batch.of([Group(prompt, [Sample(ids, [0.0] * len(ids), "", "stop", 0) for ids in ([9, 10, 11], [20, 30])])])
 
 
-def plain(adapter, folder):
-    return adapter.load(folder, torch.float32)
+def plain(family, folder):
+    return family.load(folder, torch.float32)
 
 
-def with_additions(adapter, folder, **settings):
-    model = plain(adapter, folder)
-    return lora.attach(model, LoraConfig(**settings), adapter.head(model))
+def with_additions(family, folder, **settings):
+    model = plain(family, folder)
+    return lora.attach(model, LoraConfig(**settings), family.head(model))
 
 
-def actor_of(model, adapter):
+def actor_of(model, family):
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, adapter, SETTINGS, objective, OptimizerConfig(lr=0.05), Passes(total_steps=3))
+    return TorchActor(model, family, SETTINGS, objective, OptimizerConfig(lr=0.05), MinibatchSchedule(total_steps=3))
 
 
 @pytest.fixture
-def trained(adapter, tiny_llama, batch):
-    actor = actor_of(with_additions(adapter, tiny_llama, rank=4), adapter)
+def trained(family, tiny_llama, batch):
+    actor = actor_of(with_additions(family, tiny_llama, rank=4), family)
     for _ in range(3):
         actor.update(batch)
     return actor
 
 
-def test_they_change_nothing_until_they_learn(adapter, tiny_llama, batch):
-    before = TorchReference(plain(adapter, tiny_llama), adapter, SETTINGS).logprobs(batch)
-    assert torch.equal(actor_of(with_additions(adapter, tiny_llama), adapter).logprobs(batch), before)
+def test_they_change_nothing_until_they_learn(family, tiny_llama, batch):
+    before = TorchReference(plain(family, tiny_llama), family, SETTINGS).logprobs(batch)
+    assert torch.equal(actor_of(with_additions(family, tiny_llama), family).logprobs(batch), before)
 
 
-def test_only_they_learn_and_the_reference_stays_the_model_without_them(trained, adapter, tiny_llama, batch):
-    fresh = plain(adapter, tiny_llama)
-    before = TorchReference(fresh, adapter, SETTINGS).logprobs(batch)
+def test_only_they_learn_and_the_reference_stays_the_model_without_them(trained, family, tiny_llama, batch):
+    fresh = plain(family, tiny_llama)
+    before = TorchReference(fresh, family, SETTINGS).logprobs(batch)
     assert (trained.logprobs(batch) - before).abs().max() > 0.1
-    assert torch.equal(AdapterOffReference(trained).logprobs(batch), before)
+    assert torch.equal(LoraOffReference(trained).logprobs(batch), before)
     assert (trained.logprobs(batch) - before).abs().max() > 0.1, "switched on again"
     learning = {name for name, parameter in trained.model.named_parameters() if parameter.requires_grad}
     assert learning and all(".lora_" in name for name in learning)
@@ -74,8 +74,8 @@ def test_only_they_learn_and_the_reference_stays_the_model_without_them(trained,
     assert all(torch.equal(base[name], weight) for name, weight in fresh.named_parameters())
 
 
-def test_the_engine_and_the_saved_folder_hold_the_sum(trained, adapter, tiny_llama, batch, backend, tmp_path):
-    engine = torch_sampler.build(adapter, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
+def test_the_engine_and_the_saved_folder_hold_the_sum(trained, family, tiny_llama, batch, backend, tmp_path):
+    engine = torch_sampler.build(family, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
     engine.load_weights(trained.weights(), 1)
     prompt = batch.groups[0].prompt
     drawn = Batch.of(engine.generate([prompt], Sampling(4, 6)))
@@ -83,32 +83,32 @@ def test_the_engine_and_the_saved_folder_hold_the_sum(trained, adapter, tiny_lla
     trained.save(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not any(".lora_" in name or "base_layer" in name for name, _ in saved.named_parameters())
-    loaded = TorchReference(adapter.load(tmp_path / "model", torch.float32), adapter, SETTINGS)
+    loaded = TorchReference(family.load(tmp_path / "model", torch.float32), family, SETTINGS)
     assert torch.allclose(loaded.logprobs(batch), trained.logprobs(batch), atol=1e-5)
 
 
-def test_a_checkpoint_brings_them_and_their_moments_back(trained, adapter, tiny_llama, batch, tmp_path):
+def test_a_checkpoint_brings_them_and_their_moments_back(trained, family, tiny_llama, batch, tmp_path):
     trained.save(tmp_path)
-    again = actor_of(with_additions(adapter, tiny_llama, rank=4), adapter)
+    again = actor_of(with_additions(family, tiny_llama, rank=4), family)
     again.load(tmp_path)
     assert torch.equal(again.logprobs(batch), trained.logprobs(batch))
     assert again.update(batch) == trained.update(batch)
     assert torch.equal(again.logprobs(batch), trained.logprobs(batch))
 
 
-def test_targets_choose_layers_by_the_end_of_their_name(adapter, tiny_llama):
-    model = with_additions(adapter, tiny_llama, targets=["q_proj", "layers.1.mlp.up_proj"])
+def test_targets_choose_layers_by_the_end_of_their_name(family, tiny_llama):
+    model = with_additions(family, tiny_llama, targets=["q_proj", "layers.1.mlp.up_proj"])
     wrapped = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     assert wrapped == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
 
 
-def test_the_head_and_frozen_layers_have_none(adapter, tiny_llama):
-    model = plain(adapter, tiny_llama)
-    model = lora.attach(model, LoraConfig(), adapter.head(model), frozen={"model.layers.0.mlp.up_proj"})
+def test_the_head_and_frozen_layers_have_none(family, tiny_llama):
+    model = plain(family, tiny_llama)
+    model = lora.attach(model, LoraConfig(), family.head(model), frozen={"model.layers.0.mlp.up_proj"})
     wrapped = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     assert "lm_head" not in wrapped and "model.layers.0.mlp.up_proj" not in wrapped and "model.layers.1.mlp.up_proj" in wrapped
 
 
-def test_a_target_that_is_not_there_lists_what_is(adapter, tiny_llama):
+def test_a_target_that_is_not_there_lists_what_is(family, tiny_llama):
     with pytest.raises(ConfigError, match=r"model.lora.targets: .*\['qproj'\]; the model has .*q_proj"):
-        with_additions(adapter, tiny_llama, targets=["qproj"])
+        with_additions(family, tiny_llama, targets=["qproj"])

@@ -11,13 +11,13 @@ import torch
 
 from rlcore import registry
 from rlcore.algorithms.loss import objective
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.errors import NonFinite
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import Tally, combined, learning_rate
+from rlcore.model.optimizer import StepStatistics, combined, learning_rate
 from rlcore.model.resolved import _checkpoint_layers
 from rlcore.types import Batch, Group, Row, Sample, TokenLoss
 
@@ -25,14 +25,14 @@ SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 4096, 1.0)
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama):
-    return registry.load("adapters", "llama")(tiny_llama)
+def family(tiny_llama):
+    return registry.load("families", "llama")(tiny_llama)
 
 
-def batch_of(adapter, length=3, **fields):
+def batch_of(family, length=3, **fields):
     groups = []
     for number in range(2):
-        prompt = adapter.encode(Row(f"row:{number}", [{"role": "user", "content": f"{number} + 4?"}]))
+        prompt = family.encode(Row(f"row:{number}", [{"role": "user", "content": f"{number} + 4?"}]))
         ids = [torch.arange(10, 10 + length).tolist(), [20, 30]]
         groups.append(Group(prompt, [Sample(each, [-5.0] * len(each), "", "stop", 0) for each in ids]))
     batch = Batch.of(groups)
@@ -40,9 +40,9 @@ def batch_of(adapter, length=3, **fields):
 
 
 @pytest.fixture
-def actor(adapter, tiny_llama):
-    model = adapter.load(tiny_llama, torch.float32)
-    return TorchActor(model, adapter, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), Passes(1))
+def actor(family, tiny_llama):
+    model = family.load(tiny_llama, torch.float32)
+    return TorchActor(model, family, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), MinibatchSchedule(1))
 
 
 def rates(**settings):
@@ -67,8 +67,8 @@ def test_linear_and_cosine_end_at_min_lr_with_the_last_step():
     ("field", "value", "name"),
     [("advantages", math.nan, "loss"), ("old_logprobs", -200.0, "loss|ratio"), ("old_logprobs", math.inf, "ppo_kl")],
 )
-def test_a_number_that_is_none_names_its_sample_and_leaves_the_weights(actor, adapter, field, value, name):
-    batch = batch_of(adapter)
+def test_a_number_that_is_none_names_its_sample_and_leaves_the_weights(actor, family, field, value, name):
+    batch = batch_of(family)
     values = actor.logprobs(batch) if field == "old_logprobs" else batch.advantages.clone()
     values[4] = value  # the second token of the first row's second sample
     before = [weight.clone() for weight in actor.model.parameters()]
@@ -82,32 +82,34 @@ def test_a_number_that_is_none_names_its_sample_and_leaves_the_weights(actor, ad
     assert actor.learner.steps == 0
 
 
-def test_a_gradient_that_is_none_names_its_weight(actor, adapter):
+def test_a_gradient_that_is_none_names_its_weight(actor, family):
     weight = actor.model.model.layers[1].mlp.up_proj.weight
     weight.register_hook(lambda gradient: gradient * math.inf)
     before = weight.clone()
     with pytest.raises(NonFinite, match=r"gradient .* first in model.layers.1.mlp.up_proj.weight\); its prompts: row:0, row:1"):
-        actor.update(batch_of(adapter))
+        actor.update(batch_of(family))
     assert torch.equal(before, weight)
 
 
-def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_no_number(adapter, tiny_llama):
+def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_no_number(family, tiny_llama):
     runs, results = [], []
     for checkpointed in (False, True):
-        model = adapter.load(tiny_llama, torch.float32)
+        model = family.load(tiny_llama, torch.float32)
         if checkpointed:
             _checkpoint_layers(model)
         count = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        actor = TorchActor(model, adapter, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), Passes(1))
-        results.append(actor.update(batch_of(adapter)))
+        actor = TorchActor(
+            model, family, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), MinibatchSchedule(1)
+        )
+        results.append(actor.update(batch_of(family)))
         runs.append(len(count))
     assert runs == [1, 2]
     assert results[0] == pytest.approx(results[1])
 
 
-def test_a_batch_of_masked_samples_takes_a_step_without_a_gradient(actor, adapter):
-    batch = batch_of(adapter)
+def test_a_batch_of_masked_samples_takes_a_step_without_a_gradient(actor, family):
+    batch = batch_of(family)
     metrics = actor.update(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
     assert metrics["grad_norm"] == 0.0
 
@@ -115,10 +117,12 @@ def test_a_batch_of_masked_samples_takes_a_step_without_a_gradient(actor, adapte
 # the optimizer
 
 
-def actor_of(adapter, folder, passes=None, kind=None, **settings):
-    model = adapter.load(folder, torch.float32)
+def actor_of(family, folder, schedule=None, kind=None, **settings):
+    model = family.load(folder, torch.float32)
     config = OptimizerConfig(**{"lr": 1e-3, **settings})
-    return TorchActor(model, adapter, SETTINGS, kind or objective(AlgorithmConfig(), 8), config, passes or Passes(1))
+    return TorchActor(
+        model, family, SETTINGS, kind or objective(AlgorithmConfig(), 8), config, schedule or MinibatchSchedule(1)
+    )
 
 
 def moments(actor):
@@ -131,36 +135,36 @@ def flat_weights(actor):
     return torch.cat([weight.detach().flatten().clone() for weight in actor.model.parameters()])
 
 
-def test_a_gradient_beyond_the_limit_is_scaled_down_to_it(adapter, tiny_llama):
+def test_a_gradient_beyond_the_limit_is_scaled_down_to_it(family, tiny_llama):
     limits = (1e-3, 1e9)
-    clipped, whole = (actor_of(adapter, tiny_llama, max_grad_norm=limit) for limit in limits)
-    norms = [one.update(batch_of(adapter))["grad_norm"] for one in (clipped, whole)]
+    clipped, whole = (actor_of(family, tiny_llama, max_grad_norm=limit) for limit in limits)
+    norms = [one.update(batch_of(family))["grad_norm"] for one in (clipped, whole)]
     assert norms[0] == norms[1] > 1e-3, "what is reported is the norm before"
     assert moments(clipped)[0].norm() == pytest.approx(0.1 * 1e-3, rel=1e-3)
     assert moments(whole)[0].norm() == pytest.approx(0.1 * norms[1], rel=1e-4)
 
 
-def test_moments_decay_by_the_betas(adapter, tiny_llama):
-    actor = actor_of(adapter, tiny_llama, betas=(0.6, 0.0), max_grad_norm=1e9)
-    actor.update(batch_of(adapter))
+def test_moments_decay_by_the_betas(family, tiny_llama):
+    actor = actor_of(family, tiny_llama, betas=(0.6, 0.0), max_grad_norm=1e9)
+    actor.update(batch_of(family))
     first, second = moments(actor)
     assert torch.allclose(second, (first / 0.4).square(), rtol=1e-4)
 
 
-def test_the_first_step_of_a_warm_up_is_taken_at_the_rate_that_is_reported(adapter, tiny_llama):
+def test_the_first_step_of_a_warm_up_is_taken_at_the_rate_that_is_reported(family, tiny_llama):
     """AdamW's first step moves a weight by the rate, whatever its gradient."""
-    actor = actor_of(adapter, tiny_llama, lr=1e-2, warmup_steps=4, eps=1e-12)
+    actor = actor_of(family, tiny_llama, lr=1e-2, warmup_steps=4, eps=1e-12)
     before = flat_weights(actor)
-    assert actor.update(batch_of(adapter))["lr"] == 2.5e-3
+    assert actor.update(batch_of(family))["lr"] == 2.5e-3
     assert (flat_weights(actor) - before).abs().max() == pytest.approx(2.5e-3, rel=1e-3)
-    assert actor.update(batch_of(adapter))["lr"] == 5e-3
+    assert actor.update(batch_of(family))["lr"] == 5e-3
 
 
-def test_weights_decay_and_vectors_do_not(adapter, tiny_llama):
+def test_weights_decay_and_vectors_do_not(family, tiny_llama):
     """At a gradient of 0 the decay is all that moves anything."""
-    actor = actor_of(adapter, tiny_llama, lr=1e-2, weight_decay=0.5)
+    actor = actor_of(family, tiny_llama, lr=1e-2, weight_decay=0.5)
     before = {name: weight.detach().clone() for name, weight in actor.model.named_parameters()}
-    batch = batch_of(adapter)
+    batch = batch_of(family)
     actor.update(replace(batch, advantages=torch.zeros_like(batch.advantages)))
     assert {weight.ndim for weight in before.values()} == {1, 2}
     for name, weight in actor.model.named_parameters():
@@ -172,12 +176,12 @@ def test_weights_decay_and_vectors_do_not(adapter, tiny_llama):
 
 
 def tally_of(norm, lr, **values):
-    tally = Tally()
+    statistics = StepStatistics()
     for name, numbers in values.items():
         numbers = torch.tensor(numbers)
-        tally.add(TokenLoss(numbers, {f"{name}/mean": numbers}, {f"{name}/max": numbers}, {f"{name}/ess": numbers}))
-    tally.common = {"grad_norm": norm, "lr": lr}
-    return tally
+        statistics.add(TokenLoss(numbers, {f"{name}/mean": numbers}, {f"{name}/max": numbers}, {f"{name}/ess": numbers}))
+    statistics.common = {"grad_norm": norm, "lr": lr}
+    return statistics
 
 
 def test_several_steps_report_what_one_over_all_their_tokens_would():
@@ -194,19 +198,19 @@ def test_steps_that_had_nothing_to_learn_from_report_no_more_than_that():
 
 
 @pytest.mark.parametrize("masked", ["the first group", "the last group"])
-def test_a_share_without_a_token_that_counts_hides_nothing_of_the_others(adapter, tiny_llama, masked):
-    batch, reports = batch_of(adapter), []
+def test_a_share_without_a_token_that_counts_hides_nothing_of_the_others(family, tiny_llama, masked):
+    batch, reports = batch_of(family), []
     lost = batch.places([0 if masked == "the first group" else 1])
     batch.loss_mask[lost] = False
-    for passes in (Passes(2, minibatches=2), Passes(1)):
-        reports.append(actor_of(adapter, tiny_llama, passes, lr=1e-9).update(batch))
+    for schedule in (MinibatchSchedule(2, minibatches=2), MinibatchSchedule(1)):
+        reports.append(actor_of(family, tiny_llama, schedule, lr=1e-9).update(batch))
     assert reports[0].keys() == reports[1].keys() >= {"actor/pg_loss", "mismatch/mean", "mismatch/ess", "actor/entropy"}
     assert reports[0] == pytest.approx(reports[1], rel=1e-4)
 
 
-def test_masked_tokens_are_in_no_number(adapter, tiny_llama):
+def test_masked_tokens_are_in_no_number(family, tiny_llama):
     """One sample of four does not count; the others against NumPy."""
-    actor, batch = actor_of(adapter, tiny_llama), batch_of(adapter)
+    actor, batch = actor_of(family, tiny_llama), batch_of(family)
     kept = (batch.sequence != 1).numpy()
     batch = replace(batch, loss_mask=torch.from_numpy(kept), rollout_logprobs=torch.linspace(-9, -3, len(kept)))
     logprobs = actor.logprobs(batch).double().numpy()
@@ -225,7 +229,7 @@ def test_masked_tokens_are_in_no_number(adapter, tiny_llama):
 
 @pytest.mark.parametrize(("groups", "minibatches"), [(8, 4), (5, 4), (3, 4), (1, 4), (7, 2), (4, 1), (0, 3)])
 def test_there_are_as_many_optimizer_steps_as_the_schedule_counts_on(groups, minibatches):
-    shares = list(Passes(100, minibatches, epochs=2).shares(groups, done=6))
+    shares = list(MinibatchSchedule(100, minibatches, epochs=2).minibatches_of(groups, done=6))
     assert len(shares) == 2 * minibatches
     for epoch in (shares[:minibatches], shares[minibatches:]):
         sizes = [len(share) for share in epoch]
@@ -234,11 +238,11 @@ def test_there_are_as_many_optimizer_steps_as_the_schedule_counts_on(groups, min
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo", "rloo"])
-def test_an_empty_share_counts_in_the_schedule_and_moves_nothing(adapter, tiny_llama, name):
+def test_an_empty_share_counts_in_the_schedule_and_moves_nothing(family, tiny_llama, name):
     """One group over four shares: three optimizer steps of it have nothing to do."""
-    batch, kind = batch_of(adapter).select([0]), objective(AlgorithmConfig(name=name), 8)
-    spread = actor_of(adapter, tiny_llama, Passes(8, minibatches=4), kind, weight_decay=0.1)
-    alone = actor_of(adapter, tiny_llama, Passes(8), kind, weight_decay=0.1)
+    batch, kind = batch_of(family).select([0]), objective(AlgorithmConfig(name=name), 8)
+    spread = actor_of(family, tiny_llama, MinibatchSchedule(8, minibatches=4), kind, weight_decay=0.1)
+    alone = actor_of(family, tiny_llama, MinibatchSchedule(8), kind, weight_decay=0.1)
     for step in (1, 2):
         reports = [one.update(batch) for one in (spread, alone)]
         assert reports[0] == pytest.approx(reports[1])

@@ -122,11 +122,11 @@ def test_samples_hold_arrays_whatever_they_are_made_of():
 def test_a_deal_gives_every_token_to_one_rank_with_all_that_is_known_of_it():
     batch = Batch.of([group(str(number), 4, [number + 1, 2, 7]) for number in range(7)])
     numbers = torch.arange(len(batch.loss_mask))
-    batch = replace(batch, advantages=numbers.float(), loss_mask=numbers % 3 == 0, shares=-numbers.float())
+    batch = replace(batch, advantages=numbers.float(), loss_mask=numbers % 3 == 0, loss_weights=-numbers.float())
     parts = deal(batch, 3, 100)
     assert torch.equal(torch.cat([places for _, places in parts]).sort().values, numbers)
     for part, places in parts:
-        assert torch.equal(part.advantages, places.float()) and torch.equal(part.shares, -places.float())
+        assert torch.equal(part.advantages, places.float()) and torch.equal(part.loss_weights, -places.float())
         assert torch.equal(part.loss_mask, places % 3 == 0) and part.old_logprobs is None
         tokens = np.concatenate([sample.token_ids for sample in batch.samples])[places]
         assert tokens.tolist() == [token for sample in part.samples for token in sample.token_ids]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_actor import actor, adapter, batch  # noqa: F401 - fixtures
+from test_actor import actor, batch, family  # noqa: F401 - fixtures
 
 from rlcore import registry
 from rlcore.config.sections import LoraConfig
@@ -18,8 +18,8 @@ LOW = torch.bfloat16
 
 
 @pytest.fixture
-def rounded(adapter, tiny_llama):  # noqa: F811
-    return actor(adapter, tiny_llama, LOW)
+def rounded(family, tiny_llama):  # noqa: F811
+    return actor(family, tiny_llama, LOW)
 
 
 def run_on(model, working):
@@ -90,7 +90,7 @@ def test_so_are_those_of_a_token_that_occurs_often():
 def test_tied_weights_have_one_copy_and_one_gradient(models):
     folder = models / "tied_qwen3"
     registry.load("models", "tiny_qwen3")(folder, hidden_size=64, layers=1)
-    model = registry.load("adapters", "qwen3")(folder).load(folder, torch.float32)
+    model = registry.load("families", "qwen3")(folder).load(folder, torch.float32)
     model.lm_head.weight = model.get_input_embeddings().weight
     with WorkingCopy(model, LOW)():
         assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -98,33 +98,33 @@ def test_tied_weights_have_one_copy_and_one_gradient(models):
     assert model.lm_head.weight.grad.eq(2).all()
 
 
-def test_what_does_not_learn_is_held_in_the_compute_dtype(rounded, adapter, tiny_llama, batch):  # noqa: F811
+def test_what_does_not_learn_is_held_in_the_compute_dtype(rounded, family, tiny_llama, batch):  # noqa: F811
     """A reference, and what low-rank additions stand beside; the additions themselves learn in float32."""
-    fixed = TorchReference(adapter.load(tiny_llama, torch.float32).requires_grad_(False), adapter, rounded.settings)
+    fixed = TorchReference(family.load(tiny_llama, torch.float32).requires_grad_(False), family, rounded.settings)
     assert {weight.dtype for weight in fixed.model.parameters()} == {LOW} and not fixed.working.tensors()
     assert torch.equal(fixed.logprobs(batch), rounded.logprobs(batch))
-    model = adapter.load(tiny_llama, torch.float32)
-    model = lora.attach(model, LoraConfig(rank=2), adapter.head(model))
+    model = family.load(tiny_llama, torch.float32)
+    model = lora.attach(model, LoraConfig(rank=2), family.head(model))
     hold_frozen(model, LOW)
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     assert all((dtype == torch.float32) == (".lora_" in name) for name, dtype in dtypes.items())
     assert set(dtypes.values()) == {LOW, torch.float32}
 
 
-def test_switching_additions_off_leaves_what_learns_as_it_is(adapter, tiny_llama):  # noqa: F811
+def test_switching_additions_off_leaves_what_learns_as_it_is(family, tiny_llama):  # noqa: F811
     """FSDP2 settles a layer's gradient dtype by what asks for gradients at its first forward pass."""
-    model = adapter.load(tiny_llama, torch.float32)
-    model = lora.attach(model, LoraConfig(rank=2), adapter.head(model))
+    model = family.load(tiny_llama, torch.float32)
+    model = lora.attach(model, LoraConfig(rank=2), family.head(model))
     asking = [weight.requires_grad for weight in model.parameters()]
     with lora.switched_off(model):
         assert [weight.requires_grad for weight in model.parameters()] == asking
     assert [weight.requires_grad for weight in model.parameters()] == asking
 
 
-def test_rotary_tables_are_float32_in_a_bf16_model(adapter, tiny_llama):  # noqa: F811
+def test_rotary_tables_are_float32_in_a_bf16_model(family, tiny_llama):  # noqa: F811
     """The trainer's and the plain sampler's."""
     places, tables = torch.tensor([[0, 1000, 1001]]), []
-    for model in (adapter.load(tiny_llama, torch.float32), adapter.load(tiny_llama, LOW), torch_sampler._load(tiny_llama, LOW)):
+    for model in (family.load(tiny_llama, torch.float32), family.load(tiny_llama, LOW), torch_sampler._load(tiny_llama, LOW)):
         tables.append(model.model.rotary_emb(torch.zeros(1, 3, 8, dtype=model.dtype), position_ids=places))
     for exact, *ours in zip(*tables, strict=True):
         assert all(table.dtype == torch.float32 and torch.equal(table, exact) for table in ours)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.cli.main import main
 from rlcore.config.loader import validate
@@ -31,7 +31,7 @@ from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.packing import deal
 from rlcore.model.reference import TorchReference
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder, check_tower, replace_tower
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Row, Sample, Sampling
@@ -68,12 +68,12 @@ def other(models):
 
 
 @pytest.fixture(scope="module")
-def adapter(folder):
-    return registry.load("adapters", "qwen2_5_vl")(folder)
+def family(folder):
+    return registry.load("families", "qwen2_5_vl")(folder)
 
 
 @pytest.fixture(scope="module")
-def prompts(adapter):
+def prompts(family):
     """With two, no, three and one image, of two sizes."""
     colors = (["red", "blue"], [], ["green", "black", "white"], ["gray"])
     rows = []
@@ -81,7 +81,7 @@ def prompts(adapter):
         images = [Image.new("RGB", (112, 56 + 56 * (place % 2)), color) for place, color in enumerate(shown)]
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "Which?"}]
         rows.append(Row(str(number), [{"role": "user", "content": parts}], images=images))
-    return [adapter.encode(row) for row in rows]
+    return [family.encode(row) for row in rows]
 
 
 class Reads:
@@ -113,8 +113,8 @@ def read(monkeypatch):
     return reads
 
 
-def encoder_of(adapter, model, images_per_batch=16, settings=SETTINGS):
-    return VisionEncoder(adapter.vision_tower(model), adapter, settings, images_per_batch)
+def encoder_of(family, model, images_per_batch=16, settings=SETTINGS):
+    return VisionEncoder(family.vision_tower(model), family, settings, images_per_batch)
 
 
 def batch_of(prompts):
@@ -123,15 +123,17 @@ def batch_of(prompts):
     return Batch.of([Group(prompt, samples) for prompt in prompts])
 
 
-def actor_of(adapter, folder, frozen):
-    model = adapter.load(folder, torch.float32)
-    adapter.vision_tower(model).requires_grad_(not frozen)
+def actor_of(family, folder, frozen):
+    model = family.load(folder, torch.float32)
+    family.vision_tower(model).requires_grad_(not frozen)
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, adapter, SETTINGS, objective, OptimizerConfig(lr=1e-3), Passes(4, minibatches=3, epochs=2))
+    return TorchActor(
+        model, family, SETTINGS, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(4, minibatches=3, epochs=2)
+    )
 
 
-def test_embeddings_take_the_place_of_pixels_and_nothing_else_changes(adapter, folder, prompts):
-    embedded = encoder_of(adapter, adapter.load(folder, torch.float32)).embed(prompts)
+def test_embeddings_take_the_place_of_pixels_and_nothing_else_changes(family, folder, prompts):
+    embedded = encoder_of(family, family.load(folder, torch.float32)).embed(prompts)
     for before, after in zip(prompts, embedded, strict=True):
         assert (after.row, after.token_ids, after.position_ids) == (before.row, before.token_ids, before.position_ids)
         if before.vision is None:
@@ -139,39 +141,39 @@ def test_embeddings_take_the_place_of_pixels_and_nothing_else_changes(adapter, f
             continue
         assert after.vision.keys() == {"image_embeds", "image_grid_thw"} and "pixel_values" in before.vision
         embeds = after.vision["image_embeds"]
-        assert embeds.shape == (after.token_ids.count(adapter.processor.image_token_id), 128)
+        assert embeds.shape == (after.token_ids.count(family.processor.image_token_id), 128)
         assert embeds.untyped_storage().nbytes() == embeds.nbytes, "no other prompt's images travel with it"
         assert not embeds.requires_grad and not embeds.is_inference()
 
 
 @pytest.mark.parametrize("images_per_batch", [1, 2, 5])
-def test_the_size_of_the_encoders_batches_bounds_them_and_changes_no_number(adapter, folder, prompts, read, images_per_batch):
-    model = adapter.load(folder, torch.float32)
-    whole = encoder_of(adapter, model).embed(prompts)
+def test_the_size_of_the_encoders_batches_bounds_them_and_changes_no_number(family, folder, prompts, read, images_per_batch):
+    model = family.load(folder, torch.float32)
+    whole = encoder_of(family, model).embed(prompts)
     assert read.images == [6] and read.take() == (6, 1)
-    parts = encoder_of(adapter, model, images_per_batch).embed(prompts)
+    parts = encoder_of(family, model, images_per_batch).embed(prompts)
     assert read.images == {1: [1] * 6, 2: [2] * 3, 5: [5, 1]}[images_per_batch]
     for one, other in zip(whole, parts, strict=True):
         assert one.vision is None or torch.allclose(one.vision["image_embeds"], other.vision["image_embeds"], atol=5e-6)
 
 
-def test_embeddings_keep_the_precision_that_the_policy_computes_in(adapter, folder, prompts):
+def test_embeddings_keep_the_precision_that_the_policy_computes_in(family, folder, prompts):
     settings = ForwardSettings(torch.device("cpu"), torch.bfloat16, 80, 1.0)
-    model = adapter.load(folder, torch.float32).requires_grad_(False)
-    embedded = encoder_of(adapter, model, settings=settings).embed(prompts)
+    model = family.load(folder, torch.float32).requires_grad_(False)
+    embedded = encoder_of(family, model, settings=settings).embed(prompts)
     assert {prompt.vision["image_embeds"].dtype for prompt in embedded if prompt.vision} == {torch.bfloat16}
-    role = TorchReference(model, adapter, settings)
+    role = TorchReference(model, family, settings)
     assert torch.allclose(role.logprobs(batch_of(embedded)), role.logprobs(batch_of(prompts)), atol=2e-2)
 
 
-def test_embeddings_change_no_number_of_any_role(adapter, folder, prompts, read):
+def test_embeddings_change_no_number_of_any_role(family, folder, prompts, read):
     """Reference, old log-probabilities, and an update of several optimizer steps, weights included."""
     results = []
     for once in (False, True):
-        actor = actor_of(adapter, folder, frozen=True)
-        batch = batch_of(encoder_of(adapter, actor.model).embed(prompts) if once else prompts)
+        actor = actor_of(family, folder, frozen=True)
+        batch = batch_of(encoder_of(family, actor.model).embed(prompts) if once else prompts)
         read.take()
-        before = TorchReference(actor.model, adapter, SETTINGS).logprobs(batch)
+        before = TorchReference(actor.model, family, SETTINGS).logprobs(batch)
         metrics = actor.update(batch)
         results.append((before, metrics, actor.logprobs(batch), list(actor.model.parameters())))
         assert (read.take()[0] == 0) == once
@@ -182,10 +184,10 @@ def test_embeddings_change_no_number_of_any_role(adapter, folder, prompts, read)
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_the_plain_sampler_draws_the_same_from_embeddings(adapter, folder, prompts, backend, read):
-    sampler = registry.load("rollout_engines", "torch")(adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0)
+def test_the_plain_sampler_draws_the_same_from_embeddings(family, folder, prompts, backend, read):
+    sampler = registry.load("rollout_engines", "torch")(family, folder, backend, RolloutConfig(), torch.float32, 128, 0)
     pixels = sampler.generate(prompts, Sampling(3, 8, seed=4))
-    embedded = encoder_of(adapter, adapter.load(folder, torch.float32)).embed(prompts)
+    embedded = encoder_of(family, family.load(folder, torch.float32)).embed(prompts)
     assert read.take() == (6 + 6, 2)
     drawn = sampler.generate(embedded, Sampling(3, 8, seed=4))
     assert read.take() == (0, 0)
@@ -195,11 +197,11 @@ def test_the_plain_sampler_draws_the_same_from_embeddings(adapter, folder, promp
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=5e-6)
 
 
-def test_a_tower_that_learns_has_a_gradient(adapter, folder, prompts):
-    actor = actor_of(adapter, folder, frozen=False)
-    before = [weight.clone() for weight in adapter.vision_tower(actor.model).parameters()]
+def test_a_tower_that_learns_has_a_gradient(family, folder, prompts):
+    actor = actor_of(family, folder, frozen=False)
+    before = [weight.clone() for weight in family.vision_tower(actor.model).parameters()]
     actor.update(batch_of(prompts))
-    after = list(adapter.vision_tower(actor.model).parameters())
+    after = list(family.vision_tower(actor.model).parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
@@ -282,7 +284,7 @@ def test_a_critic_does_not_learn_the_tower_that_it_does_not_use(folder, backend)
     data = {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}
     model = {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}
     settings = {"data": data, "algorithm": {"name": "ppo"}, "critic": {}, "model": model}
-    worker = Worker(Policy(validate(RunConfig, settings), backend))
+    worker = Worker(ResolvedModel(validate(RunConfig, settings), backend))
     worker.load("grpo")
     named = worker.critic.forward.backbone.named_parameters()
     learning = {name.split(".")[1] for name, weight in named if weight.requires_grad}
@@ -292,9 +294,9 @@ def test_a_critic_does_not_learn_the_tower_that_it_does_not_use(folder, backend)
 def test_encoder_actor_and_reference_have_one_tower(folder, backend):
     data = {"train": {"name": "geometry_figures"}, "max_prompt_tokens": 64}
     model = {"path": str(folder), "precision": "fp32", "freeze": ["vision"]}
-    worker = Worker(Policy(validate(RunConfig, {"data": data, "model": model, "dpo": {"steps": 1}}), backend))
+    worker = Worker(ResolvedModel(validate(RunConfig, {"data": data, "model": model, "dpo": {"steps": 1}}), backend))
     worker.load("dpo")
-    towers = [worker.policy.adapter.vision_tower(role.model) for role in (worker.actor, worker.reference)]
+    towers = [worker.resolved.family.vision_tower(role.model) for role in (worker.actor, worker.reference)]
     assert towers[0] is towers[1] is worker.encoder.tower
     layers = [role.model.model.language_model for role in (worker.actor, worker.reference)]
     assert layers[0] is not layers[1]
@@ -363,15 +365,15 @@ def test_a_tower_of_its_own_is_the_fused_model_with_that_tower(start, folder, ot
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
-def test_a_tower_can_stand_alone_in_its_folder(adapter, folder, other, tmp_path):
+def test_a_tower_can_stand_alone_in_its_folder(family, folder, other, tmp_path):
     shutil.copy(other / "config.json", tmp_path)
     visual = {f"model.{name}": tensor for name, tensor in weights_of(other).items() if name.startswith("visual.")}
     save_file(visual, tmp_path / "tower.safetensors")
-    model = adapter.load(folder, torch.float32)
-    replace_tower(model, adapter, tmp_path)
-    expected = adapter.vision_tower(adapter.load(other, torch.float32)).state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.vision_tower(model).state_dict().items())
-    rest = adapter.load(folder, torch.float32).model.language_model.state_dict()
+    model = family.load(folder, torch.float32)
+    replace_tower(model, family, tmp_path)
+    expected = family.vision_tower(family.load(other, torch.float32)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in family.vision_tower(model).state_dict().items())
+    rest = family.load(folder, torch.float32).model.language_model.state_dict()
     assert all(torch.equal(tensor, rest[name]) for name, tensor in model.model.language_model.state_dict().items())
 
 
@@ -393,13 +395,13 @@ def test_a_tower_that_is_built_otherwise_is_refused(folder, models, options, mes
     ("rows", "message"),
     [(0, r"lack 1 of 3\d tensors of the vision tower \({name} first\)"), (127, r"{name} in .* is \[127, 64\], the policy's")],
 )
-def test_a_tower_whose_files_are_not_what_its_config_says_is_refused(adapter, folder, other, tmp_path, rows, message):
+def test_a_tower_whose_files_are_not_what_its_config_says_is_refused(family, folder, other, tmp_path, rows, message):
     shutil.copytree(other, tmp_path / "broken")
     weights, name = weights_of(other), "visual.blocks.1.mlp.up_proj.weight"
     whole = weights.pop(name)
     save_file(weights | ({name: whole[:rows].clone()} if rows else {}), tmp_path / "broken" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"vision\.path: .*" + message.format(name=name)):
-        replace_tower(adapter.load(folder, torch.float32), adapter, tmp_path / "broken")
+        replace_tower(family.load(folder, torch.float32), family, tmp_path / "broken")
 
 
 def test_a_model_of_another_family_has_no_such_tower(folder, tiny_llama):
@@ -442,7 +444,7 @@ def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder
     arguments = [sys.executable, __file__, json.dumps(settings), address, str(tmp_path)]
     ranks = [subprocess.Popen([*arguments, str(mine)], env={**os.environ, "OMP_NUM_THREADS": "1"}) for mine in range(2)]
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    expected = updated(Worker(Policy(validate(RunConfig, settings), backend)))
+    expected = updated(Worker(ResolvedModel(validate(RunConfig, settings), backend)))
     before = weights_of(with_tower(folder, other, tmp_path / "before"))
     for rank in range(2):
         theirs = load_file(tmp_path / f"{rank}.safetensors")
@@ -455,7 +457,7 @@ def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder
 def updated(worker, ranks=1, mine=0):
     """The weights after one step of preferences, to which this rank gives its part."""
     worker.load("dpo")
-    prompts = worker.policy.prompts(0).draw(4)
+    prompts = worker.resolved.prompts(0).draw(4)
     own = prompts[4 * mine // ranks : 4 * (mine + 1) // ranks]
     read = [worker.embed([prompt.vision for prompt in own])]
     if ranks > 1:
@@ -463,7 +465,7 @@ def updated(worker, ranks=1, mine=0):
         torch.distributed.all_gather_object(read, read[0])
     visions = [vision for part in read for vision in part]
     batch = batch_of([replace(prompt, vision=vision) for prompt, vision in zip(prompts, visions, strict=True)])
-    (step,) = worker.actor.passes.steps(batch, worker.actor.objective, 0)
+    (step,) = worker.actor.schedule.steps(batch, worker.actor.objective, 0)
     part, _ = deal(step, ranks, 80, whole_groups=True)[mine]
     worker.update([replace(part, ref_logprobs=worker.reference_logprobs(part))])
     return {name: tensor.clone() for name, tensor in worker.actor.weights()}
@@ -471,7 +473,9 @@ def updated(worker, ranks=1, mine=0):
 
 def rank(settings, address, folder, mine):
     kind = registry.load("backends", "cpu")
-    worker = Worker(Policy(validate(RunConfig, settings), kind(kind.Options(threads=1))), {"actor", "reference", "vision"})
+    worker = Worker(
+        ResolvedModel(validate(RunConfig, settings), kind(kind.Options(threads=1))), {"actor", "reference", "vision"}
+    )
     worker.join(mine, 2, address)
     save_file(updated(worker, 2, mine), folder / f"{mine}.safetensors")
     torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlcore.distributed.broadcast import Link
+from rlcore.distributed.broadcast import WeightBroadcast
 
 rank, backend = int(sys.argv[1]), conftest.BACKEND
 here = backend.device(rank)
@@ -30,7 +30,7 @@ torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
 backend.adamw([{"params": list(layer.parameters())}], lr=1e-3).step()
 
 group = backend.group(sys.argv[3], rank, 2)
-link = Link(group, here, 256)
+link = WeightBroadcast(group, here, 256)
 if rank == 0:
     link.send([("a", torch.ones(3).to(here)), ("b", torch.ones(500, dtype=torch.bfloat16).to(here))])
 else:

@@ -35,7 +35,7 @@ ASCEND = Path(vllm_ascend.__file__).parent
 def test_the_platform_is_the_real_one():
     assert version("vllm-ascend") == vllm.__version__ == "0.23.0"
     assert type(current_platform).__module__ == "vllm_ascend.platform"
-    assert (current_platform.device_type, current_platform.ray_device_key) == ("npu", next(iter(NPU().bundle())))
+    assert (current_platform.device_type, current_platform.ray_device_key) == ("npu", next(iter(NPU().device_resources())))
     assert current_platform.device_control_env_var == "ASCEND_RT_VISIBLE_DEVICES"
 
 

@@ -23,7 +23,7 @@ from rlcore.checkpoint.state import load_generator, save_generator
 from rlcore.model import loading
 from rlcore.model.precision import WorkingCopy
 from rlcore.runtime import memory
-from rlcore.runtime.memory import Parked
+from rlcore.runtime.memory import OffloadedTensors
 from rlcore.types import Packed, Segment
 
 HERE = BACKEND.device(0)
@@ -34,7 +34,7 @@ KERNELS = ROTARY | {
 }  # fmt: skip
 NOT_HERE = {
     "collectives": "ranks.py", "group": "ranks.py", "engine_options": "test_vllm_ascend.py",
-    "bundle": "Ray's", "sharing": "no device's", "network": "no device's", "default_precision": "no device's",
+    "device_resources": "Ray's", "sharing": "no device's", "network": "no device's", "default_precision": "no device's",
     "_remedy": "a torch_npu that does not import", "conflicts": "before torch", "_needed": "before torch",
     "environment": "before torch",
 }  # fmt: skip
@@ -98,7 +98,7 @@ def test_memory_is_counted():
 def test_what_is_parked_leaves_and_comes_back():
     tensor = torch.arange(2.0**20).to(HERE)
     held = torch.npu.memory_allocated(HERE)
-    parked = Parked(lambda: [tensor])
+    parked = OffloadedTensors(lambda: [tensor])
     parked.pause()
     assert all(copy.is_pinned() for _, _, copy in parked._away)
     assert parked.device_bytes() == 0 and torch.npu.memory_allocated(HERE) <= held - tensor.nbytes
@@ -106,23 +106,23 @@ def test_what_is_parked_leaves_and_comes_back():
     assert torch.equal(tensor.cpu(), torch.arange(2.0**20))
 
 
-@pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen2_5_vl"])
-def test_a_step_of_a_model_goes_through_the_kernels(family, tmp_path, calls):
-    registry.load("models", family)(tmp_path, hidden_size=64, layers=1)
-    adapter = registry.load("adapters", loading.model_type(tmp_path))(tmp_path)
-    model = BACKEND.fuse(adapter.load(tmp_path, torch.float32).to(HERE))
+@pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_qwen2_5_vl"])
+def test_a_step_of_a_model_goes_through_the_kernels(kind, tmp_path, calls):
+    registry.load("models", kind)(tmp_path, hidden_size=64, layers=1)
+    family = registry.load("families", loading.model_type(tmp_path))(tmp_path)
+    model = BACKEND.fuse(family.load(tmp_path, torch.float32).to(HERE))
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5))])
     places = positions.expand(3, -1) if hasattr(model.model, "language_model") else positions
     row = Packed(torch.arange(11), places, (Segment(0, 5, (3, 3)),), *[torch.arange(3)] * 3, [])
     with WorkingCopy(model, torch.bfloat16)():
-        hidden = adapter.hidden(model, row)
+        hidden = family.hidden(model, row)
         assert hidden.device == HERE and hidden.shape == (11, 64) and hidden.dtype == torch.bfloat16
         hidden.float().sum().backward()
     moved = [weight for weight in model.parameters() if weight.grad is not None]
     torch.nn.utils.clip_grad_norm_(moved, 1.0)
     BACKEND.adamw([{"params": moved}], lr=1e-3).step()
     asked = calls()
-    wanted = KERNELS if family != "tiny_qwen2_5_vl" else KERNELS - ROTARY  # whose positions on three axes are left as they are
+    wanted = KERNELS if kind != "tiny_qwen2_5_vl" else KERNELS - ROTARY  # whose positions on three axes are left as they are
     assert [kernel for kernel in wanted if not any(name.startswith(kernel) for name in asked)] == []
     assert wanted == KERNELS or not any(name.startswith(tuple(ROTARY)) for name in asked)
 

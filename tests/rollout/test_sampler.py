@@ -27,10 +27,10 @@ def picture(color, size=112):
     return image
 
 
-def start(backend, folder, family, dtype=torch.float32, **options):
-    adapter = registry.load("adapters", family)(folder)
+def start(backend, folder, kind, dtype=torch.float32, **options):
+    family = registry.load("families", kind)(folder)
     config = RolloutConfig(engine="torch", options=options)
-    return adapter, torch_sampler.build(adapter, folder, backend, config, dtype, 256, 0)
+    return family, torch_sampler.build(family, folder, backend, config, dtype, 256, 0)
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +67,26 @@ def gap(model, group, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_a_whole_forward_pass(text, temperature):
-    folder, adapter, sampler = text
+    folder, family, sampler = text
     model = AutoModelForCausalLM.from_pretrained(folder)
-    for group in sampler.generate([adapter.encode(row(q)) for q in QUESTIONS], Sampling(3, 12, temperature)):
+    for group in sampler.generate([family.encode(row(q)) for q in QUESTIONS], Sampling(3, 12, temperature)):
         assert len(group.samples) == 3
         assert gap(model, group, temperature) < 1e-4
 
 
 def test_images_and_text_are_sampled_alike(vision):
-    folder, adapter, sampler = vision
+    folder, family, sampler = vision
     model = AutoModelForImageTextToText.from_pretrained(folder)
     rows = [row(QUESTIONS[0], picture("red")), row(QUESTIONS[1]), row("Which?", picture("blue", 168), picture("green"))]
-    for group in sampler.generate([adapter.encode(one) for one in rows], Sampling(2, 8)):
+    for group in sampler.generate([family.encode(one) for one in rows], Sampling(2, 8)):
         assert gap(model, group) < 1e-4
 
 
 def test_prompts_of_one_length_are_continued_together_as_if_alone(vision):
-    _, adapter, sampler = vision
+    _, family, sampler = vision
     wide = picture("red", 224)
     rows = [row("How many?", wide), row("How many?"), row("How many?", wide.rotate(90, expand=True))]
-    prompts = [adapter.encode(one) for one in rows]
+    prompts = [family.encode(one) for one in rows]
     assert len(prompts[0].token_ids) == len(prompts[2].token_ids) != len(prompts[1].token_ids)
     assert prompts[0].next_position == prompts[2].next_position != len(prompts[0].token_ids)
     for temperature in (0.0, 1.0):
@@ -98,8 +98,8 @@ def test_prompts_of_one_length_are_continued_together_as_if_alone(vision):
 
 
 def test_a_seed_repeats_a_call_whatever_came_before(text):
-    _, adapter, sampler = text
-    prompts = [adapter.encode(row(q)) for q in QUESTIONS]
+    _, family, sampler = text
+    prompts = [family.encode(row(q)) for q in QUESTIONS]
     first = tokens(sampler.generate(prompts, Sampling(4, 8, seed=5)))
     before = torch.get_rng_state()
     assert tokens(sampler.generate(prompts, Sampling(4, 8, seed=6))) != first
@@ -114,26 +114,26 @@ def test_every_bit_of_a_seed_counts():
 
 
 def test_two_rows_of_one_prompt_draw_differently(text):
-    _, adapter, sampler = text
-    prompt = adapter.encode(row(QUESTIONS[0]))
+    _, family, sampler = text
+    prompt = family.encode(row(QUESTIONS[0]))
     one, other = sampler.generate([prompt, prompt], Sampling(4, 8, seed=5))
     assert tokens([one]) != tokens([other])
     assert tokens(sampler.generate([prompt], Sampling(4, 8, seed=5, first=1))) == tokens([other]), "wherever it is drawn"
 
 
 def test_a_sample_without_all_its_logprobs_is_refused(text):
-    _, adapter, _ = text
-    group = Group(adapter.encode(row("go")), [Sample([9, 10], [-1.0], "", "stop", 0)])
+    _, family, _ = text
+    group = Group(family.encode(row("go")), [Sample([9, 10], [-1.0], "", "stop", 0)])
     with pytest.raises(RunError, match="go: the engine gave 1 log-probabilities for 2 tokens"):
         Batch.of([group])
 
 
 def test_samples_end_with_the_stop_token_or_at_the_limit(text):
-    _, adapter, sampler = text
-    samples = sampler.generate([adapter.encode(row("go"))], Sampling(96, 64))[0].samples
+    _, family, sampler = text
+    samples = sampler.generate([family.encode(row("go"))], Sampling(96, 64))[0].samples
     assert {sample.finish for sample in samples} == {"stop", "length"}
     for sample in samples:
-        stops = [token in adapter.stop_token_ids for token in sample.token_ids]
+        stops = [token in family.stop_token_ids for token in sample.token_ids]
         assert not any(stops[:-1])
         assert stops[-1] == (sample.finish == "stop")
         assert len(sample.token_ids) == len(sample.logprobs)
@@ -141,8 +141,8 @@ def test_samples_end_with_the_stop_token_or_at_the_limit(text):
 
 
 def test_temperature_0_is_greedy(text):
-    folder, adapter, sampler = text
-    prompt = adapter.encode(row("How many?"))
+    folder, family, sampler = text
+    prompt = family.encode(row("How many?"))
     samples = sampler.generate([prompt], Sampling(2, 6, temperature=0))[0].samples
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -160,13 +160,13 @@ def test_top_k_and_top_p_leave_out_the_unlikely():
 
 
 def test_new_weights_are_served_and_stamped(backend, text):
-    folder, adapter, _ = text
+    folder, family, _ = text
     _, sampler = start(backend, folder, "llama")
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    prompt = adapter.encode(row("How many?"))
+    prompt = family.encode(row("How many?"))
     assert gap(model, sampler.generate([prompt], Sampling(2, 8))[0]) > 1e-2
     receipt = sampler.load_weights(model.named_parameters(), 7)
     assert (receipt.version, receipt.tensors) == (7, len(list(model.parameters())))
@@ -192,25 +192,25 @@ def test_a_faulty_update_names_the_tensor(backend, text, fault):
         sampler.load_weights(weights.items(), 1)
 
 
-def weights_of(folder, adapter, step, dtype=torch.float32):
+def weights_of(folder, family, step, dtype=torch.float32):
     """Of a policy that has moved."""
-    family = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
-    model = family.from_pretrained(folder, dtype=dtype)
+    kind = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(step * 0.01)
-    return [(adapter.published_name(name), parameter) for name, parameter in model.named_parameters()]
+    return [(family.hf_name(name), parameter) for name, parameter in model.named_parameters()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
-def test_updates_sleeps_and_samples_leave_the_rest_of_a_model_as_it_was(backend, text, vision, family, dtype):
-    folder = (text if family == "llama" else vision)[0]
-    adapter, sampler = start(backend, folder, family, dtype)
-    prompts = [adapter.encode(row("How many?", *([picture("red")] if family == "qwen2_5_vl" else [])))]
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
+def test_updates_sleeps_and_samples_leave_the_rest_of_a_model_as_it_was(backend, text, vision, kind, dtype):
+    folder = (text if kind == "llama" else vision)[0]
+    family, sampler = start(backend, folder, kind, dtype)
+    prompts = [family.encode(row("How many?", *([picture("red")] if kind == "qwen2_5_vl" else [])))]
     assert len(sampler._constants._loaded) >= 2
     for version in (1, 2, 3):
-        sampler.load_weights(weights_of(folder, adapter, version, dtype), version)
+        sampler.load_weights(weights_of(folder, family, version, dtype), version)
         sampler.generate(prompts, Sampling(1, 4))
         sampler.pause()
         sampler.resume()
@@ -222,10 +222,10 @@ BUFFERS["qwen2_5_vl"] = ["model.visual.rotary_pos_emb.inv_freq", "model.language
 
 
 @pytest.mark.parametrize("event", ["the update to version 1", "waking the engine"])
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in BUFFERS.items() for name in names])
-def test_a_buffer_that_does_not_stay_as_it_was_is_named(backend, text, vision, family, name, event):
-    folder = (text if family == "llama" else vision)[0]
-    adapter, sampler = start(backend, folder, family)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUFFERS.items() for name in names])
+def test_a_buffer_that_does_not_stay_as_it_was_is_named(backend, text, vision, kind, name, event):
+    folder = (text if kind == "llama" else vision)[0]
+    family, sampler = start(backend, folder, kind)
     buffer = sampler._model.get_buffer(name)
 
     def spoiling(weights):
@@ -238,9 +238,9 @@ def test_a_buffer_that_does_not_stay_as_it_was_is_named(backend, text, vision, f
             buffer.zero_()
             sampler.resume()
         else:
-            sampler.load_weights(spoiling(weights_of(folder, adapter, 1)), 1)
+            sampler.load_weights(spoiling(weights_of(folder, family, 1)), 1)
     with pytest.raises(PhaseError):
-        sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))
+        sampler.generate([family.encode(row("How many?"))], Sampling(1, 2))
 
 
 def test_positions_that_grow_with_what_was_read_are_no_fault(models, backend):
@@ -250,23 +250,23 @@ def test_positions_that_grow_with_what_was_read_are_no_fault(models, backend):
     settings["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     settings["max_position_embeddings"] = 16
     (folder / "config.json").write_text(json.dumps(settings))
-    adapter, sampler = start(backend, folder, "llama")
+    family, sampler = start(backend, folder, "llama")
     before = sampler._model.model.rotary_emb.inv_freq.clone()
-    sampler.generate([adapter.encode(row("How many circles are there in this picture?"))], Sampling(1, 40))
+    sampler.generate([family.encode(row("How many circles are there in this picture?"))], Sampling(1, 40))
     assert not torch.equal(before, sampler._model.model.rotary_emb.inv_freq)
-    sampler.load_weights(weights_of(folder, adapter, 1), 1)
+    sampler.load_weights(weights_of(folder, family, 1), 1)
 
 
 def test_after_an_update_that_failed_nothing_is_sampled(backend, text):
-    folder, adapter, _ = text
+    folder, family, _ = text
     _, sampler = start(backend, folder, "llama")
     with pytest.raises(RunError, match="missing"):
-        sampler.load_weights(weights_of(folder, adapter, 1)[:-1], 1)
+        sampler.load_weights(weights_of(folder, family, 1)[:-1], 1)
     assert sampler.version is None
     with pytest.raises(PhaseError, match="whose last update failed; send it weights first"):
-        sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))
-    sampler.load_weights(weights_of(folder, adapter, 1), 1)
-    assert sampler.generate([adapter.encode(row("How many?"))], Sampling(1, 2))[0].samples[0].policy_version == 1
+        sampler.generate([family.encode(row("How many?"))], Sampling(1, 2))
+    sampler.load_weights(weights_of(folder, family, 1), 1)
+    assert sampler.generate([family.encode(row("How many?"))], Sampling(1, 2))[0].samples[0].policy_version == 1
 
 
 def test_unknown_options_are_named(backend, text):

@@ -141,7 +141,7 @@ def test_parts_that_move_leave_no_memory_behind():
         "    between.append(torch.ones(64))\n"
         "clock = Clock()\n"
         "residence = Residence(clock, ['parameters'])\n"
-        "residence.settle('parameters', Parked(lambda: weights))\n"
+        "residence.register('parameters', Parked(lambda: weights))\n"
         "full = resident()\n"
         "for phase in ('infer', 'train', 'infer', 'train'):\n"
         "    with residence.phase(phase):\n"

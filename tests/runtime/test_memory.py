@@ -12,7 +12,7 @@ from rlcore.cli.main import main
 from rlcore.config.sections import RolloutConfig
 from rlcore.monitor.clock import Clock
 from rlcore.rollout import sampler as torch_sampler
-from rlcore.runtime.memory import Parked, PhaseError, Residence, holding
+from rlcore.runtime.memory import MemoryManager, OffloadedTensors, PhaseError, holding
 from rlcore.types import Row, Sampling
 
 
@@ -26,7 +26,7 @@ def model():
 def test_parked_weights_leave_and_come_back_to_the_bit(model):
     before, first = model[0].weight.detach().clone(), model[0].weight
     view = model[0].weight.detach()[2:3]
-    parked = Parked(model.parameters)
+    parked = OffloadedTensors(model.parameters)
     assert parked.device_bytes() == 7 * 4 * 4, "tied weights are held once"
     parked.pause()
     assert parked.device_bytes() == 0 == first.untyped_storage().nbytes()
@@ -38,7 +38,7 @@ def test_parked_weights_leave_and_come_back_to_the_bit(model):
 def test_a_storage_that_several_tensors_stand_on_is_parked_once():
     whole = torch.arange(12.0)
     parts = [whole[:4], whole[4:].view(2, 4), whole]
-    parked = Parked(lambda: parts)
+    parked = OffloadedTensors(lambda: parts)
     assert parked.device_bytes() == whole.nbytes
     parked.pause()
     parked.resume()
@@ -46,7 +46,7 @@ def test_a_storage_that_several_tensors_stand_on_is_parked_once():
 
 
 def test_what_need_not_be_kept_comes_back_as_zeros(model):
-    parked = Parked(model.parameters, keep=False)
+    parked = OffloadedTensors(model.parameters, keep=False)
     parked.pause()
     parked.resume()
     assert not model[0].weight.any()
@@ -54,7 +54,7 @@ def test_what_need_not_be_kept_comes_back_as_zeros(model):
 
 def test_an_optimizer_has_nothing_to_park_before_its_first_step(model):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    parked = Parked(lambda: [value for state in optimizer.state.values() for value in state.values() if value.dim()])
+    parked = OffloadedTensors(lambda: [value for state in optimizer.state.values() for value in state.values() if value.dim()])
     parked.pause()
     parked.resume()
     model(torch.tensor([1])).sum().backward()
@@ -83,10 +83,10 @@ class Part:
 
 def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
     clock = Clock()
-    residence = Residence(clock, ["engine", "optimizer", "parameters", "reference"])
+    memory_manager = MemoryManager(clock, ["engine", "optimizer", "parameters", "reference"])
     parts = {name: Part() for name in ("engine", "optimizer", "parameters", "reference")}
     for name, part in parts.items():
-        residence.settle(name, part)
+        memory_manager.register(name, part)
 
     def there():
         return {name for name, part in parts.items() if part.there}
@@ -95,9 +95,9 @@ def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
         ("reshard", {"engine", "parameters"}), ("infer", {"engine"}), ("infer", {"engine"}), ("reference", {"reference"}),
         ("score", {"parameters"}), ("train", {"parameters", "optimizer"}), ("send", {"parameters"}),
     ):  # fmt: skip
-        with residence.phase(phase):
+        with memory_manager.phase(phase):
             assert there() == needed, phase
-    memory = residence.memory()
+    memory = memory_manager.memory()
     assert memory == {
         "memory/reshard": 2, "memory/infer": 1, "memory/reference": 1, "memory/score": 1, "memory/train": 2, "memory/send": 1
     }  # fmt: skip
@@ -107,28 +107,28 @@ def test_a_phase_has_what_it_needs_and_only_that_of_what_may_leave():
 
 
 def test_the_memory_of_a_phase_is_the_most_of_its_visits():
-    residence = Residence(Clock(), [])
-    residence.settle("engine", Part())
+    memory_manager = MemoryManager(Clock(), [])
+    memory_manager.register("engine", Part())
     for parameters in (None, Part(), None):
-        residence.settle("parameters", parameters)
-        with residence.phase("reshard"):
+        memory_manager.register("parameters", parameters)
+        with memory_manager.phase("reshard"):
             pass
-    residence.note("train", extra=2**31)
-    assert residence.memory() == {"memory/reshard": 2, "memory/train": 3}
-    assert residence.memory() == {}, "each call begins anew"
+    memory_manager.note("train", extra=2**31)
+    assert memory_manager.memory() == {"memory/reshard": 2, "memory/train": 3}
+    assert memory_manager.memory() == {}, "each call begins anew"
 
 
 def test_what_may_not_leave_stays():
-    residence, part = Residence(Clock(), []), Part()
-    residence.settle("engine", part)
-    with residence.phase("train"):
+    memory_manager, part = MemoryManager(Clock(), []), Part()
+    memory_manager.register("engine", part)
+    with memory_manager.phase("train"):
         assert part.there
 
 
 def test_a_paused_engine_refuses_weights_and_prompts(tiny_llama, backend):
-    adapter = registry.load("adapters", "llama")(tiny_llama)
-    engine = torch_sampler.build(adapter, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
-    prompt = adapter.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
+    family = registry.load("families", "llama")(tiny_llama)
+    engine = torch_sampler.build(family, tiny_llama, backend, RolloutConfig(), torch.float32, 64, 0)
+    prompt = family.encode(Row("a", [{"role": "user", "content": "3 + 4?"}]))
     before = engine.generate([prompt], Sampling(2, 4))
     engine.pause()
     with pytest.raises(PhaseError, match="sampling was asked of an engine that is paused; resume it first"):

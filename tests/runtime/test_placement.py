@@ -23,13 +23,13 @@ from rlcore import registry
 from rlcore.cli.main import main
 from rlcore.config.schema import RunConfig
 from rlcore.errors import PluginError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Span, timings
 from rlcore.runtime import placement
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.pool import Pool, merged
 from rlcore.runtime.roles import PooledRollout
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import ROLES, Worker
 from rlcore.types import Batch, Prompt, Receipt, Row, Sampling
 
@@ -319,10 +319,10 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     names = ("rollout", "gather", "load", "pause", "resume")
     members = []
     for seconds in ((0.3, 0.2, 0.1, 0.05, 0.06), (0.5, 0.1, 0.1, 0.02, 0.08)):
-        worker = Worker(Policy(config, backend))
+        worker = Worker(ResolvedModel(config, backend))
         worker.rollout = worker.actor = Slow(dict(zip(names, seconds, strict=True)))
-        worker.residence.settle("engine", worker.rollout)
-        worker.residence.settle("parameters", Slow({"pause": 0.04, "resume": 0.07}))
+        worker.memory_manager.register("engine", worker.rollout)
+        worker.memory_manager.register("parameters", Slow({"pause": 0.04, "resume": 0.07}))
         members.append(Threaded(worker))
     placement = Placement(config, dict.fromkeys(ROLES, Pool(members)))
     started = time.perf_counter()
@@ -334,7 +334,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
     assert timing["timing/all"] == pytest.approx(0.3 + 0.04 + 0.5, rel=0.05)
     assert timing["timing/other"] < 0.05 * timing["timing/all"]
     for member in members:
-        with member.worker.residence.phase("score"):
+        with member.worker.memory_manager.phase("score"):
             pass
     timing = timings(placement.spans(), started, time.perf_counter())
     assert timing["timing/resharding_to_train"] == pytest.approx(0.05 + 0.07, rel=0.05)
@@ -351,15 +351,15 @@ class Drawn:
 
 
 def policy_of(folder, backend, **sections):
-    return Policy(RunConfig.model_validate(settings(folder, **sections)), backend)
+    return ResolvedModel(RunConfig.model_validate(settings(folder, **sections)), backend)
 
 
 def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backend):
-    policy = policy_of(tiny_llama, backend)
-    workers = [Worker(policy) for _ in range(2)]
+    resolved = policy_of(tiny_llama, backend)
+    workers = [Worker(resolved) for _ in range(2)]
     for worker in workers:
         worker.start_engine()
-    prompts = policy.prompts(seed=0).draw(5)
+    prompts = resolved.prompts(seed=0).draw(5)
     alone = workers[0].rollout.generate(prompts, Sampling(2, 6, seed=3))
     groups = PooledRollout(Pool([Threaded(Drawn(worker)) for worker in workers]), 1).generate(prompts, Sampling(2, 6, seed=3))
     assert [group.prompt for group in groups] == prompts
@@ -368,11 +368,11 @@ def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backen
 
 
 def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend):
-    policy = policy_of(tiny_llama, backend, model={"path": str(tiny_llama), "precision": "fp32"}, optimizer={"lr": 0.1})
-    with placement.local(policy, Watch(0, Path())) as run:
+    resolved = policy_of(tiny_llama, backend, model={"path": str(tiny_llama), "precision": "fp32"}, optimizer={"lr": 0.1})
+    with placement.local(resolved, Watchdog(0, Path())) as run:
         run.load("grpo")
         run.start_engines()
-        prompts, before = policy.prompts(seed=0).draw(2), []
+        prompts, before = resolved.prompts(seed=0).draw(2), []
         for version in (0, 1, 2):
             assert run.sync_weights().version == version
             batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 6, seed=1)))
@@ -397,8 +397,8 @@ class Elsewhere:
 
 
 def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backend):
-    policy = policy_of(tiny_llama, backend)
-    run = Placement(policy.config, dict.fromkeys(ROLES, Pool([Threaded(Elsewhere()), Threaded(Worker(policy))])))
+    resolved = policy_of(tiny_llama, backend)
+    run = Placement(resolved.config, dict.fromkeys(ROLES, Pool([Threaded(Elsewhere()), Threaded(Worker(resolved))])))
     (span,) = run.spans()
     assert span.worker == 1 and span.end == pytest.approx(time.perf_counter(), abs=0.5)
     assert span.end - span.start == pytest.approx(1, abs=0.1)
@@ -407,12 +407,12 @@ def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backen
 def one_update(folder, backend, **sections):
     """A run in this process; its batch before and after an update that changes every weight."""
     exact = {"model": {"path": str(folder), "precision": "fp32"}, "optimizer": {"lr": 0.1}}
-    policy = policy_of(folder, backend, **exact, **sections)
-    run = placement.local(policy, Watch(0, Path()))
+    resolved = policy_of(folder, backend, **exact, **sections)
+    run = placement.local(resolved, Watchdog(0, Path()))
     run.load("grpo")
     run.start_engines()
     run.sync_weights()
-    batch = Batch.of(run.rollout.generate(policy.prompts(seed=0).draw(2), Sampling(4, 6, seed=1)))
+    batch = Batch.of(run.rollout.generate(resolved.prompts(seed=0).draw(2), Sampling(4, 6, seed=1)))
     return run, replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask)))
 
 
@@ -437,12 +437,12 @@ def test_the_memory_of_an_update_counts_its_gradients(tiny_llama, backend):
 
 
 def test_memory_is_that_of_the_worker_that_holds_most(tiny_llama, backend):
-    policy, members = policy_of(tiny_llama, backend), []
+    resolved, members = policy_of(tiny_llama, backend), []
     for size in (2**32, 2**30):
-        worker = Worker(policy)
-        worker.residence.note("train", extra=size)
+        worker = Worker(resolved)
+        worker.memory_manager.note("train", extra=size)
         members.append(Threaded(worker))
-    everyone = Placement(policy.config, dict.fromkeys(ROLES, Pool(members)))
+    everyone = Placement(resolved.config, dict.fromkeys(ROLES, Pool(members)))
     assert everyone.memory()["memory/train"] == 4
 
 
@@ -466,12 +466,12 @@ def test_workers_compute_in_the_precision_that_was_chosen_here(tiny_llama, backe
     other = {"fp32": "bf16", "bf16": "fp32"}[backend.default_precision()]
     with monkeypatch.context() as patch:
         patch.setattr(type(backend), "default_precision", lambda self: other)
-        policy = policy_of(tiny_llama, backend, model={"path": str(tiny_llama)}, placement={"kind": "ray"})
-    with registry.load("placements", "ray")(policy, Watch(0, Path())) as there:
+        resolved = policy_of(tiny_llama, backend, model={"path": str(tiny_llama)}, placement={"kind": "ray"})
+    with registry.load("placements", "ray")(resolved, Watchdog(0, Path())) as there:
         there.load("grpo")
         there.start_engines()
         receipt = there.sync_weights()
-    numbers = sum(weight.numel() for weight in policy.load(policy.folder).parameters())
+    numbers = sum(weight.numel() for weight in resolved.load(resolved.folder).parameters())
     assert receipt.bytes == numbers * {"fp32": 4, "bf16": 2}[other]
 
 

@@ -18,7 +18,7 @@ from ray_jobs import Job
 
 from rlcore.cli.main import main
 from rlcore.errors import WorkerDied
-from rlcore.monitor.heartbeat import Condition, Place, Progress, Pulse, observe
+from rlcore.monitor.heartbeat import Condition, Heartbeat, Place, Progress, observe
 from rlcore.runtime.pool import results
 from rlcore.runtime.watchdog import Report, Stillness
 
@@ -91,9 +91,9 @@ def worker():
         def start(what):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", SHOW, what], stdout=-1, text=True))
             stack.callback(process.kill)
-            pid, pulse, stacks = (int(number) for number in process.stdout.readline().split())
+            pid, heartbeat, stacks = (int(number) for number in process.stdout.readline().split())
             time.sleep(0.2)  # into what it does
-            return process, Place("worker 1", "here", pid, pulse, stacks)
+            return process, Place("worker 1", "here", pid, heartbeat, stacks)
 
         yield start
 
@@ -211,12 +211,12 @@ def test_a_worker_that_is_gone_is_said_to_be(worker):
 
 
 def test_stages_may_overlap():
-    pulse = Pulse()
-    with pulse.stage("rollout"):
-        with pulse.stage("reward"):
-            assert pulse.progress().stage == "rollout, reward"
-        assert pulse.progress().stage == "rollout"
-    assert pulse.progress().stage == "" and pulse.progress().beats == 5
+    heartbeat = Heartbeat()
+    with heartbeat.stage("rollout"):
+        with heartbeat.stage("reward"):
+            assert heartbeat.progress().stage == "rollout, reward"
+        assert heartbeat.progress().stage == "rollout"
+    assert heartbeat.progress().stage == "" and heartbeat.progress().beats == 5
 
 
 # what is made of it

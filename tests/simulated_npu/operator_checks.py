@@ -162,25 +162,25 @@ def test_operators_refuse_what_the_real_ones_would_misread(call):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
+def kind(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
     registry.load("models", request.param)(folder, hidden_size=32, layers=1, **FAMILIES[request.param])
-    adapter = registry.load("adapters", loading.model_type(folder))(folder)
-    return folder, adapter
+    family = registry.load("families", loading.model_type(folder))(folder)
+    return folder, family
 
 
 @pytest.fixture
-def pair(family):
+def pair(kind):
     """A model and its fused copy."""
-    folder, adapter = family
-    model = adapter.load(folder, torch.float32).to(HERE)
+    folder, family = kind
+    model = family.load(folder, torch.float32).to(HERE)
     return model, NPU().fuse(copy.deepcopy(model))
 
 
 @pytest.fixture
-def run(family, monkeypatch):
+def run(kind, monkeypatch):
     """What a model makes of a row, and its gradients; with the device's attention or with the yardstick."""
-    adapter, segments = family[1], ROWS[1]
+    family, segments = kind[1], ROWS[1]
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5), (1, 0), (4, 1), (7, 1))])
 
     def through(model, attention=ATTENTION, compute=torch.float32):
@@ -191,7 +191,7 @@ def run(family, monkeypatch):
         model.zero_grad()
         dispatch.counts.clear()
         with torch.autocast("npu", dtype=compute, enabled=compute != torch.float32):
-            hidden = adapter.hidden(model, packed)
+            hidden = family.hidden(model, packed)
         (hidden * numbers(*hidden.shape, seed=5).to(HERE)).sum().backward()
         return hidden, *(weight.grad for weight in text.parameters() if weight.requires_grad)
 
@@ -261,15 +261,15 @@ def test_dtypes_are_those_of_the_model_without_kernels(pair):
             assert {rotated.dtype for rotated in operators.rotated(query, query, angles, angles)} == {states}
 
 
-def test_additions_made_after_fusing_go_through_the_kernels(family, pair, run):
+def test_additions_made_after_fusing_go_through_the_kernels(kind, pair, run):
     """And names of weights are as they were."""
-    adapter = family[1]
+    family = kind[1]
     assert [name for name, _ in pair[0].named_parameters()] == [name for name, _ in pair[1].named_parameters()]
     results = []
     for model, attention in zip(pair, (packed_attention, ATTENTION), strict=True):
-        tower = adapter.vision_tower(model)
+        tower = family.vision_tower(model)
         frozen = [name for name, layer in model.named_modules() if tower and layer in [*tower.modules()]]
-        model = lora.attach(model, LoraConfig(rank=2), adapter.head(model), frozen)
+        model = lora.attach(model, LoraConfig(rank=2), family.head(model), frozen)
         for number, (_, weight) in enumerate(lora.additions(model)):
             weight.data.copy_(numbers(*weight.shape, seed=number) / 20)
         results.append(run(model, attention))
@@ -277,9 +277,9 @@ def test_additions_made_after_fusing_go_through_the_kernels(family, pair, run):
     assert_close(*reversed(results))
 
 
-def test_a_model_of_shapes_alone_is_fused(family, pair, run):
-    folder, adapter = family
-    outline = NPU().fuse(adapter.outline(folder, torch.float32))
+def test_a_model_of_shapes_alone_is_fused(kind, pair, run):
+    folder, family = kind
+    outline = NPU().fuse(family.outline(folder, torch.float32))
     assert all(weight.is_meta for weight in outline.parameters())
     outline = copy.deepcopy(outline).to_empty(device=HERE)
     outline.load_state_dict(pair[0].state_dict())

@@ -8,16 +8,16 @@ import torch
 from rlcore.algorithms import grpo
 from rlcore.algorithms.loss import policy_loss
 from rlcore.config.algorithm import AlgorithmConfig
-from rlcore.types import Outcome, TokenView
+from rlcore.types import AdvantageInputs, TokenView
 
 
 def advantages(rewards, groups, valid=None, **settings):
     valid = [True] * len(rewards) if valid is None else valid
     lengths = torch.ones(len(rewards), dtype=torch.int64)
-    outcome = Outcome(
+    inputs = AdvantageInputs(
         torch.tensor(rewards), torch.tensor(valid), torch.tensor(groups), lengths, penalties=torch.zeros(len(rewards))
     )
-    return grpo.advantages(outcome, AlgorithmConfig(**settings)).tolist()
+    return grpo.advantages(inputs, AlgorithmConfig(**settings)).tolist()
 
 
 def view(logprobs, advantages, old=None, ref=None, rollout=None, kl_coef=0.0):

@@ -231,12 +231,12 @@ def test_an_evaluation_samples_as_it_is_told_and_not_as_training_does(start, tin
     )  # fmt: skip
     told = [sample for sample in samples if sample["phase"] == "eval"]
     assert len(told) == metrics[0]["eval/rows"] == 3
-    adapter = registry.load("adapters", "llama")(tiny_llama)
+    family = registry.load("families", "llama")(tiny_llama)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for row, sample in zip(load_rows(DatasetConfig(**yaml.safe_load(rows))), told, strict=True):
-        prompt = torch.tensor([list(adapter.encode(row).token_ids)])
-        ids = model.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=sorted(adapter.stop_token_ids))
-        assert sample["response"] == adapter.decode(ids[0, prompt.shape[1] :].tolist())
+        prompt = torch.tensor([list(family.encode(row).token_ids)])
+        ids = model.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=sorted(family.stop_token_ids))
+        assert sample["response"] == family.decode(ids[0, prompt.shape[1] :].tolist())
     assert max(sample["response_tokens"] for sample in told) == 9 > 6
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlcore import registry
 from rlcore.algorithms.loss import objective
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.device import Backend
@@ -21,7 +21,7 @@ from rlcore.distributed.fsdp import Sharding
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loading import model_type
-from rlcore.protocols import Adapter
+from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Group, Row, Sample
 
 SOURCES = {"text": "tiny_qwen3", "vision": "tiny_qwen2_5_vl"}
@@ -39,7 +39,7 @@ class Case:
     """A model folder, how it is read, and groups with everything that a loss looks at."""
 
     folder: Path
-    adapter: Adapter
+    family: ModelFamily
     batch: Batch
 
     @property
@@ -60,11 +60,11 @@ class Case:
         self, device: torch.device, dtype: torch.dtype, backend: Backend | None = None, sharding: Sharding | None = None
     ) -> TorchActor:
         """An actor as a run has it; without a backend nothing but plain torch."""
-        model = self.adapter.load(self.folder, torch.float32).to(device)
+        model = self.family.load(self.folder, torch.float32).to(device)
         own = {"adamw": backend.adamw} if backend else {}
         return TorchActor(
-            backend.fuse(model) if backend else model, self.adapter, ForwardSettings(device, dtype, CAP, TEMPERATURE),
-            objective(ALGORITHM, LONGEST), OPTIMIZER, Passes(STEPS), sharding=sharding, **own,
+            backend.fuse(model) if backend else model, self.family, ForwardSettings(device, dtype, CAP, TEMPERATURE),
+            objective(ALGORITHM, LONGEST), OPTIMIZER, MinibatchSchedule(STEPS), sharding=sharding, **own,
         )  # fmt: skip
 
 
@@ -72,8 +72,8 @@ def make(kind: str, folder: Path) -> Case:
     """One of `SOURCES`, into `folder`."""
     registry.load("models", SOURCES[kind])(folder, **SIZES)
     _rewrite(folder / "model.safetensors")
-    adapter = registry.load("adapters", model_type(folder))(folder)
-    return Case(folder, adapter, _batch(adapter, with_images=kind == "vision"))
+    family = registry.load("families", model_type(folder))(folder)
+    return Case(folder, family, _batch(family, with_images=kind == "vision"))
 
 
 def _rewrite(file: Path) -> None:
@@ -87,7 +87,7 @@ def _rewrite(file: Path) -> None:
     save_file({name: drawn(tensor) for name, tensor in sorted(load_file(file).items())}, file, {"format": "pt"})
 
 
-def _batch(adapter: Adapter, with_images: bool) -> Batch:
+def _batch(family: ModelFamily, with_images: bool) -> Batch:
     """Two prompts, three and two responses; one of them does not count."""
     random = torch.Generator().manual_seed(1)
 
@@ -101,7 +101,7 @@ def _batch(adapter: Adapter, with_images: bool) -> Batch:
         row = Row(f"row {number}", [{"role": "user", "content": content}], images=[_picture(number)] if with_images else [])
         lengths = torch.randint(3, LONGEST + 1, (samples,), generator=random).tolist()
         ids = [torch.randint(8, 256, (length,), generator=random).tolist() for length in lengths]
-        groups.append(Group(adapter.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
+        groups.append(Group(family.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
     batch = Batch.of(groups)
     old = near(torch.full((len(batch.loss_mask),), -6.0), 0.5)
     advantages, counts = torch.randn(len(batch.lengths), generator=random), torch.arange(len(batch.lengths)) != 1

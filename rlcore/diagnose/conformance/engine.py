@@ -10,7 +10,7 @@ from torch import Tensor
 from rlcore.diagnose.conformance.measurement import Measurement
 from rlcore.diagnose.conformance.section import Setup
 from rlcore.errors import RunError
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.memory import PhaseError
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, NamedTensors, Sampling
@@ -25,9 +25,9 @@ FAULTS: Mapping[str, Callable[[list[tuple[str, Tensor]]], NamedTensors]] = {
 
 
 def measure(setup: Setup) -> Iterator[Measurement]:
-    policy = Policy(setup.config, setup.backend)
-    prompts = policy.prompts(seed=0).draw(3)
-    worker = Worker(policy)
+    resolved = ResolvedModel(setup.config, setup.backend)
+    prompts = resolved.prompts(seed=0).draw(3)
+    worker = Worker(resolved)
     worker.load("grpo")
     worker.start_engine()
     actor, rollout = worker.actor, worker.rollout
@@ -36,7 +36,9 @@ def measure(setup: Setup) -> Iterator[Measurement]:
         rollout.load_weights(actor.weights(), version)
         batch = Batch.of(rollout.generate(prompts, SAMPLING))
         gap = float((actor.logprobs(batch) - batch.rollout_logprobs).abs().max())
-        yield Measurement(f"{which} weights: log-probabilities, engine to actor", gap, MISMATCH[policy.settings.compute_dtype])
+        yield Measurement(
+            f"{which} weights: log-probabilities, engine to actor", gap, MISMATCH[resolved.settings.compute_dtype]
+        )
         stale = sum(sample.policy_version != version for sample in batch.samples)
         yield Measurement(f"{which} weights: samples under another version", float(stale))
         shift(actor.model)

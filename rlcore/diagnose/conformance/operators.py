@@ -16,7 +16,7 @@ from rlcore.distributed.fingerprint import fingerprint
 from rlcore.model import attention
 from rlcore.model.logprob import token_logprobs
 from rlcore.model.packing import microbatches
-from rlcore.runtime.memory import Parked
+from rlcore.runtime.memory import OffloadedTensors
 from rlcore.types import Segment
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -90,7 +90,7 @@ def fuse(setup: Setup, dtype: torch.dtype) -> float:
     for backend in (None, setup.backend):
         actor = made.actor(setup.device, dtype, backend)
         with actor.working():
-            hidden = made.adapter.hidden(actor.model, packed)
+            hidden = made.family.hidden(actor.model, packed)
             hidden.backward(noise(hidden.shape, 9).to(hidden))
         found.append([hidden, *(weight.grad for weight in actor.model.parameters())])
     return apart(found[1], found[0])
@@ -122,7 +122,7 @@ def park(device: torch.device) -> tuple[float, float]:
     """Tensors with other bytes after they were away, and bytes that their storages had meanwhile."""
     before = [noise((size,), size) for size in SIZES]
     tensors = [tensor.clone().to(device) for tensor in before]
-    parked = Parked(lambda: tensors)
+    parked = OffloadedTensors(lambda: tensors)
     parked.pause()
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     parked.resume()

@@ -19,11 +19,11 @@ from rlcore.diagnose.conformance.measurement import Measurement
 from rlcore.diagnose.conformance.numbers import LATER, LOSS, away, first_step, goldens
 from rlcore.diagnose.conformance.section import Setup
 from rlcore.distributed import world
-from rlcore.distributed.broadcast import Link
+from rlcore.distributed.broadcast import WeightBroadcast
 from rlcore.distributed.fsdp import Sharding
 from rlcore.errors import RunError
 from rlcore.model.actor import TorchActor
-from rlcore.model.optimizer import Tally
+from rlcore.model.optimizer import StepStatistics
 from rlcore.model.packing import deal
 from rlcore.types import Metrics
 
@@ -102,7 +102,7 @@ def collectives(mine: int, device: torch.device) -> Iterator[Measurement]:
 
 def between_pools(setup: Setup, made: case.Case, mine: int, device: torch.device, address: str) -> Iterator[Measurement]:
     """Weights through the group that pools have in common."""
-    link = Link(setup.backend.group(address, mine, RANKS), device, BUCKET)
+    link = WeightBroadcast(setup.backend.group(address, mine, RANKS), device, BUCKET)
     weights = dict(made.actor(device, torch.float32, setup.backend).weights())
     if mine == 0:
         link.send(weights.items())
@@ -127,13 +127,13 @@ def halves(made: case.Case, sharding: Sharding, setup: Setup, mine: int, name: s
 
 def step(actor: TorchActor, made: case.Case, mine: int) -> Metrics:
     """One optimizer step of all ranks, and what it reports."""
-    (batch,) = actor.passes.steps(made.batch, actor.objective, actor.learner.steps)
-    tallies: list[Any] = [None] * RANKS
-    dist.all_gather_object(tallies, actor.step(deal(batch, RANKS, case.CAP)[mine][0]))
-    total = Tally()
-    for tally in tallies:
-        total += tally
-    return total.metrics(batch.unit)
+    (batch,) = actor.schedule.steps(made.batch, actor.objective, actor.learner.steps)
+    statistics_of_ranks: list[Any] = [None] * RANKS
+    dist.all_gather_object(statistics_of_ranks, actor.step(deal(batch, RANKS, case.CAP)[mine][0]))
+    total = StepStatistics()
+    for statistics in statistics_of_ranks:
+        total += statistics
+    return total.metrics(batch.denominator)
 
 
 def everyones(mine: float) -> float:

@@ -24,8 +24,8 @@ def made(**options):
 
 def test_workers_share_the_cores_unless_the_run_file_says_how_many():
     assert made().sharing(1).threads == CORES
-    assert made().sharing(CORES).bundle() == {"CPU": 1.0} == made().sharing(10**6).bundle()
-    assert made(threads=3).sharing(CORES).bundle() == {"CPU": 3.0}
+    assert made().sharing(CORES).device_resources() == {"CPU": 1.0} == made().sharing(10**6).device_resources()
+    assert made(threads=3).sharing(CORES).device_resources() == {"CPU": 3.0}
     assert made().sharing(CORES).environment()["OMP_NUM_THREADS"] == "1"
 
 

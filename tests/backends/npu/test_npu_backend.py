@@ -39,7 +39,7 @@ def test_every_conflict_is_reported_at_once():
         "LCCL_DETERMINISTIC": "1", "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:512, expandable_segments:True",
     }  # fmt: skip
     with pytest.raises(ConfigError) as error:
-        made(deterministic=True, sleep_level=1).settle(given)
+        made(deterministic=True, sleep_level=1).apply_environment(given)
     found = str(error.value).splitlines()[1:]
     names = ["VLLM_ASCEND_ENABLE_NZ", "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES", "HCCL_DETERMINISTIC"]
     assert [line.strip().partition("=")[0] for line in found] == [*names, "PYTORCH_NPU_ALLOC_CONF"]
@@ -48,20 +48,20 @@ def test_every_conflict_is_reported_at_once():
 
 def test_without_their_option_the_same_settings_are_no_conflict():
     given = {"HCCL_DETERMINISTIC": "false", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
-    made().settle(given)
+    made().apply_environment(given)
     assert given["HCCL_DETERMINISTIC"] == "false"
 
 
 def test_a_value_spelled_otherwise_is_no_conflict():
     given = {"HCCL_DETERMINISTIC": "TRUE"}
-    made(deterministic=True).settle(given)
+    made(deterministic=True).apply_environment(given)
     assert given["HCCL_DETERMINISTIC"] == "TRUE"
 
 
 def test_a_device_is_one_npu_and_its_share_of_the_cores():
-    assert made(cores=3).sharing(4).bundle() == {"NPU": 1.0, "CPU": 3.0}
-    assert made().sharing(10**6).bundle() == {"NPU": 1.0, "CPU": 1.0}
-    assert 1 <= made().bundle()["CPU"] <= 8
+    assert made(cores=3).sharing(4).device_resources() == {"NPU": 1.0, "CPU": 3.0}
+    assert made().sharing(10**6).device_resources() == {"NPU": 1.0, "CPU": 1.0}
+    assert 1 <= made().device_resources()["CPU"] <= 8
 
 
 def test_collectives_go_through_the_interface_of_the_address():
@@ -85,7 +85,7 @@ def test_the_engine_can_sleep_at_every_level_but_0(level):
 
 
 def test_a_model_is_left_alone_where_kernels_are_switched_off(tiny_llama):
-    model = registry.load("adapters", "llama")(tiny_llama).load(tiny_llama, torch.float32)
+    model = registry.load("families", "llama")(tiny_llama).load(tiny_llama, torch.float32)
     kinds = [type(layer) for layer in model.modules()]
     assert [type(layer) for layer in made(fused=False).fuse(model).modules()] == kinds
     with pytest.raises(ValidationError, match="fused"):

@@ -15,10 +15,10 @@ from rlcore_backends.ray.store import Outbox, RayStore, handles, packed, unpacke
 from rlcore import registry
 from rlcore.config.loader import validate
 from rlcore.config.schema import RunConfig
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import local
 from rlcore.runtime.pool import Store
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.types import Batch, Group, Prompt, Row, Sample, Sampling
 
 TENSORS = {
@@ -100,7 +100,7 @@ def policy_of(models, backend, **settings):
     if not folder.exists():
         registry.load("models", "tiny_qwen2_5_vl")(folder, layers=1, vision_layers=2, hidden_size=WIDTH)
     figures = {"name": "geometry_figures", "options": {"count": 4, "kinds": ["dots"], "largest": 5, "size": 448}}
-    return Policy(validate(RunConfig, {
+    return ResolvedModel(validate(RunConfig, {
         "model": {"path": str(folder), "freeze": ["vision"], "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": figures, "max_prompt_tokens": 400}, "rollout": {"engine": "torch", "max_new_tokens": 4},
         "algorithm": {"kl_coef": 0.1}, "train": {"max_tokens_per_microbatch": 420}, **settings,
@@ -129,12 +129,12 @@ def step(placement, prompts):
 @pytest.mark.parametrize("name", PLACED)
 def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(models, backend, cluster, name):
     sharding = {"sharding": {"sequence_parallel": 2}} if name == "sharing rows" else {}
-    here = local(policy_of(models, backend), Watch(0, Path()))
-    policy = policy_of(models, backend, placement={"kind": "ray", **PLACED[name]}, **sharding)
-    prompts = policy.prompts(0).draw(4)
+    here = local(policy_of(models, backend), Watchdog(0, Path()))
+    resolved = policy_of(models, backend, placement={"kind": "ray", **PLACED[name]}, **sharding)
+    prompts = resolved.prompts(0).draw(4)
     embeds = len(prompts) * TOKENS * WIDTH * 4
     pixels = sum(prompt.vision["pixel_values"].nbytes for prompt in prompts)
-    for placement in (here, there := registry.load("placements", "ray")(policy, Watch(0, Path()))):
+    for placement in (here, there := registry.load("placements", "ray")(resolved, Watchdog(0, Path()))):
         placement.load("grpo")
         placement.start_engines()
         placement.sync_weights()
@@ -157,12 +157,12 @@ def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(model
 
 
 def test_pixels_of_a_tower_that_learns_are_sent_once_too(models, backend, cluster):
-    policy = policy_of(models, backend, placement={"kind": "ray"})
-    learning = policy.config.model_copy(update={"model": policy.config.model.model_copy(update={"freeze": []})})
-    policy = Policy(learning, backend)
-    prompts = policy.prompts(0).draw(4)
+    resolved = policy_of(models, backend, placement={"kind": "ray"})
+    learning = resolved.config.model_copy(update={"model": resolved.config.model.model_copy(update={"freeze": []})})
+    resolved = ResolvedModel(learning, backend)
+    prompts = resolved.prompts(0).draw(4)
     pixels = sum(prompt.vision["pixel_values"].nbytes for prompt in prompts)
-    with registry.load("placements", "ray")(policy, Watch(0, Path())) as there:
+    with registry.load("placements", "ray")(resolved, Watchdog(0, Path())) as there:
         there.load("grpo")
         there.start_engines()
         there.sync_weights()

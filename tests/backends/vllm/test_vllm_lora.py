@@ -13,7 +13,7 @@ from torch import Tensor
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.objective import Objective, tokens
-from rlcore.algorithms.schedule import Passes
+from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.algorithms.sft import negative_log_likelihood
 from rlcore.config.sections import LoraConfig, OptimizerConfig, RolloutConfig
 from rlcore.errors import RunError
@@ -25,20 +25,20 @@ from rlcore.types import Batch, Row, Sampling
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
 
 
-def publisher(adapter, folder, **settings):
+def publisher(family, folder, **settings):
     """An actor with additions that do something, and an engine started for them."""
-    model = adapter.load(folder, torch.float32)
-    model = lora.attach(model, LoraConfig(**settings), adapter.head(model))
+    model = family.load(folder, torch.float32)
+    model = lora.attach(model, LoraConfig(**settings), family.head(model))
     with torch.no_grad():
         for _, tensor in lora.additions(model):
             tensor.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, adapter, SETTINGS, objective, OptimizerConfig(), Passes(1), publish_additions=True)
+    return TorchActor(model, family, SETTINGS, objective, OptimizerConfig(), MinibatchSchedule(1), publish_lora=True)
 
 
-def engine_of(name, adapter, folder, backend, **settings):
+def engine_of(name, family, folder, backend, **settings):
     build = registry.load("rollout_engines", name)
-    return build(adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0, LoraConfig(**settings))
+    return build(family, folder, backend, RolloutConfig(), torch.float32, 128, 0, LoraConfig(**settings))
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])
@@ -60,16 +60,16 @@ def served(request, engine_name, models, vision_folder, backend):
     settings = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
     if request.param == "text":
         registry.load("models", "tiny_qwen3")(models / "lora_qwen3", layers=2)
-        folder, family, row = models / "lora_qwen3", "qwen3", Row("a", [{"role": "user", "content": "3 + 4?"}])
+        folder, kind, row = models / "lora_qwen3", "qwen3", Row("a", [{"role": "user", "content": "3 + 4?"}])
     else:
         image = Image.new("RGB", (112, 112), "red")
         content = [{"type": "image"}, {"type": "text", "text": "Which?"}]
-        folder, family, row = vision_folder, "qwen2_5_vl", Row("a", [{"role": "user", "content": content}], images=[image])
+        folder, kind, row = vision_folder, "qwen2_5_vl", Row("a", [{"role": "user", "content": content}], images=[image])
         layers = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
         settings["targets"] = [f"language_model.layers.{n}.{layer}" for n in range(2) for layer in layers]
-    adapter = registry.load("adapters", family)(folder)
-    actor = publisher(adapter, folder, **settings)
-    return actor, engine_of(engine_name, adapter, folder, backend, **settings), adapter.encode(row)
+    family = registry.load("families", kind)(folder)
+    actor = publisher(family, folder, **settings)
+    return actor, engine_of(engine_name, family, folder, backend, **settings), family.encode(row)
 
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (64, 64), (200, 256)])

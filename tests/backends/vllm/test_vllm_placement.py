@@ -13,8 +13,8 @@ import yaml
 from rlcore.cli.main import main
 from rlcore.config.schema import RunConfig
 from rlcore.errors import RunError
-from rlcore.model.resolved import Policy
-from rlcore.runtime.watchdog import Watch
+from rlcore.model.resolved import ResolvedModel
+from rlcore.runtime.watchdog import Watchdog
 
 APART = "{kind: ray, pools: {train: {roles: [actor]}, sample: {roles: [rollout]}}}"
 PLACES = {
@@ -90,8 +90,8 @@ def test_a_fault_on_one_rank_of_an_engine_is_found(settings, cluster, backend, m
 
     monkeypatch.setattr(ray_pools, "Process", spoiled(ray_pools.Process))
     placed = {"placement": {"kind": "ray", "devices": 2}, "rollout": {**settings["rollout"], "tensor_parallel": 2}}
-    policy = Policy(RunConfig.model_validate({**settings, **placed}), backend)
-    with ray_pools.open_pools(policy, Watch(0, Path())) as placement:
+    resolved = ResolvedModel(RunConfig.model_validate({**settings, **placed}), backend)
+    with ray_pools.open_pools(resolved, Watchdog(0, Path())) as placement:
         placement.load("grpo")
         placement.start_engines()
         assert not list(Path("/dev/shm").glob("*cpushm*")), "a run that is killed leaves nothing that stops the next"

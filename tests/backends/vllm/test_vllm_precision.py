@@ -15,9 +15,9 @@ import torch
 
 from rlcore import registry
 from rlcore.config.schema import RunConfig
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import local
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.types import Batch, Sampling
 
 SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # heads of 64, which the engine has kernels for
@@ -37,7 +37,7 @@ def test_the_engine_is_as_near_to_the_trainer_as_its_precision_says(source, prec
 def measure(source: str, precision: str, folder: str) -> None:
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options(threads=1, kv_cache_gib=0.1))
-    backend.settle(os.environ)
+    backend.apply_environment(os.environ)
     backend.prepare()
     for engine in ["torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])]:
         config = RunConfig.model_validate({
@@ -45,14 +45,14 @@ def measure(source: str, precision: str, folder: str) -> None:
             "data": {"train": {"name": DATA[source]}, "max_prompt_tokens": 96},
             "rollout": {"engine": engine, "max_new_tokens": 12}, "algorithm": {"group_size": 4}, "optimizer": {"lr": 1e-3},
         })  # fmt: skip
-        near(Policy(config, backend), Path(folder), *LIMITS[precision])
+        near(ResolvedModel(config, backend), Path(folder), *LIMITS[precision])
 
 
-def near(policy: Policy, folder: Path, mean: float, most: float) -> None:
-    with local(policy, Watch(0, folder)) as run:
+def near(resolved: ResolvedModel, folder: Path, mean: float, most: float) -> None:
+    with local(resolved, Watchdog(0, folder)) as run:
         run.load("grpo")
         run.start_engines()
-        prompts = policy.prompts(seed=0).draw(4)
+        prompts = resolved.prompts(seed=0).draw(4)
         for version in range(3):
             assert run.sync_weights().version == version
             batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 12, seed=version)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from rlcore_backends.vllm.internals import _derives
-from rlcore_backends.vllm.manifest import _Ledger, _product
+from rlcore_backends.vllm.manifest import WeightManifest, _product
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -35,9 +35,9 @@ def picture(color, size=112):
 
 
 def start(backend, folder, engine="vllm", **options):
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    family = registry.load("families", "qwen2_5_vl")(folder)
     config = RolloutConfig(engine=engine, options=options)
-    return registry.load("rollout_engines", engine)(adapter, folder, backend, config, torch.float32, 256, 0, image_embeds=True)
+    return registry.load("rollout_engines", engine)(family, folder, backend, config, torch.float32, 256, 0, image_embeds=True)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def model(folder, engine):
 
 @pytest.fixture(scope="module")
 def prompts(folder):
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    family = registry.load("families", "qwen2_5_vl")(folder)
     rows = [row(QUESTIONS[0], picture("red")), row(QUESTIONS[1]), row("Which?", picture("blue", 168), picture("green"))]
-    return [adapter.encode(one) for one in rows]
+    return [family.encode(one) for one in rows]
 
 
 def shake(model):
@@ -178,9 +178,9 @@ def test_greedy_tokens_are_the_plain_samplers(engine, model, prompts, folder, ba
 
 def read_by(model, folder, prompts):
     """The prompts with their images read by the tower of `model`, two at a time."""
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    family = registry.load("families", "qwen2_5_vl")(folder)
     settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
-    return VisionEncoder(adapter.vision_tower(model), adapter, settings, 2).embed(prompts)
+    return VisionEncoder(family.vision_tower(model), family, settings, 2).embed(prompts)
 
 
 @vllm
@@ -206,7 +206,7 @@ def test_images_are_taken_as_another_tower_read_them(engine, model, prompts, fol
 
 @vllm
 def test_samples_end_with_the_stop_token_or_at_the_limit(engine, model, prompts, folder):
-    stops = registry.load("adapters", "qwen2_5_vl")(folder).stop_token_ids
+    stops = registry.load("families", "qwen2_5_vl")(folder).stop_token_ids
     samples = engine.generate(prompts[1:2], Sampling(96, 64))[0].samples
     assert {sample.finish for sample in samples} == {"stop", "length"}
     for sample in samples:
@@ -279,7 +279,7 @@ def test_tensors_that_landed_wrongly_are_named(engine, model, monkeypatch, leaf,
 def test_a_tied_head_that_stays_behind_is_named(engine, model, monkeypatch):
     shake(model)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._ledger, "serve_tied_heads", lambda: None)
+        patch.setattr(engine._manifest, "serve_tied_heads", lambda: None)
         with pytest.raises(RunError, match=r"different: language_model\.lm_head \(as served\)"):
             engine.load_weights(model.named_parameters(), 1)
     engine.load_weights(model.state_dict().items(), 2)
@@ -323,11 +323,11 @@ def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, 
 @vllm
 def test_a_weight_that_is_served_in_wider_numbers_is_what_was_sent(engine, model, monkeypatch):
     """As biases of a bfloat16 model are where there is AMX."""
-    name, ledger = NAMES["norm"], engine._ledger
-    parameter = ledger.parameter(ledger.place(name).layer, "weight")
+    name, manifest = NAMES["norm"], engine._manifest
+    parameter = manifest.parameter(manifest.place(name).layer, "weight")
     parameter.data = parameter.data.double()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_ledger", _Ledger(engine._runner.get_model(), ledger.dtype, {}))
+        patch.setattr(engine, "_manifest", WeightManifest(engine._runner.get_model(), manifest.dtype, {}))
         engine.load_weights(model.named_parameters(), 1)
         assert parameter.dtype == torch.float64
         reload_weights = engine._runner.reload_weights

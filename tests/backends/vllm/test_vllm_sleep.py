@@ -20,7 +20,7 @@ from rlcore import registry
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.distributed.fingerprint import Constants
 from rlcore.errors import RunError
-from rlcore.monitor.heartbeat import unwatched
+from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.runtime.memory import PhaseError
 from rlcore.types import Row, Sampling
 
@@ -36,14 +36,14 @@ def folder(models):
 
 @pytest.fixture(scope="module")
 def started(folder, backend):
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
-    return registry.load("rollout_engines", "vllm")(adapter, folder, backend, RolloutConfig(), torch.float32, 128, 0)
+    family = registry.load("families", "qwen2_5_vl")(folder)
+    return registry.load("rollout_engines", "vllm")(family, folder, backend, RolloutConfig(), torch.float32, 128, 0)
 
 
 @pytest.fixture(scope="module")
 def prompts(folder):
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
-    return [adapter.encode(Row("a", [{"role": "user", "content": [{"type": "text", "text": "What is 4 + 5?"}]}]))]
+    family = registry.load("families", "qwen2_5_vl")(folder)
+    return [family.encode(Row("a", [{"role": "user", "content": [{"type": "text", "text": "What is 4 + 5?"}]}]))]
 
 
 @pytest.fixture
@@ -283,11 +283,11 @@ def test_an_attribute_that_is_given_up_with_the_weights_is_named_by_the_next_upd
 
 
 def test_weights_that_nobody_sends_again_are_never_given_up(started, folder):
-    from rlcore_backends.vllm.lora import VllmAdditionsRollout
+    from rlcore_backends.vllm.lora import VllmLoraRollout
 
-    adapter = registry.load("adapters", "qwen2_5_vl")(folder)
+    family = registry.load("families", "qwen2_5_vl")(folder)
     for level, own in ((0, 0), (1, 1), (2, 1)):
-        assert VllmAdditionsRollout(started._llm, adapter, unwatched, level, torch.float32, LoraConfig())._level == own
+        assert VllmLoraRollout(started._llm, family, no_heartbeat, level, torch.float32, LoraConfig())._level == own
 
 
 def test_an_engine_holds_nothing_that_neither_a_sync_nor_vllm_brings_back(started):
@@ -301,8 +301,8 @@ def test_an_engine_holds_nothing_that_neither_a_sync_nor_vllm_brings_back(starte
 
 def moved(folder, dtype, step):
     """The weights of a policy that has been trained."""
-    family = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
-    model = family.from_pretrained(folder, dtype=dtype)
+    kind = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(step * 0.01)
@@ -318,21 +318,21 @@ def no_engine_ends():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
-def test_updates_sleeps_wakes_and_samples_are_no_fault(no_engine_ends, models, backend, monkeypatch, family, dtype):
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
+def test_updates_sleeps_wakes_and_samples_are_no_fault(no_engine_ends, models, backend, monkeypatch, kind, dtype):
     """Biases of a bfloat16 model are in float32 on a processor with AMX."""
-    folder = models / f"faultless_{family.replace('qwen2_5_', '')}"
-    sizes = {"layers": 2, "vision_layers": 2} if family == "qwen2_5_vl" else {"layers": 2}
-    registry.load("models", f"tiny_{family}")(folder, **sizes)
-    adapter = registry.load("adapters", family)(folder)
-    engine = registry.load("rollout_engines", "vllm")(adapter, folder, backend, RolloutConfig(), dtype, 128, 0)
+    folder = models / f"faultless_{kind.replace('qwen2_5_', '')}"
+    sizes = {"layers": 2, "vision_layers": 2} if kind == "qwen2_5_vl" else {"layers": 2}
+    registry.load("models", f"tiny_{kind}")(folder, **sizes)
+    family = registry.load("families", kind)(folder)
+    engine = registry.load("rollout_engines", "vllm")(family, folder, backend, RolloutConfig(), dtype, 128, 0)
     memory = Memory(engine._runner)
     worker = engine._llm.llm_engine.model_executor.driver_worker.worker
     monkeypatch.setattr(worker, "sleep", memory.sleep)
     monkeypatch.setattr(worker, "wake_up", memory.wake_up)
-    images = [Image.new("RGB", (112, 112), "red")] if family == "qwen2_5_vl" else []
+    images = [Image.new("RGB", (112, 112), "red")] if kind == "qwen2_5_vl" else []
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": "4 + 5?"}]
-    prompts = [adapter.encode(Row("a", [{"role": "user", "content": content}], images=images))]
+    prompts = [family.encode(Row("a", [{"role": "user", "content": content}], images=images))]
     assert len(engine._constants._loaded) > 8
     for level in (0, 1, 2):
         monkeypatch.setattr(engine, "_level", level)

@@ -9,12 +9,12 @@ import pytest
 from run_files import settings
 
 from rlcore.config.schema import RunConfig
-from rlcore.model.resolved import Policy
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Clock
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.runtime import placement
 from rlcore.runtime.roles import InlineReward
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore.train import advantages, records, sampling
 from rlcore.train.evaluate import Evaluation
 from rlcore.types import Batch, Group, Prompt, Row, Sample, Score
@@ -49,12 +49,12 @@ def test_groups_are_scored_as_they_come_and_kept_in_order():
 def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, backend):
     """No sample of a model that knows nothing is right: every group is replaced, here by one of the same prompt."""
     config = config_of(tiny_llama, algorithm={"group_size": 4, "max_refills": 1})
-    policy = Policy(config, backend)
-    run = placement.local(policy, Watch(0, Path()))
+    resolved = ResolvedModel(config, backend)
+    run = placement.local(resolved, Watchdog(0, Path()))
     run.load("grpo")
     run.start_engines()
     run.sync_weights()
-    (prompt,) = policy.prompts(seed=0).draw(1)
+    (prompt,) = resolved.prompts(seed=0).draw(1)
     reward = InlineReward(RewardFunctions(config.reward), Clock())
     kept, replaced = sampling.collect(run, reward, lambda count: [prompt] * count, config, 1, Clock())
     drawn = [[sample.token_ids.tolist() for each in scored.groups for sample in each.samples] for scored in (kept, replaced)]
@@ -64,9 +64,9 @@ def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, back
 def test_a_failed_sample_is_not_charged_for_its_length():
     config = config_of(Path("model"), algorithm={"group_size": 3, "overlong_penalty": 1.0})
     batch = Batch.of([group("a", 4, 4, 1)])  # of at most 4 tokens
-    outcome = advantages.outcome_of(batch, [[Score(1.0), FAILED, Score(1.0)]], config)
-    assert outcome.rewards.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
-    assert outcome.valid.tolist() == [True, False, True]
+    inputs = advantages.advantage_inputs(batch, [[Score(1.0), FAILED, Score(1.0)]], config)
+    assert inputs.rewards.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+    assert inputs.valid.tolist() == [True, False, True]
 
 
 def test_an_evaluation_is_the_mean_of_rows_and_counts_failures_apart():
@@ -83,8 +83,8 @@ def test_what_was_cut_off_leaves_the_loss_where_that_is_asked_for(masked):
     one = group("a", 2, 1, 3)
     one = replace(one, samples=[replace(one.samples[0], finish="length"), *one.samples[1:]])
     batch = Batch.of([one])
-    outcome = advantages.outcome_of(batch, [[Score(1.0), Score(0.0), FAILED]], config)
-    counted = advantages.with_advantages(batch, outcome, config.algorithm).loss_mask
+    inputs = advantages.advantage_inputs(batch, [[Score(1.0), Score(0.0), FAILED]], config)
+    counted = advantages.with_advantages(batch, inputs, config.algorithm).loss_mask
     assert counted.tolist() == [not masked] * 2 + [True] + [False] * 3
 
 
