@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from rlcore_adapters.models.causal_lm import CausalLM, image_parts
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -16,6 +15,8 @@ from rlcore.errors import ConfigError, RunError
 from rlcore.model.attention import NAME as PACKED_ATTENTION
 from rlcore.model.precision import lookup
 from rlcore.types import Packed, Prompt, Row, Vision
+
+from .causal_lm import CausalLM, image_parts
 
 
 class Qwen2_5_VL(CausalLM):

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
-from rlcore_backends.common import node_address, rendezvous
-from rlcore_backends.common.environment import COMMON, NEEDED, wrong
 
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
+
+from ..common import node_address, rendezvous
+from ..common.environment import COMMON, NEEDED, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ class CpuBackend(Backend):
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
         """Ranks of one machine read each other's memory; gloo's sockets are several times slower."""
-        from rlcore_backends.cpu.shared_memory import SharedExchange, one_machine
+        from .shared_memory import SharedExchange, one_machine
 
         return SharedExchange(group, bucket_bytes) if one_machine(group) else None
 
@@ -116,8 +117,8 @@ class CpuBackend(Backend):
 
     def fuse(self, model: nn.Module) -> nn.Module:
         """Norms and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
-        from rlcore_backends.common import fused
-        from rlcore_backends.cpu import operators
+        from ..common import fused
+        from . import operators
 
         return fused.fuse(model, operators.KERNELS)
 

@@ -12,7 +12,7 @@ from rlcore.checks import CheckResult, Devices, Trial
 
 _TORCHVISION = """
 import importlib.util, torch
-from rlcore_backends.cpu import backend as cpu
+from . import backend as cpu
 if importlib.util.find_spec("torchvision") is None:
     raise SystemExit("torchvision is not installed")
 cpu.cure_torchvision()

@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rlcore_backends.common.fused import Kernels
 from torch import Tensor
+
+from ..common.fused import Kernels
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
-from rlcore_backends.common import node_address, rendezvous
-from rlcore_backends.common.environment import COMMON, NEEDED, sleepless, wrong
 
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
+
+from ..common import node_address, rendezvous
+from ..common.environment import COMMON, NEEDED, sleepless, wrong
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ class CudaBackend(Backend):
     def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         if self.options.optimizer == "torch":
             return super().adamw(groups, **settings)
-        from rlcore_backends.cuda import apex_adamw
+        from . import apex_adamw
 
         return apex_adamw.build(groups, **settings)
 

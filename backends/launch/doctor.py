@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 
 import psutil
-from rlcore_backends.common import node_address
 
 from rlcore.checks import CheckResult, compared
 from rlcore.diagnose.host import installed, read_pins
 from rlcore.errors import ConfigError
+
+from ..common import node_address
 
 
 def check_results(environment: Mapping[str, str], ports: Mapping[str, int]) -> Iterator[CheckResult]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
-from rlcore_backends.common import node_address
-from rlcore_backends.launch import cluster, doctor, lifecycle
 
 from rlcore.checks import CheckResult
 from rlcore.config.loader import validate
@@ -20,6 +18,9 @@ from rlcore.config.sections import Strict
 from rlcore.errors import ConfigError, PluginError
 from rlcore.runtime import jemalloc
 from rlcore.runtime.signals import Interruption
+
+from ..common import node_address
+from . import cluster, doctor, lifecycle
 
 if TYPE_CHECKING:
     from rlcore.device import Backend

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlcore_backends.launch import cluster
-from rlcore_backends.launch.cluster import Head, Node, RayNode, Unreachable
-
 from rlcore.errors import ConfigError, RlcoreError, RunError
+
+from . import cluster
+from .cluster import Head, Node, RayNode, Unreachable
 
 LOOK_SECONDS = 1.0
 START_SECONDS = 180.0  # seconds where nothing else runs

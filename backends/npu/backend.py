@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
-from rlcore_backends.common import environment, node_address, rendezvous
-from rlcore_backends.common.environment import COMMON
-from rlcore_backends.cpu.backend import cure_torchvision
 
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
 from rlcore.errors import ConfigError, PluginError
+
+from ..common import environment, node_address, rendezvous
+from ..common.environment import COMMON
+from ..cpu.backend import cure_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -143,9 +144,9 @@ class NpuBackend(Backend):
         if self.options.deterministic:
             torch.use_deterministic_algorithms(True)
         if self.options.fused:
-            from rlcore_backends.npu import operators
-
             from rlcore.model import attention
+
+            from . import operators
 
             attention.use(operators.attention, operators.DTYPES)
 
@@ -153,8 +154,8 @@ class NpuBackend(Backend):
         """Norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
         if not self.options.fused:
             return model
-        from rlcore_backends.common import fused
-        from rlcore_backends.npu import operators
+        from ..common import fused
+        from . import operators
 
         return fused.fuse(model, operators.KERNELS)
 

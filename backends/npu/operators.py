@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch_npu
-from rlcore_backends.common.fused import Kernels
 from torch import Tensor
 
 from rlcore.model.attention import Ragged
+
+from ..common.fused import Kernels
 
 DTYPES = (torch.float16, torch.bfloat16)  # float32 is for comparing devices: such rows stay with plain torch
 _MOST_SPANS = 1024  # that one call takes

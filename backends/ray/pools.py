@@ -9,17 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate
 
 import ray
 from pydantic import PositiveFloat
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from rlcore_backends.common import node_address
-from rlcore_backends.ray import debugging
-from rlcore_backends.ray.observers import Observers, died
-from rlcore_backends.ray.store import Outbox, Parcel, RayStore, unpacked, values
 
 from rlcore import registry
 from rlcore.config.loader import validate
@@ -31,10 +27,15 @@ from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.heartbeat import Place, publish
 from rlcore.runtime import jemalloc
 from rlcore.runtime.placement import Placement
-from rlcore.runtime.pool import Pool, results
+from rlcore.runtime.pool import P, Pool, R, results
 from rlcore.runtime.reward_worker import RewardWorker
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import Worker
+
+from ..common import node_address
+from . import debugging
+from .observers import Observers, died
+from .store import Outbox, Parcel, RayStore, unpacked, values
 
 
 class RayOptions(Strict):
@@ -118,12 +119,14 @@ class Process:
             self.worker.join(rank, size, address)
 
     def call(self, method: str, arguments: Parcel) -> Parcel:
+        args, kwargs = unpacked(arguments, values)
         with self.heartbeat.stage(method):
-            return self.outbox.answer(getattr(self.worker, method)(*unpacked(arguments, values)))
+            return self.outbox.answer(getattr(self.worker, method)(*args, **kwargs))
 
     def stream(self, method: str, arguments: Parcel) -> Iterator[Parcel]:
+        args, kwargs = unpacked(arguments, values)
         with self.heartbeat.stage(method):
-            for item in getattr(self.worker, method)(*unpacked(arguments, values)):
+            for item in getattr(self.worker, method)(*args, **kwargs):
                 yield self.outbox.answer(item)
 
 
@@ -134,12 +137,14 @@ class Remote:
         self.process, self.name, self.store = process, name, store
         self.where = "not started"
 
-    def call(self, method: str, *arguments: Any) -> Future[Any]:
-        return self._answer(method, self.process.call.remote(method, self.store.sent(arguments)), self.store.received)
+    def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        name = method.__name__
+        return self._answer(name, self.process.call.remote(name, self.store.sent((args, kwargs))), self.store.received)
 
-    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
-        answers = self.process.stream.options(num_returns="streaming").remote(method, self.store.sent(arguments))
-        return self._received(method, answers)
+    def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
+        name = method.__name__
+        answers = self.process.stream.options(num_returns="streaming").remote(name, self.store.sent((args, kwargs)))
+        return self._received(name, answers)
 
     def _received(self, method: str, answers: Any) -> Iterator[Any]:
         try:
@@ -148,9 +153,10 @@ class Remote:
         except RayError as error:
             raise self._explained(error, method) from error
 
-    def ask(self, what: str, *arguments: Any) -> Future[Any]:
-        """Of the process, not its worker."""
-        return self._answer(what, getattr(self.process, what).remote(*arguments), lambda given: given)
+    def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """A call of the process itself, not of its worker."""
+        name = method.__name__
+        return self._answer(name, getattr(self.process, name).remote(*args, **kwargs), lambda given: given)
 
     def _answer(self, method: str, asked: Any, read: Callable[[Any], Any]) -> Future[Any]:
         """What `read` makes of the process's answer."""
@@ -173,7 +179,7 @@ class Remote:
 
 def _show(members: Sequence[Remote], observers: Observers) -> None:
     """From now on they are watched, and messages say where they are."""
-    shown = results([member.ask("show", member.name) for member in members])
+    shown = results([member.ask(Process.show, member.name) for member in members])
     for member, (node, place) in zip(members, shown, strict=True):
         member.where = str(place)
         observers.add(node, place)
@@ -183,8 +189,8 @@ def _connect_broadcast(actor: Pool, rollout: Pool) -> None:
     """What weights travel through, where engines are in another pool."""
     if actor is not rollout:
         ends = [actor.members[0], *rollout.members]
-        address = ends[0].ask("rendezvous_address").result()
-        results([end.call("connect_broadcast", rank, len(ends), address) for rank, end in enumerate(ends)])
+        address = ends[0].ask(Process.rendezvous_address).result()
+        results([end.call(Worker.connect_broadcast, rank, len(ends), address) for rank, end in enumerate(ends)])
 
 
 class _Devices:
@@ -228,10 +234,10 @@ class _Devices:
         size, kind = len(self._processes), " ".join(["worker", *setting.split(".")[2:-1]])
         members = [Remote(process, f"{kind} {rank} of {size}", store) for rank, process in enumerate(self._processes)]
         _show(members, observers)
-        results([member.ask("open", config, backend.options, sorted(roles)) for member in members])
+        results([member.ask(Process.open, config, backend.options, sorted(roles)) for member in members])
         if size > 1:
-            address = members[0].ask("rendezvous_address").result()
-            results([member.ask("join", rank, size, address) for rank, member in enumerate(members)])
+            address = members[0].ask(Process.rendezvous_address).result()
+            results([member.ask(Process.join, rank, size, address) for rank, member in enumerate(members)])
         return members
 
 
@@ -250,7 +256,7 @@ class _Scorers:
         ]
         try:
             _show(self.members, observers)
-            results([member.ask("open_rewards", config, sys.path) for member in self.members])
+            results([member.ask(Process.open_rewards, config, sys.path) for member in self.members])
         except BaseException:
             self.release()
             raise

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from rlcore_backends.ray import debugging
-
 from rlcore.errors import PluginError
 from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.watchdog import Watchdog
+
+from . import debugging
 
 
 def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
@@ -20,6 +20,6 @@ def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     debugging.check(os.environ)
     for name, value in debugging.CONTROLLER.items():
         os.environ.setdefault(name, value)
-    from rlcore_backends.ray.pools import open_pools
+    from .pools import open_pools
 
     return open_pools(resolved, watchdog)

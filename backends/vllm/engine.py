@@ -22,9 +22,9 @@ from rlcore.protocols import ModelFamily
 
 if TYPE_CHECKING:
     from vllm import LLM
-from rlcore_backends.vllm.internals import _runner, _undisturbed_random_state
-from rlcore_backends.vllm.rollout import VllmRollout
-from rlcore_backends.vllm.weights import VllmWeightsRollout
+from .internals import _runner, _undisturbed_random_state
+from .rollout import VllmRollout
+from .weights import VllmWeightsRollout
 
 _IMAGES_A_PROMPT = 16
 _LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams replace a lower one by it
@@ -55,7 +55,7 @@ def build(
     _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
     if lora:
-        from rlcore_backends.vllm import lora as vllm_lora
+        from . import lora as vllm_lora
 
         defaults |= vllm_lora.engine_arguments(lora)
     with _undisturbed_random_state():

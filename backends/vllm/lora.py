@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlcore_backends.vllm.manifest import locate
-from rlcore_backends.vllm.rollout import VllmRollout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +18,9 @@ from rlcore.errors import RunError
 from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import awake
 from rlcore.types import NamedTensors, Receipt
+
+from .manifest import locate
+from .rollout import VllmRollout
 
 if TYPE_CHECKING:
     from vllm import LLM

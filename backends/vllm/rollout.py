@@ -18,7 +18,7 @@ from rlcore.types import Group, Prompt, Sample, Sampling
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-from rlcore_backends.vllm.internals import _cache_of, _derives, _runner, _undisturbed_random_state
+from .internals import _cache_of, _derives, _runner, _undisturbed_random_state
 
 
 class VllmRollout:

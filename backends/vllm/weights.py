@@ -16,8 +16,8 @@ from rlcore.types import NamedTensors, Receipt
 
 if TYPE_CHECKING:
     from vllm import LLM
-from rlcore_backends.vllm.manifest import WeightManifest
-from rlcore_backends.vllm.rollout import VllmRollout
+from .manifest import WeightManifest
+from .rollout import VllmRollout
 
 
 class VllmWeightsRollout(VllmRollout):

@@ -38,7 +38,7 @@ def main() -> None:
         }  # fmt: skip
         resolved = ResolvedModel(RunConfig.model_validate(settings), kind(kind.Options()))
         with ray_pools.open_pools(resolved, Watchdog(0, Path())) as placement:
-            grown = results([member.ask("grown") for member in placement.pools[0].members])
+            grown = results([member.ask(ray_pools.Process.grown) for member in placement.pools[0].members])
         size = grown[0][1]
         held, most = sum(one[0] for one in grown), sum(one[2] for one in grown)
         what = "each its own rows" if own_rows else "each the model   "

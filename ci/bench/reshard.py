@@ -44,7 +44,7 @@ def main() -> None:
         members = placement.pools[0].members
         times = {}
         for what in ("copied", "copied over", "gathered", "resharded"):
-            rounds = [results([member.ask("take", what) for member in members]) for _ in range(options.repeats)]
+            rounds = [results([member.ask(ray_pools.Process.take, what) for member in members]) for _ in range(options.repeats)]
             times[what] = statistics.median(max(one[0] for one in ranks) for ranks in rounds)
             size, grown = rounds[0][0][1], max(one[2] for ranks in rounds for one in ranks)
             rate = size / times[what] / 1e9

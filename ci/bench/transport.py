@@ -86,10 +86,11 @@ def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[],
         "algorithm": {"kl_coef": 0.1}, "train": {"max_tokens_per_microbatch": CAP},
     }  # fmt: skip
     store = ray_store.RayStore()
-    workers = [ray.remote(reading(ray_pools.Process)).options(num_cpus=0).remote() for _ in range(RANKS)]
+    reader = reading(ray_pools.Process)
+    workers = [ray.remote(reader).options(num_cpus=0).remote() for _ in range(RANKS)]
     members = [ray_pools.Remote(worker, f"worker {rank}", store) for rank, worker in enumerate(workers)]
     for member in members:
-        member.ask("start", shared, options.response_tokens, options.width).result()
+        member.ask(reader.start, shared, options.response_tokens, options.width).result()
     pool = Pool(members, store=store if shared else Store())
     placement = Placement(RunConfig.model_validate(settings), dict.fromkeys(ROLES, pool), store=store)
     placement.load("grpo")

@@ -26,9 +26,9 @@ class TrainingTask:
     compared: bool  # with the model it started from
 
 
-def training_task(task: str, config: RunConfig) -> TrainingTask:
-    """`task` is the command's name."""
-    return {"grpo": _grpo, "sft": _sft, "dpo": _dpo}[task](config)
+def training_task(command: str, config: RunConfig) -> TrainingTask:
+    """`command`: grpo, sft or dpo."""
+    return {"grpo": _grpo, "sft": _sft, "dpo": _dpo}[command](config)
 
 
 def _grpo(config: RunConfig) -> TrainingTask:

@@ -79,9 +79,9 @@ class Learner:
 
 
 def combined(steps: Sequence[tuple[StepStatistics, float]]) -> Metrics:
-    """Merges optimizer steps, each with its denominator: means, maxima and effective sample sizes over all they saw together, so
-    that what no update changes does not depend on the number of minibatches; `grad_norm` is the mean over the steps that had
-    something to learn from, `lr` the last one."""
+    """Merges optimizer steps, each with its denominator: means, maxima and effective sample sizes over all they saw together,
+    so that what no update changes does not depend on the number of minibatches; `grad_norm` is the mean over the steps that
+    had something to learn from, `lr` the last one."""
     total = StepStatistics()
     for statistics, _ in steps:
         total += statistics

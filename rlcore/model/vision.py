@@ -57,8 +57,8 @@ class VisionEncoder:
 
 
 def check_tower(policy_folder: Path, folder: Path) -> None:
-    """ConfigError when the tower of the model in `folder` cannot take the place of that in `policy_folder`: another family, or built
-    otherwise in something that the shapes of its weights may not show, such as heads."""
+    """ConfigError when the tower of the model in `folder` cannot take the place of that in `policy_folder`: another family, or
+    built otherwise in something that the shapes of its weights may not show, such as heads."""
     from transformers import AutoConfig
 
     families = [model_type(policy_folder), model_type(folder, "vision")]

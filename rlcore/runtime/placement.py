@@ -16,7 +16,7 @@ from rlcore.algorithms.task import training_task
 from rlcore.config.schema import RunConfig
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Span
-from rlcore.runtime.pool import Here, Member, Pool, Store, results
+from rlcore.runtime.pool import AnyWorker, Here, Member, Pool, R, Store, results
 from rlcore.runtime.roles import PooledActor, PooledCritic, PooledEncoder, PooledReference, PooledReward, PooledRollout
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import ROLES, Worker
@@ -58,20 +58,20 @@ class Placement:
         self._close()
 
     def start_engines(self) -> None:
-        self._of["rollout"].all("start_engine")
+        self._of["rollout"].all(Worker.start_engine)
 
-    def load(self, task: str, folder: Path | None = None) -> None:
+    def load(self, command: str, folder: Path | None = None) -> None:
         """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
-        way, cap = training_task(task, self.config), self.config.train.max_tokens_per_microbatch
-        results([member.call("load", task, folder) for pool in self.pools for member in pool.members])
+        task, cap = training_task(command, self.config), self.config.train.max_tokens_per_microbatch
+        results([member.call(Worker.load, command, folder) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
-        self.actor = PooledActor(self._of["actor"], way, cap)
-        self.reference = PooledReference(self._of["reference"], "reference_logprobs", cap) if way.compared else None
-        self.critic = PooledCritic(self.actor) if task == "grpo" and self.config.critic else None
+        self.actor = PooledActor(self._of["actor"], task, cap)
+        self.reference = PooledReference(self._of["reference"], Worker.reference_logprobs, cap) if task.compared else None
+        self.critic = PooledCritic(self.actor) if command == "grpo" and self.config.critic else None
 
     def sync_weights(self) -> Receipt:
         """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
-        if self.receipt is None or set(self._of["rollout"].all("served")) != {self.version}:
+        if self.receipt is None or set(self._of["rollout"].all(Worker.served)) != {self.version}:
             self.receipt = max(self._synced(), key=lambda receipt: receipt.seconds)
         return self.receipt
 
@@ -87,7 +87,7 @@ class Placement:
         members = list(self._late)
         return [
             replace(span, start=span.start + self._late[member], end=span.end + self._late[member], worker=number)
-            for number, (member, spans) in enumerate(zip(members, self._all("spans"), strict=True), start=1)
+            for number, (member, spans) in enumerate(zip(members, self._all(AnyWorker.spans), strict=True), start=1)
             for span in spans
         ]
 
@@ -97,7 +97,7 @@ class Placement:
 
     def memory(self) -> Metrics:
         """Of the worker that holds most."""
-        reports = self._all("memory")
+        reports = self._all(AnyWorker.memory)
         names = dict.fromkeys(name for report in reports for name in report)
         return {name: max(report.get(name, 0.0) for report in reports) for name in names}
 
@@ -105,11 +105,11 @@ class Placement:
         """Of every engine."""
         actor, rollout = self._of["actor"], self._of["rollout"]
         if actor is rollout:
-            return rollout.all("sync", self.version)
-        sent = [member.call("send") for member in actor.members]
-        return results([*sent, *(member.call("receive", self.version) for member in rollout.members)])[len(sent) :]
+            return rollout.all(Worker.sync, self.version)
+        sent = [member.call(Worker.send) for member in actor.members]
+        return results([*sent, *(member.call(Worker.receive, self.version) for member in rollout.members)])[len(sent) :]
 
-    def _all(self, method: str) -> list[Any]:
+    def _all(self, method: Callable[[Any], R]) -> list[R]:
         return results([member.call(method) for member in self._late])
 
 
@@ -130,7 +130,7 @@ def _clock_difference(member: Member) -> float:
     pings = []
     for _ in range(_PINGS):
         asked = time.perf_counter()
-        there = member.call("now").result()
+        there = member.call(AnyWorker.now).result()
         answered = time.perf_counter()
         pings.append((answered - asked, (asked + answered) / 2 - there))
     return min(pings)[1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,35 @@ from torch import Tensor
 from rlcore.errors import RlcoreError, WorkerDied
 from rlcore.model.optimizer import StepStatistics, combined
 from rlcore.model.packing import deal
+from rlcore.monitor.clock import Span
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Metrics
 
-_AFTERMATH = 5.0  # seconds in which the death of a worker is known here after it has broken others
+_AFTERMATH = 5.0  # seconds of grace for the report of a death that caused other errors
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AnyWorker(Protocol):
+    """What workers of every kind report."""
+
+    def now(self) -> float: ...
+
+    def spans(self) -> list[Span]: ...
+
+    def memory(self) -> Metrics: ...
 
 
 class Member(Protocol):
-    """One worker, wherever it runs."""
+    """One worker, wherever it runs. A call names the method, `member.call(Worker.load, ...)`, and runs that of the member's own
+    class."""
 
-    def call(self, method: str, *arguments: Any) -> Future[Any]:
-        """Starts the method of `rlcore.runtime.worker.Worker`; calls to one member run in order."""
+    def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Starts the method; calls to one member run in order."""
         ...
 
-    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+    def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
         """Starts a method that yields; what it yields, as it does where the worker is in another process."""
         ...
 
@@ -40,19 +54,19 @@ class Here:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
 
-    def call(self, method: str, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        future: Future[R] = Future()
         try:
-            with self.worker.heartbeat.stage(method):
-                future.set_result(getattr(self.worker, method)(*arguments))
+            with self.worker.heartbeat.stage(method.__name__):
+                future.set_result(getattr(self.worker, method.__name__)(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
         return future
 
-    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+    def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
         """All at once: whoever consumes it would only hold up this process's own work."""
-        with self.worker.heartbeat.stage(method):
-            return iter(list(getattr(self.worker, method)(*arguments)))
+        with self.worker.heartbeat.stage(method.__name__):
+            return iter(list(getattr(self.worker, method.__name__)(*args, **kwargs)))
 
 
 class Store:
@@ -79,12 +93,12 @@ class Pool:
     def __init__(self, members: Sequence[Member], sequence: int = 1, store: Store | None = None) -> None:
         self.members, self.sequence, self.store = members, sequence, store or Store()
 
-    def all(self, method: str, *arguments: Any) -> list[Any]:
+    def all(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> list[R]:
         """Every member's answer to the same call."""
-        return results([member.call(method, *arguments) for member in self.members])
+        return results([member.call(method, *args, **kwargs) for member in self.members])
 
-    def parts(self, method: str, parts: Sequence[Any], neighbours: int) -> list[Any]:
-        """The answer to each part, which goes to that many neighbours."""
+    def parts(self, method: Callable[[Any, T], R], parts: Sequence[T], neighbours: int) -> list[R]:
+        """Sends part i to `neighbours` adjacent workers; one result for each part."""
         sent = self.shared(parts, neighbours)
         calls = [member.call(method, sent[number // neighbours]) for number, member in enumerate(self.members)]
         return results(calls)[::neighbours]
@@ -93,7 +107,7 @@ class Pool:
         """The parts as they are sent to that many workers each."""
         return [self.store.put(part) for part in parts] if readers > 1 else parts
 
-    def dealt(self, method: str, batch: Batch, cap: int) -> Tensor:
+    def dealt(self, method: Callable[[Any, Batch], Tensor], batch: Batch, cap: int) -> Tensor:
         """[N] of a method that maps the tokens of a batch to one number a token."""
         tokens = Batch(batch.groups, batch.rollout_logprobs, batch.loss_mask)
         parts, places = zip(*deal(tokens, len(self.members) // self.sequence, cap), strict=True)
@@ -102,7 +116,10 @@ class Pool:
             result[place] = values
         return result
 
-    def stepped(self, method: str, steps: Sequence[Batch], cap: int, whole_groups: bool) -> Metrics:
+    def stepped(
+        self, method: Callable[[Any, Sequence[Batch]], list[StepStatistics]], steps: Sequence[Batch], cap: int,
+        whole_groups: bool,
+    ) -> Metrics:  # fmt: skip
         """Optimizer steps of which each rank takes its part; what they report together."""
         dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
         ranks = [self._sent([part for part, _ in parts]) for parts in zip(*dealt, strict=True)]
@@ -116,12 +133,12 @@ class Pool:
 
 
 def even(count: int, parts: int) -> list[range]:
-    """0 to `count` in that many stretches, which differ in length by one at most."""
+    """Splits range(count) into `parts` contiguous ranges whose lengths differ by one at most."""
     return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
-def results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """Of all, or the first error of any; of a worker's death and what it broke in the others, the death."""
+def results(futures: Sequence[Future[R]]) -> list[R]:
+    """All results in order, or the first error; the death of a worker comes before the errors it caused in others."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     if any(_unexplained(future) for future in done):
         done, _ = wait(futures, timeout=_AFTERMATH)

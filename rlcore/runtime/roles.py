@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,11 +16,13 @@ from rlcore.model import critic
 from rlcore.monitor.clock import Clock
 from rlcore.protocols import Reward
 from rlcore.runtime.pool import Pool, even, merged
+from rlcore.runtime.reward_worker import RewardWorker
+from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Metrics, Prompt, Sampling, Score
 
 
 class PooledReference:
-    def __init__(self, pool: Pool, method: str, cap: int) -> None:
+    def __init__(self, pool: Pool, method: Callable[[Any, Batch], Tensor], cap: int) -> None:
         self.pool, self.method, self.cap = pool, method, cap
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -30,22 +32,22 @@ class PooledReference:
 class PooledActor(PooledReference):
     """Counts optimizer steps as its workers do."""
 
-    def __init__(self, pool: Pool, way: TrainingTask, cap: int) -> None:
-        super().__init__(pool, "logprobs", cap)
-        self.way, self.steps = way, 0
+    def __init__(self, pool: Pool, task: TrainingTask, cap: int) -> None:
+        super().__init__(pool, Worker.logprobs, cap)
+        self.task, self.steps = task, 0
 
     def update(self, batch: Batch) -> Metrics:
-        goal = self.way.objective
-        steps = self.way.schedule.steps(batch, goal, self.steps)
+        goal = self.task.objective
+        steps = self.task.schedule.steps(batch, goal, self.steps)
         self.steps += len(steps)
-        return self.pool.stepped("update", steps, self.cap, goal.whole_groups)
+        return self.pool.stepped(Worker.update, steps, self.cap, goal.whole_groups)
 
     def save(self, folder: Path) -> None:
         """The critic's state too, if there is one."""
-        self.pool.all("save", folder)
+        self.pool.all(Worker.save, folder)
 
     def load(self, folder: Path) -> None:
-        self.steps = self.pool.all("restore", folder)[0]
+        self.steps = self.pool.all(Worker.restore, folder)[0]
 
 
 class PooledCritic:
@@ -53,11 +55,11 @@ class PooledCritic:
         self.actor = actor
 
     def values(self, batch: Batch) -> Tensor:
-        return self.actor.pool.dealt("values", batch, self.actor.cap)
+        return self.actor.pool.dealt(Worker.values, batch, self.actor.cap)
 
     def update(self, batch: Batch) -> Metrics:
-        steps = self.actor.way.schedule.steps(batch, critic.OBJECTIVE, self.actor.steps)
-        return critic.named(self.actor.pool.stepped("update_critic", steps, self.actor.cap, whole_groups=False))
+        steps = self.actor.task.schedule.steps(batch, critic.OBJECTIVE, self.actor.steps)
+        return critic.named(self.actor.pool.stepped(Worker.update_critic, steps, self.actor.cap, whole_groups=False))
 
 
 class Scorer(Protocol):
@@ -89,7 +91,7 @@ class PooledReward:
         """Without what only models read."""
         row = replace(group.prompt.row, images=())
         bare = replace(group.prompt, row=row, vision=None, position_ids=None)
-        return next(self._turns).call("score", replace(group, prompt=bare))
+        return next(self._turns).call(RewardWorker.score, replace(group, prompt=bare))
 
 
 class PooledEncoder:
@@ -100,7 +102,7 @@ class PooledEncoder:
         """Each worker reads the images of as many prompts as the others, give or take one."""
         visions = [prompt.vision for prompt in prompts]
         parts = [visions[share.start : share.stop] for share in even(len(visions), len(self.pool.members))]
-        read = [vision for part in self.pool.parts("embed", parts, neighbours=1) for vision in part]
+        read = [vision for part in self.pool.parts(Worker.embed, parts, neighbours=1) for vision in part]
         return [replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)]
 
 
@@ -122,7 +124,7 @@ class PooledRollout:
         parts = [(read[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
         sent = self.pool.shared(parts, self.devices)
         calls = [
-            member.stream("generate", sent[number // self.devices], number % self.devices == 0)
+            member.stream(Worker.generate, sent[number // self.devices], number % self.devices == 0)
             for number, member in enumerate(self.pool.members)
         ]
         yield from ((place, Group(prompts[place], samples)) for place, samples in merged(calls))

@@ -83,23 +83,23 @@ class Worker:
             self.rollout = start_rollout(self.resolved, self.heartbeat.beat)
             self.memory_manager.register("engine", self.rollout)
 
-    def load(self, task: str, folder: Path | None = None) -> None:
+    def load(self, command: str, folder: Path | None = None) -> None:
         """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
         self.encoder = self.actor = self.reference = self.critic = None
-        way, trained = training_task(task, self.config), "actor" in self.roles
-        compared = way.compared and "reference" in self.roles
+        task, trained = training_task(command, self.config), "actor" in self.roles
+        compared = task.compared and "reference" in self.roles
         if trained or compared:
             seed_random_states(self.config.seed)  # on every rank the same
-            self._build(way, folder or self.resolved.folder, trained, compared)
+            self._build(task, folder or self.resolved.folder, trained, compared)
         if "vision" in self.roles and self.config.model.images_are_read_once:
             self.encoder = self._encoder()
-        if trained and task == "grpo" and self.config.critic:
+        if trained and command == "grpo" and self.config.critic:
             model, source = self._model(self.resolved.critic_folder())
             if (tower := self.resolved.encoder_tower(model)) is not None:
                 tower.requires_grad_(False)
             self.critic = TorchCritic(
                 model, self.resolved.family, self._settings(), self.config.algorithm, self.config.critic.optimizer,
-                way.schedule, self._sharding(), source, self.resolved.backend.adamw,
+                task.schedule, self._sharding(), source, self.resolved.backend.adamw,
             )  # fmt: skip
         self._register_memory()
 
@@ -110,16 +110,16 @@ class Worker:
             return resolved.backend.fuse(resolved.load(folder)), None
         return resolved.backend.fuse(resolved.family.meta_model(folder, torch.float32)), folder
 
-    def _build(self, way: TrainingTask, folder: Path, trained: bool, compared: bool) -> None:
+    def _build(self, task: TrainingTask, folder: Path, trained: bool, compared: bool) -> None:
         resolved, sharding = self.resolved, self._sharding()
         model, source = self._model(folder)
-        settings = replace(self._settings(), temperature=way.temperature)
+        settings = replace(self._settings(), temperature=task.temperature)
         additions = self.config.model.lora is not None and trained  # without them the model is the reference
         tower = resolved.encoder_tower(model)
         fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
         if trained:
             self.actor = TorchActor(
-                resolved.trainable(model), resolved.family, settings, way.objective, way.optimizer, way.schedule,
+                resolved.trainable(model), resolved.family, settings, task.objective, task.optimizer, task.schedule,
                 publish_lora=resolved.additions is not None, sharding=sharding, source=source, tower=tower,
                 adamw=resolved.backend.adamw,
             )  # fmt: skip

@@ -8,17 +8,15 @@ from pathlib import Path
 
 from rlcore.checkpoint.folder import latest_checkpoint
 from rlcore.config.schema import RunConfig
-from rlcore.data.prompts import left_out
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
 from rlcore.protocols import ModelFamily
-from rlcore.runtime.placement import start
-from rlcore.runtime.signals import Interruption
-from rlcore.runtime.watchdog import Watchdog
-from rlcore.train.loop import Loop, Task
-from rlcore.train.sft import checked, response_length, written
+from rlcore.train.loop import Loop
+from rlcore.train.session import Session
+from rlcore.train.sft import response_length, written
+from rlcore.train.supervised import SupervisedTask
 from rlcore.types import Batch, Group, Prompt, Row
 
 
@@ -28,25 +26,27 @@ def train(
     """The `dpo` section as a run. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    with Interruption() as interruption, Watchdog(config.placement.stall_seconds, folder) as watchdog:
-        saved = latest_checkpoint(folder) if resume else None
-        resolved, source = checked(config, backend, check_pairs)
-        with start(resolved, watchdog) as placement:
-            placement.load("dpo")
-            begin()
-            console.say(resolved.notice)
-            console.warn(resolved.caution)
-            console.warn(left_out("data.train", source, config.data))
-            count, reference, encoder = config.dpo.pairs_per_step, placement.reference, placement.encoder
-            assert reference is not None
+    saved = latest_checkpoint(folder) if resume else None
+    with Session(config, backend, folder, console) as session:
+        check_pairs(session.source.rows, session.resolved)
+        session.start().load("dpo")
+        session.announce(begin)
+        Loop(comparison(session), session, folder).go(saved)
 
-            def batch() -> Batch:
-                prompts = source.draw(count)
-                pairs = Batch.of(preferences(encoder.embed(prompts) if encoder else prompts, resolved.family))
-                return replace(pairs, ref_logprobs=reference.logprobs(pairs))
 
-            task = Task("dpo", config.dpo.steps, config.dpo.log_every, batch, ("dpo/loss", "dpo/accuracy", "dpo/margin"))
-            Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
+def comparison(session: Session) -> SupervisedTask:
+    """Raises the preferred response of each pair above the rejected one, measured against the reference."""
+    config, source, family = session.config.dpo, session.source, session.resolved.family
+    reference, encoder = session.placement.reference, session.placement.encoder
+    assert config is not None and reference is not None
+
+    def batch() -> Batch:
+        prompts = source.draw(config.pairs_per_step)
+        pairs = Batch.of(preferences(encoder.embed(prompts) if encoder else prompts, family))
+        return replace(pairs, ref_logprobs=reference.logprobs(pairs))
+
+    shown = ("dpo/loss", "dpo/accuracy", "dpo/margin")
+    return SupervisedTask("dpo", config.steps, config.log_every, source, batch, shown, session)
 
 
 def check_pairs(rows: Sequence[Row], resolved: ResolvedModel) -> None:

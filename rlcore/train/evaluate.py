@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlcore.config.schema import RunConfig
@@ -12,7 +11,7 @@ from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.roles import Scorer
 from rlcore.train.sampling import sampling, scored_in_order
-from rlcore.types import Group, Metrics, Prompt, Score
+from rlcore.types import Group, Metrics, Score
 
 EVALUATION_SEED = 1 << 31  # far from every step's; a host's generators read the lower 32 bits only
 
@@ -23,6 +22,7 @@ class Evaluation:
 
     groups: list[Group]
     scores: list[list[Score]]
+    dropped_long: int  # rows that are left out because their prompt is too long
 
     def metrics(self) -> Metrics:
         """`eval/score`: the mean over rows of each row's mean. A failed reward counts in `eval/error`, never as 0."""
@@ -34,27 +34,28 @@ class Evaluation:
             "eval/rows": float(len(self.groups)),
             "eval/error": float(sum(score.status != "value" for group in self.scores for score in group)),
             "eval/response_length": sum(lengths) / len(lengths),
+            "eval/dropped_long": float(self.dropped_long),
         }
 
 
-def evaluate(placement: Placement, reward: Scorer, prompts: Sequence[Prompt], config: RunConfig) -> Evaluation:
+def evaluate(placement: Placement, reward: Scorer, held_out: Prompts, config: RunConfig) -> Evaluation:
     """Every held-out row once, under the evaluation's own sampling."""
     assert config.evaluation is not None
     placement.sync_weights()
-    prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+    prompts = placement.encoder.embed(held_out) if placement.encoder else held_out
     drawn = placement.rollout.stream(prompts, sampling(config.evaluation, config.evaluation.samples, EVALUATION_SEED))
     scored = scored_in_order(drawn, reward)
-    return Evaluation(scored.groups, scored.scores)
+    return Evaluation(scored.groups, scored.scores, held_out.dropped_long)
 
 
-def _held_out(resolved: ResolvedModel) -> Prompts | None:
+def held_out_rows(resolved: ResolvedModel) -> Prompts | None:
     data = resolved.config.data
     if resolved.config.evaluation is None or data.eval is None:
         return None
     return encode_all(load_rows(data.eval, "data.eval"), resolved.family, data.max_prompt_tokens, data.long_prompts)
 
 
-def _unread(config: RunConfig) -> str | None:
+def unread_rows(config: RunConfig) -> str | None:
     """What is said of held-out rows that nothing asks for; a run may leave its evaluation out for once."""
     if config.data.eval is None:
         return None

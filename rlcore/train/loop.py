@@ -1,47 +1,88 @@
-"""Training that samples nothing: steps, numbers and checkpoints."""
+"""The loop of every training command: steps, evaluations, checkpoints, and an interrupt at any moment."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlcore.checkpoint.folder import read_state, save_checkpoint
 from rlcore.checkpoint.state import random_states, restore_random_states
-from rlcore.config.schema import RunConfig
+from rlcore.config.sections import EvaluationConfig
 from rlcore.data.prompts import PromptSource
-from rlcore.monitor import metrics
+from rlcore.errors import NonFinite, RunError
+from rlcore.monitor.clock import Clock
 from rlcore.monitor.console import Console
 from rlcore.monitor.sinks import Sinks
-from rlcore.protocols import Actor
-from rlcore.runtime.signals import Interruption
-from rlcore.types import Batch
+from rlcore.train.evaluate import Evaluation
+from rlcore.train.records import evaluation_records, failures
+from rlcore.train.session import Session
+from rlcore.types import Metrics
 
 
-@dataclass(frozen=True)
-class Task:
-    """Training that samples nothing."""
+class NothingToLearn(RunError):
+    """A step that cannot train, nor could the next one. What is done before it is saved."""
+
+
+class Step(Protocol):
+    """A finished step, and what is reported of it."""
+
+    drawn: int  # prompts, in the whole run up to here
+
+    def row(self) -> Metrics:
+        """Its line of metrics.jsonl, asked for when its evaluation and its checkpoint are done."""
+        ...
+
+    def records(self) -> Iterable[Mapping[str, Any]]:
+        """Its lines of samples.jsonl."""
+        ...
+
+    def line(self, row: Metrics) -> str:
+        """Its line on the console."""
+        ...
+
+    def show(self, row: Metrics, console: Console) -> None:
+        """What follows that line: samples and warnings."""
+        ...
+
+
+class Task(Protocol):
+    """What is trained. `Loop` says when."""
 
     name: str
     steps: int
-    log_every: int
-    batch: Callable[[], Batch]  # the next
-    shown: tuple[str, ...]  # metrics on the console
+    log_every: int  # steps from one line on the console to the next
+    source: PromptSource
+
+    def start(self) -> None:
+        """Called before the first step: what was done up to then is not part of it."""
+        ...
+
+    def step(self, number: int) -> Step: ...
+
+    def evaluate(self) -> Evaluation: ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside step, prompts and random states."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Loop:
-    """The steps of a task, its numbers and its checkpoints. An interrupt saves the last finished step and leaves."""
+    """The steps of a task. An interrupt saves the last finished step and leaves."""
 
     def __init__(
-        self, task: Task, actor: Actor, source: PromptSource, config: RunConfig, folder: Path, console: Console,
-        interruption: Interruption,
+        self, task: Task, session: Session, folder: Path, clock: Clock | None = None, evaluation: EvaluationConfig | None = None
     ) -> None:
-        self.task, self.actor, self.source, self.config, self.folder = task, actor, source, config, folder
-        self.console, self.interruption = console, interruption
+        """`folder`: where numbers and checkpoints go. `clock`: times checkpoints."""
+        self.task, self.session, self.folder, self.clock, self.evaluation = task, session, folder, clock, evaluation
+        self.actor, self.source, self.console = session.placement.actor, task.source, session.console
         self.done = self.saved = 0  # steps
-        self.drawn = source.drawn  # prompts, after step `done`
+        self.drawn = self.source.drawn  # prompts, after step `done`
         self.random: Mapping[str, Any] = {}  # states, after step `done`
 
     def go(self, saved: Path | None) -> None:
@@ -49,38 +90,66 @@ class Loop:
         if saved:
             self._restore(saved)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.sinks = Sinks(self.folder, self.config.logging.tensorboard, self.done + 1 if self.done else 0)
+        self.sinks = Sinks(self.folder, self.session.config.logging.tensorboard, self.done + 1 if self.done else 0)
         try:
             self.console.start(self.task.name, self.task.steps, self.done)
-            self.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
+            if self.done == 0 and self.evaluation and self.evaluation.before:
+                self._evaluate_before()
+            self.task.start()
+            self.session.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
         finally:
             self.console.stop()
             self.sinks.close()
 
     def _step(self, number: int) -> None:
-        task, config, began = self.task, self.config, time.perf_counter()
-        batch = task.batch()
-        self.interruption.hold()
-        row = self.actor.update(batch) | (metrics.images(batch.groups) if config.model.images_are_read_once else {})
-        row["timing/all"] = time.perf_counter() - began
-        self.done, self.drawn = number, self.source.drawn
-        every = config.train.save_every
-        if number == task.steps or (every and number % every == 0):
-            self._save()
+        step = self._trained(number)
+        self.done, self.drawn = number, step.drawn
+        due = self.evaluation is not None and self._due(self.evaluation.every, self.evaluation.at_end)
+        evaluation = self.task.evaluate() if due else None
+        if self._due(self.session.config.train.save_every, at_end=True):
+            with self.clock.span("save_checkpoint") if self.clock else nullcontext():
+                self._save()
         self.random = random_states()
-        self.sinks.write(number, row)
-        if number % task.log_every == 0 or number == task.steps:
-            shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in task.shown)
-            self.console.step(f"{task.name} {number}/{task.steps}  {shown}  grad {row['grad_norm']:.3g}", task.log_every)
+        row, records = step.row(), [*step.records()]
+        if evaluation:
+            row, records = row | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
+        self.sinks.write(number, row, records)
+        if number % self.task.log_every == 0 or number == self.task.steps:
+            self.console.step(step.line(row), self.task.log_every)
+        step.show(row, self.console)
+        self.console.warn(failures(evaluation.scores, "evaluation: ") if evaluation else None)
+
+    def _trained(self, number: int) -> Step:
+        try:
+            return self.task.step(number)
+        except NothingToLearn:
+            self._keep()
+            raise
+        except NonFinite as error:
+            path = self.folder / f"nonfinite_step_{number:06d}.json"
+            path.write_text(json.dumps({"step": number, **error.report}, indent=1) + "\n", encoding="utf-8")
+            raise RunError(f"{error}; the run stops before that optimizer step, the numbers are in {path}") from error
+
+    def _evaluate_before(self) -> None:
+        began = time.perf_counter()
+        evaluation = self.task.evaluate()
+        row = evaluation.metrics() | {"timing/evaluate": time.perf_counter() - began}
+        self.sinks.write(0, row, evaluation_records(evaluation))
+        score = f"eval {row['eval/score']:.3f}" if "eval/score" in row else "eval without a score"
+        self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
+        self.console.warn(failures(evaluation.scores, "evaluation: "))
+
+    def _due(self, every: int, at_end: bool) -> bool:
+        return bool(every and self.done % every == 0) or (at_end and self.done == self.task.steps)
 
     def _keep(self) -> None:
-        """The last finished step, unless a checkpoint has it."""
+        """Saves the last finished step, unless a checkpoint has it."""
         if self.done > self.saved:
             self._save(random=self.random)
 
     def _save(self, **random: Any) -> None:
         """`random`: the random states, where those of now are already the next step's."""
-        state = {"step": self.done, "drawn": self.drawn, **random}
+        state = {"step": self.done, "drawn": self.drawn, **self.task.state(), **random}
         save_checkpoint(self.folder, f"step_{self.done:06d}", state, self.actor.save)
         self.saved = self.done
 
@@ -89,4 +158,5 @@ class Loop:
         state = read_state(saved)
         self.done = self.saved = state["step"]
         self.source.drawn = self.drawn = state["drawn"]
+        self.task.restore(state)
         restore_random_states(state["random"])

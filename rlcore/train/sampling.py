@@ -17,7 +17,8 @@ from rlcore.runtime.roles import Scorer
 from rlcore.types import Group, Prompt, Receipt, Sampling, Score
 
 REFILL_SEED = 1 << 24  # from one refill of a step to the next
-"""Stages of drawing and scoring samples, which for the next step may happen during this one."""
+STAGES = frozenset({"resharding_to_infer", "data", "image_embeds", "rollout", "reward"})
+"""Of drawing and scoring samples, which for the next step may happen during this one."""
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint, read_state
-from rlcore.checkpoint.state import seed_random_states
 from rlcore.config.schema import RunConfig
 from rlcore.data.chat import check_opening
-from rlcore.data.prompts import PromptSource, left_out
+from rlcore.data.prompts import PromptSource
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
 from rlcore.protocols import ModelFamily
-from rlcore.runtime.placement import Placement, start
-from rlcore.runtime.signals import Interruption
-from rlcore.runtime.watchdog import Watchdog
-from rlcore.train.loop import Loop, Task
+from rlcore.train.loop import Loop
+from rlcore.train.session import Session
+from rlcore.train.supervised import SupervisedTask
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 
@@ -30,28 +28,18 @@ def train(
     """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
-    with Interruption() as interruption, Watchdog(config.placement.stall_seconds, folder) as watchdog:
-        saved = latest_checkpoint(folder) if resume else None
-        resolved, source = checked(config, backend, check_targets)
-        with start(resolved, watchdog) as placement:
-            placement.load("sft")
-            begin()
-            console.say(resolved.notice)
-            console.warn(resolved.caution)
-            console.warn(left_out("data.train", source, config.data))
-            task = imitation(placement, resolved, source)
-            Loop(task, placement.actor, source, config, folder, console, interruption).go(saved)
+    saved = latest_checkpoint(folder) if resume else None
+    with Session(config, backend, folder, console) as session:
+        check_targets(session.source.rows, session.resolved)
+        session.start().load("sft")
+        session.announce(begin)
+        Loop(imitation(session, session.source), session, folder).go(saved)
 
 
-def checked(
-    config: RunConfig, backend: Backend, check: Callable[[Sequence[Row], ResolvedModel], None]
-) -> tuple[ResolvedModel, PromptSource]:
-    """The policy and its rows after `check`: whatever can be refused is refused before a run folder exists."""
-    seed_random_states(config.seed)
-    resolved = ResolvedModel(config, backend)
-    source = resolved.prompts(config.seed)
-    check(source.rows, resolved)
-    return resolved, source
+def warm_up(session: Session, folder: Path) -> None:
+    """The warm start of a GRPO run in a folder of its own, from its own last checkpoint, if it has one."""
+    source = session.resolved.prompts(session.config.seed)
+    Loop(imitation(session, source), session, folder).go(newest_checkpoint(folder))
 
 
 def missing(folder: Path | None, steps: int) -> bool:
@@ -92,16 +80,16 @@ def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
     return len(token_ids)
 
 
-def imitation(placement: Placement, resolved: ResolvedModel, source: PromptSource) -> Task:
+def imitation(session: Session, source: PromptSource) -> SupervisedTask:
     """Minimizes the mean negative log-probability of the target tokens."""
-    config, encoder = resolved.config.sft, placement.encoder
+    config, encoder, family = session.config.sft, session.placement.encoder, session.resolved.family
     assert config is not None
 
     def batch() -> Batch:
         prompts = source.draw(config.rows_per_step)
-        return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, resolved.family))
+        return Batch.of(targets(encoder.embed(prompts) if encoder else prompts, family))
 
-    return Task("sft", config.steps, config.log_every, batch, ("sft/loss",))
+    return SupervisedTask("sft", config.steps, config.log_every, source, batch, ("sft/loss",), session)
 
 
 def targets(prompts: Sequence[Prompt], family: ModelFamily) -> list[Group]:

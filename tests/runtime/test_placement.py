@@ -268,11 +268,11 @@ class Threaded:
     def __init__(self, worker):
         self.worker, self.thread = worker, ThreadPoolExecutor(1)
 
-    def call(self, method, *arguments):
-        return self.thread.submit(lambda: getattr(self.worker, method)(*arguments))
+    def call(self, method, *args, **kwargs):
+        return self.thread.submit(lambda: getattr(self.worker, method.__name__)(*args, **kwargs))
 
-    def stream(self, method, *arguments):
-        started = self.thread.submit(lambda: list(getattr(self.worker, method)(*arguments)))
+    def stream(self, method, *args, **kwargs):
+        started = self.thread.submit(lambda: list(getattr(self.worker, method.__name__)(*args, **kwargs)))
         return (item for _ in range(1) for item in started.result())
 
 
@@ -455,7 +455,7 @@ def test_an_error_in_a_worker_is_the_same_error_here(tiny_llama, cluster):
     process = ray.remote(Process).options(num_cpus=0).remote()
     try:
         with pytest.raises(PluginError, match="'mth'") as raised:
-            Remote(process, "a worker", RayStore()).ask("open_rewards", config, []).result()
+            Remote(process, "a worker", RayStore()).ask(Process.open_rewards, config, []).result()
         assert raised.type is PluginError, "and none of Ray's that is one too"
     finally:
         ray.kill(process)

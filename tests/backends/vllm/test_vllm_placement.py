@@ -97,7 +97,7 @@ def test_a_fault_on_one_rank_of_an_engine_is_found(settings, cluster, backend, m
         assert not list(Path("/dev/shm").glob("*cpushm*")), "a run that is killed leaves nothing that stops the next"
         placement.sync_weights()
         for member in placement.pools[0].members:
-            member.ask("spoil").result()
+            member.ask(ray_pools.Process.spoil).result()
         placement.version += 1
         with pytest.raises(RunError, match=re.escape("1 different: model.layers.1.input_layernorm.weight")):
             placement.sync_weights()

@@ -1,0 +1,72 @@
+"""Training on responses that stand in the data: what sft and dpo share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rlcore.data.prompts import PromptSource
+from rlcore.monitor import metrics
+from rlcore.monitor.console import Console
+from rlcore.train.session import Session
+from rlcore.types import Batch, Metrics
+
+
+@dataclass(frozen=True)
+class SupervisedStep:
+    """The numbers of a step."""
+
+    drawn: int
+    numbers: Metrics
+    text: str
+
+    def row(self) -> Metrics:
+        return self.numbers
+
+    def records(self) -> Iterable[Mapping[str, Any]]:
+        return ()
+
+    def line(self, row: Metrics) -> str:
+        return self.text
+
+    def show(self, row: Metrics, console: Console) -> None:
+        """Nothing more."""
+
+
+@dataclass(frozen=True)
+class SupervisedTask:
+    """Draws a batch, updates the actor with it. Holds nothing that a checkpoint would need."""
+
+    name: str
+    steps: int
+    log_every: int
+    source: PromptSource
+    batch: Callable[[], Batch]  # the next
+    shown: tuple[str, ...]  # metrics on the console
+    session: Session
+
+    def start(self) -> None:
+        """Nothing is timed across steps."""
+
+    def step(self, number: int) -> SupervisedStep:
+        began = time.perf_counter()
+        batch = self.batch()
+        self.session.interruption.hold()
+        row = self.session.placement.actor.update(batch)
+        if self.session.config.model.images_are_read_once:
+            row |= metrics.images(batch.groups)
+        row["timing/all"] = time.perf_counter() - began
+        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in self.shown)
+        text = f"{self.name} {number}/{self.steps}  {shown}  grad {row['grad_norm']:.3g}"
+        return SupervisedStep(self.source.drawn, row, text)
+
+    def evaluate(self) -> NoReturn:
+        raise NotImplementedError(f"{self.name} samples nothing")
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing beside what every checkpoint holds."""
