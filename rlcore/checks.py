@@ -1,4 +1,4 @@
-"""What `rlcore doctor` says of one thing, and what a device's plugin tells it. Nothing here or in a plugin imports torch."""
+"""Check results of `rlcore doctor`, and the protocol of a device's doctor plugin. Neither this nor a plugin imports torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import ClassVar, Literal, Protocol
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-Verdict = Literal["ok", "warning", "failure", "absent"]  # absent: not there, and nothing needs it
+Verdict = Literal["ok", "warning", "failure", "absent"]  # absent: missing, and nothing needs it
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
     verdict: Verdict
-    seen: str  # with its numbers
+    seen: str  # the observation, with its numbers
     remedy: str = ""
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices that a process started now would have."""
+    """Devices visible to a process started now."""
 
     count: int
     seen: str  # where they were looked for, and what hides some
@@ -39,7 +39,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Trial:
-    """A program for a process of its own: its last line of output is what was seen, another exit status a failure."""
+    """Program to run in a process of its own: its last output line is the observation, a nonzero exit status a failure."""
 
     what: str
     program: str
@@ -48,12 +48,12 @@ class Trial:
 
 
 class Doctor(Protocol):
-    """What only a device's plugin knows about a machine: an entry point of rlcore.doctors, called without arguments."""
+    """Device-specific machine checks: an entry point of rlcore.doctors, called without arguments."""
 
-    precedence: ClassVar[int]  # of those that see devices, --backend auto takes the highest; 0 is for what is always there
+    precedence: ClassVar[int]  # --backend auto takes the highest that sees devices; 0 is for what is always there
     pins: ClassVar[Traversable]  # the requirements file of the whole stack
-    decisive: ClassVar[Sequence[str]]  # the packages of it that must be exactly as pinned
-    versions: ClassVar[Mapping[str, str]]  # a specifier for each of what is no package: Python, drivers, toolkits
+    decisive: ClassVar[Sequence[str]]  # its packages that must match their pins exactly
+    versions: ClassVar[Mapping[str, str]]  # specifiers for what is not a package: Python, drivers, toolkits
     trials: ClassVar[Sequence[Trial]]  # run last, and only where torch can be imported
 
     def devices(self) -> Devices: ...
@@ -62,7 +62,7 @@ class Doctor(Protocol):
 
 
 def compared(what: str, version: str | None, wanted: str, missing: str, remedy: str) -> CheckResult:
-    """A version against a specifier; `missing` says where one was looked for."""
+    """Check a version against a specifier; `missing` says where one was looked for."""
     if version is None:
         return CheckResult(what, "failure", missing, remedy)
     if not satisfies(version, wanted):
@@ -71,7 +71,7 @@ def compared(what: str, version: str | None, wanted: str, missing: str, remedy: 
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """False also where it is no version at all."""
+    """Whether a version matches a specifier; False for an invalid version."""
     try:
         return SpecifierSet(wanted).contains(Version(version), prereleases=True)
     except InvalidVersion:
@@ -79,13 +79,13 @@ def satisfies(version: str, wanted: str) -> bool:
 
 
 def loads(library: str) -> CheckResult:
-    """Whether the loader finds a shared library and all that it asks for: tried by a process of its own."""
+    """Check in a process of its own whether the loader finds a shared library and its dependencies."""
     program = f"import ctypes; ctypes.CDLL({library!r}); print('the loader finds it, and all that it needs')"
     return attempt(Trial(library, program, "its folder must be in LD_LIBRARY_PATH before Python starts", 30))
 
 
 def attempt(trial: Trial) -> CheckResult:
-    """What came of it."""
+    """Run a trial in a process of its own."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", trial.program], capture_output=True, text=True, errors="replace", timeout=trial.seconds,
@@ -100,7 +100,7 @@ def attempt(trial: Trial) -> CheckResult:
 
 
 def error_in(text: str) -> str:
-    """The error of a traceback, with the one that it came from; the last line where there is none."""
+    """The error of a traceback, with its original cause; the last line if there is none."""
     errors = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)]
     return errors[-1] + (f" (from {errors[0]})" if len(errors) > 1 else "") if errors else _last_line(text)
 

@@ -1,6 +1,6 @@
-"""What the core asks of a device. A plugin derives from `Backend` and registers as an entry point of `rlcore.backends`.
+"""The device interface. A plugin derives from `Backend` and registers as an entry point of `rlcore.backends`.
 
-Imports nothing heavy: a backend says what must stand in the environment before torch is imported.
+Imports nothing heavy: a backend sets environment variables before torch is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NoOptions(Strict):
 
 
 class Backend(ABC):
-    """A device: facts, and what only this device has."""
+    """A kind of device: its properties, and what only it provides."""
 
     name: ClassVar[str]
     Options: ClassVar[type[BaseModel]] = NoOptions
@@ -35,32 +35,34 @@ class Backend(ABC):
     environment_requirements: ClassVar[str] = "the backend's own requirements"  # the file that installs its stack
     spellings: ClassVar[Mapping[str, str]] = {}  # older names of variables in `environment`, read where those are unset
 
+    options: Any  # of the class `Options`; a backend that has some declares which: `options: MyOptions`
+
     def __init__(self, options: Any = None) -> None:
         self.options = options or self.Options()
-        self.given: Mapping[str, str] = {}  # of `environment`, what the user has set, once it has been applied
+        self.given: Mapping[str, str] = {}  # variables of `environment` that the user has set, once applied
 
     @abstractmethod
     def device(self, local_rank: int) -> torch.device: ...
 
     @abstractmethod
     def collectives(self) -> str:
-        """What processes of this device talk through, as torch.distributed names it."""
+        """torch.distributed backend for processes of this device."""
 
     @abstractmethod
     def group(self, address: str, rank: int, size: int) -> Any:
-        """Processes that meet at `address` (host:port), beside the ranks of their pools: a group that broadcasts."""
+        """Rendezvous at `address` (host:port), besides the groups of the pools; returns a group that broadcasts."""
 
     def environment(self) -> Mapping[str, str]:
-        """Environment variables that must stand before torch is imported, unless the user has set them."""
+        """Environment variables to set before torch is imported, unless the user has set them."""
         return {}
 
     def conflicts(self, given: Mapping[str, str]) -> Iterable[str]:
-        """What the user has set to something that this device cannot work with, each with what it needs and why."""
+        """User-set variables that this device cannot work with, each with the value needed and why."""
         return ()
 
     def apply_environment(self, environment: MutableMapping[str, str]) -> None:
-        """Completes the environment of this process; `given` is for those that it starts elsewhere. ConfigError lists every
-        conflict at once."""
+        """Complete the environment of this process; `given` is for processes that it starts elsewhere. ConfigError lists all
+        conflicts at once."""
         if wrong := list(self.conflicts(environment)):
             raise ConfigError(
                 f"backend.name {self.name}: these environment variables are set to what the run cannot work with; unset them,"
@@ -72,7 +74,7 @@ class Backend(ABC):
         environment.update({**defaults, **self.given})
 
     def prepare(self) -> None:  # noqa: B027
-        """Once a process, after torch can be imported: what this device needs before models load."""
+        """Prepare the device before models load; called once per process, after torch can be imported."""
 
     def default_precision(self) -> str:
         """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
@@ -80,35 +82,35 @@ class Backend(ABC):
 
     @property
     def tile_bytes(self) -> int:
-        """Of float32 logits at a time, in the log-probability head. Large ones are few launches."""
+        """Tile size of float32 logits in the log-probability head. Large tiles mean few kernel launches."""
         return 256 * 2**20
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """The model, this device's kernels in the place of its layers' own. Names, weights and, to rounding, numbers stay."""
+        """Replace layers' kernels by this device's. Names, weights and, up to rounding, results stay the same."""
         return model
 
-    def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    def adamw(self, groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         """AdamW (arXiv 1711.05101) over torch's parameter groups. Its state is torch's: step, exp_avg and exp_avg_sq."""
         from torch.optim import AdamW
 
         return AdamW(groups, fused=True, **settings)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
-        """Arguments of an engine that are this device's affair; what the run file says comes on top."""
+        """Device-specific arguments of an engine; the run file overrides them."""
         return {}
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
-        """What is quicker than a collective to gather weights in buckets, if there is something."""
+        """A faster all-gather than the collective one for weight sync, or None."""
         return None
 
     def device_resources(self) -> Mapping[str, float]:
-        """What a scheduler of many machines calls one device, and how much of it that is."""
+        """Scheduler resources of one device, e.g. {"GPU": 1}."""
         return {"CPU": 1.0}
 
     def sharing(self, devices: int) -> Backend:
-        """As one of so many devices on a machine: what they have in common is split."""
+        """This backend as one of `devices` on a machine, with shared resources split among them."""
         return self
 
     def network(self, address: str) -> Mapping[str, str]:
-        """Environment variables by which collectives find the others through the interface that has this address."""
+        """Environment variables that make collectives use the network interface with this address."""
         return {}

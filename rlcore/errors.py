@@ -1,4 +1,4 @@
-"""What rlcore raises. The command line turns each class into its exit status (`status`)."""
+"""Exceptions of rlcore. The command line turns each class into its exit status (`status`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class RlcoreError(Exception):
-    """Anything rlcore says about a run; the message names the thing, the numbers and the remedy."""
+    """Base of rlcore's errors; the message names the thing, the numbers and the remedy."""
 
     status = 1
 
@@ -20,7 +20,7 @@ class ConfigError(RlcoreError):
 
 
 class PluginError(ConfigError):
-    """A plugin that is asked for is missing or broken."""
+    """A requested plugin is missing or broken."""
 
 
 class RunError(RlcoreError):
@@ -28,18 +28,18 @@ class RunError(RlcoreError):
 
 
 class Unwritten(RunError):
-    """A file that could not be written, most often for want of room."""
+    """A file could not be written, most often because the disk is full."""
 
 
 class WorkerDied(RunError):
-    """A worker's process is gone; what the others then say (a connection that broke) is only the consequence."""
+    """A worker's process is gone; errors of the others (a broken connection) are only the consequence."""
 
 
 class NonFinite(RunError):
-    """A loss or gradient that is no number, before the optimizer saw it."""
+    """A loss or gradient is NaN or infinite; raised before the optimizer step."""
 
     def __init__(self, message: str, report: Mapping[str, Any]) -> None:
-        """`report` holds the samples and the numbers, as JSON can write them."""
+        """`report`: the samples and the numbers, JSON-serializable."""
         super().__init__(message, report)
         self.report = report
 
@@ -48,7 +48,7 @@ class NonFinite(RunError):
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or what there is."""
+    """`; did you mean 'x'?`, or the list of names."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"

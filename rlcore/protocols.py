@@ -1,5 +1,5 @@
-"""What a role, a model family, an engine and a launcher must offer; rlcore/device.py says it of a device. Plugins implement
-these; the trainer knows nothing else."""
+"""Protocols of roles, model families, engines and launchers; rlcore/device.py has that of devices. Plugins implement these; the
+trainer uses nothing else."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 class Reference(Protocol):
     def logprobs(self, batch: Batch) -> Tensor:
-        """[N] float32: log p(token | what stands before it), packed order."""
+        """[N] float32: log p(token | preceding tokens), packed order."""
         ...
 
 
 class Actor(Reference, Protocol):
     def update(self, batch: Batch) -> Metrics:
-        """All optimizer steps of this batch."""
+        """Take all optimizer steps of this batch; returns their metrics."""
         ...
 
     def weights(self) -> NamedTensors: ...
 
     def save(self, folder: Path) -> None:
-        """Everything needed to go on training, into an empty folder; `folder/model` is a Hugging Face folder."""
+        """Save everything needed to resume training into an empty folder; `folder/model` is a Hugging Face folder."""
         ...
 
     def load(self, folder: Path) -> None: ...
@@ -45,7 +45,7 @@ class Actor(Reference, Protocol):
 
 class Critic(Protocol):
     def values(self, batch: Batch) -> Tensor:
-        """[N] float32: what the response was expected to earn, before each token."""
+        """[N] float32: the expected return before each token."""
         ...
 
     def update(self, batch: Batch) -> Metrics: ...
@@ -57,27 +57,27 @@ class Critic(Protocol):
 
 class Encoder(Protocol):
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts in order, their images read: image_embeds in place of pixel_values."""
+        """Replace pixel_values by image_embeds; prompts stay in order."""
         ...
 
 
 class Rollout(Protocol):
     @property
     def version(self) -> int | None:
-        """Of the weights it serves: 0 before the first `load_weights`, None after a failed one or a pause that gave them up."""
+        """Version of the served weights: 0 before any `load_weights`, None after a failed one or a pause that discards them."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group a prompt, in the order of the prompts."""
+        """Sample one group per prompt, in the order of the prompts."""
         ...
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """The same groups, each as soon as it is finished, with the place of its prompt. A run's prompts come without the
-        messages and columns of their rows, and without images once those have been read."""
+        """Yield (prompt index, group) as groups finish. A run's prompts come without the messages and columns of their rows,
+        and without images once those are embedded."""
         ...
 
     def pause(self) -> None:
-        """Leave the device; until `resume` everything else is a PhaseError. The weights may have to be sent again."""
+        """Free the device; until `resume` every other call raises PhaseError. The weights may have to be sent again."""
         ...
 
     def resume(self) -> None: ...
@@ -101,11 +101,11 @@ class ModelFamily(Protocol):
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """The same model whose parameters have shapes but no memory."""
+        """Build the model with parameters on the meta device: shapes without memory."""
         ...
 
     def prompt_length(self, row: Row) -> int:
-        """The tokens `encode` will give, without touching pixels."""
+        """Number of tokens `encode` will give, without touching pixels."""
         ...
 
     def encode(self, row: Row) -> Prompt: ...
@@ -123,11 +123,11 @@ class ModelFamily(Protocol):
         ...
 
     def hidden(self, model: nn.Module, packed: Packed, part: Slice | None = None) -> Tensor:
-        """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, called by its group."""
+        """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, on all its ranks."""
         ...
 
     def embedded(self, model: nn.Module, prompt: Prompt) -> Tensor:
-        """[P, D]: what the first layer reads of a prompt, images in their places."""
+        """[P, D]: input embeddings of a prompt, images in their places."""
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
@@ -145,7 +145,7 @@ class ModelFamily(Protocol):
         ...
 
     def save_processor(self, folder: Path) -> None:
-        """The tokenizer and processor files beside saved weights."""
+        """Save the tokenizer and processor files beside the weights."""
         ...
 
 
@@ -153,7 +153,7 @@ class VisionModelFamily(ModelFamily, Protocol):
     """A model family with a vision tower."""
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
-        """[tokens, D] of each image, from its pixels; `vision` is that of one prompt or of several together."""
+        """[tokens, D] of each image, from its pixels; `vision` has the images of one prompt or of several together."""
         ...
 
 
@@ -165,10 +165,10 @@ class Engine(Protocol):
         max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = no_heartbeat,
         image_embeds: bool = False, temperatures: Mapping[str, float] | None = None,
     ) -> Rollout:
-        """With `lora`, `load_weights` is sent the additions alone, over the weights of `folder`. The engine calls `beat` at
-        each of its steps, so that a long answer is not taken for one that never comes. With `image_embeds`, prompts come with
-        their images read. `temperatures` are what it will be asked for, by setting: ConfigError for one at which it would not
-        sample."""
+        """With `lora`, `load_weights` gets only LoRA weights, over the base weights of `folder`. The engine calls the heartbeat
+        `beat` at each of its steps, so that a long generation is not taken for a hang. With `image_embeds`, prompts come with
+        their images embedded. `temperatures`, by setting, are those it will be asked for: ConfigError for one at which it would
+        not sample."""
         ...
 
 
@@ -179,24 +179,24 @@ class Dataset(Protocol):
 
 
 class Launcher(Protocol):
-    """Brings the nodes of a run together, each of which starts one; registered by name."""
+    """Connects the nodes of a run, each of which starts one; registered by name."""
 
     Options: ClassVar[type[BaseModel]]  # every field is an option of `rlcore launch` under its alias, an environment variable
 
     def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """Options by alias: what was given, then what the environment says."""
+        """Options by alias: those `given`, then those of the environment."""
         ...
 
     @classmethod
     def check_results(cls, environment: Mapping[str, str]) -> Iterator[CheckResult]:
-        """What of this node `rlcore doctor` looks at, before torch is imported."""
+        """Checks of this node for `rlcore doctor`, before torch is imported."""
         ...
 
     @property
     def devices(self) -> int | None:
-        """Of all nodes together; None when they are not this launcher's."""
+        """Number of devices of all nodes; None in a cluster that this launcher does not start."""
         ...
 
     def run(self, trainer: Sequence[str], backend: Backend) -> int:
-        """Runs the command once, where the nodes' devices can be reached; its exit status, on every node."""
+        """Run the command once, where all nodes' devices can be reached; returns its exit status on every node."""
         ...

@@ -1,4 +1,4 @@
-"""Finds plugins by entry point. A name that is not installed lists what is; a plugin that does not import says so, loudly."""
+"""Plugin lookup by entry point. An unknown name lists the installed ones; a plugin that fails to import raises an error."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ GROUPS = ("backends", "doctors", "families", "models", "rollout_engines", "place
 
 
 def names(group: str) -> list[str]:
-    """What is installed in a group, sorted."""
+    """Names of the plugins installed in a group, sorted."""
     return sorted({point.name for point in entry_points(group=f"rlcore.{group}")})
 
 
 def check(group: str, name: str, key: str) -> None:
-    """PluginError, in the name of the setting `key`, when nothing of that name is installed. Imports nothing."""
+    """Raise PluginError, naming the setting `key`, if no plugin of that name is installed. Imports nothing."""
     if name not in (installed := names(group)):
         hint = nearest(name, installed)
-        raise PluginError(f"{key}: none of the installed {group} is called {name!r}{hint}")
+        raise PluginError(f"{key}: none of the installed {group.replace('_', ' ')} is called {name!r}{hint}")
 
 
 def load(group: str, name: str) -> Any:
-    """The plugin, imported."""
+    """Import and return a plugin."""
     points = [point for point in entry_points(group=f"rlcore.{group}") if point.name == name]
     targets = Counter(point.value for point in points)
     if not targets:
@@ -45,7 +45,7 @@ def load(group: str, name: str) -> Any:
 
 
 def load_dotted(path: str, what: str) -> Any:
-    """The object at `package.module.attribute`."""
+    """Import the object at `package.module.attribute`."""
     module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -64,9 +64,9 @@ class _Options(Strict):
 def checked_options(
     function: Callable[..., Any], options: Mapping[str, Any], prefix: str, given: int, handed: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Every option of the function as its annotations want it; a wrong name or value is a ConfigError under `prefix`.
+    """Validate options against the function's annotations; a wrong name or value is a ConfigError under `prefix`.
 
-    given: how many leading parameters are not options; handed: the names of others that are not.
+    given: number of leading parameters that are not options; handed: names of others that are not.
     """
     parameters = list(inspect.signature(function).parameters.values())
     try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
-Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once they have been read, image_embeds [tokens, D]
+Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once embedded, image_embeds [tokens, D]
 _TOKEN_FIELDS = (
     "rollout_logprobs",
     "loss_mask",
@@ -39,7 +39,7 @@ _TOKEN_FIELDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set, before any model has seen it."""
+    """One row of a data set, not yet encoded for a model."""
 
     id: str  # unique within the data set; error messages and samples.jsonl name it
     messages: Sequence[Mapping[str, Any]]  # chat messages; content is text or a list of {type: image} / {type: text, text}
@@ -52,17 +52,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row as one model reads it."""
+    """A row encoded for one model."""
 
     row: Row
-    token_ids: list[int]  # P, every image placeholder expanded to one token a merged patch
-    engine_token_ids: list[int]  # the same with one placeholder an image: engines expand it themselves
+    token_ids: list[int]  # P, every image placeholder expanded to one token per merged patch
+    engine_token_ids: list[int]  # token_ids with one placeholder per image: engines expand it themselves
     vision: Vision | None = None  # the images
     position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
-    text: str = ""  # before the tokenizer: the chat template's, up to where the assistant answers
+    text: str = ""  # the chat template's output before tokenization, up to the assistant's answer
 
     def for_models(self) -> Prompt:
-        """Without what only rewards and records read. Engines that read images themselves keep them."""
+        """Copy without fields that only rewards and records read. Images are kept until they are embedded."""
         read = self.vision is not None and "image_embeds" in self.vision
         return replace(self, row=Row(self.row.id, (), images=() if read else self.row.images))
 
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses. The seed makes a call repeatable whatever was drawn before it."""
+    """Sampling parameters. The seed makes a call repeatable whatever was drawn before it."""
 
     samples: int
     max_new_tokens: int
@@ -82,7 +82,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     seed: int = 0
-    first: int = 0  # the number of the first prompt, where an engine gets only some of a call's
+    first: int = 0  # global index of the first prompt, where an engine gets only part of a call
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Sample:
     policy_version: int
 
     def __post_init__(self) -> None:
-        """Numbers in any form become arrays."""
+        """Convert sequences of numbers to arrays."""
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
         object.__setattr__(self, "logprobs", np.asarray(self.logprobs, np.float32))
 
@@ -109,14 +109,14 @@ class Group:
     samples: Sequence[Sample]
 
     def for_models(self) -> Group:
-        """Without what only rewards and records read."""
+        """Copy without fields that only rewards and records read."""
         row = Row(self.prompt.row.id, ())
         return Group(replace(self.prompt, row=row), [replace(sample, text="") for sample in self.samples])
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a reward said of one sample. Only status "value" has a value: a failure is never a 0."""
+    """A reward's result for one sample. Only status "value" has a value: a failure is never a 0."""
 
     value: float | None
     status: Literal["value", "timeout", "error"] = "value"
@@ -135,15 +135,15 @@ class Batch:
     ref_logprobs: Tensor | None = None  # [N] float32
     old_logprobs: Tensor | None = None  # [N] float32; None is "the actor's own, detached"
     values: Tensor | None = None  # [N] float32, the critic's before this step's updates
-    returns: Tensor | None = None  # [N] float32, what it should have said
+    returns: Tensor | None = None  # [N] float32, the critic's targets
     kl_coef: float = 0.0  # of this step
-    loss_weights: Tensor | None = None  # [N] float32, of an optimizer step's whole loss; 0 where it does not count
-    denominator: float = 0.0  # what that step's reported means are means over, on all ranks together
-    rows: int = 0  # forward passes that every rank makes, at least
+    loss_weights: Tensor | None = None  # [N] float32, over an optimizer step's whole batch; 0 where the loss does not count
+    denominator: float = 0.0  # denominator of that step's reported means, over all ranks together
+    rows: int = 0  # minimum of forward passes, equal on every rank
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Batch:
-        """RunError when an engine gave another number of log-probabilities than tokens."""
+        """Build a batch; RunError when an engine gave another number of log-probabilities than tokens."""
         for group in groups:
             for sample in group.samples:
                 if len(sample.logprobs) != len(sample.token_ids):
@@ -166,7 +166,7 @@ class Batch:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """[N]: the number of the sample that each token belongs to."""
+        """[N]: index of the sample that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
 
     @cached_property
@@ -176,25 +176,25 @@ class Batch:
 
     @cached_property
     def starts(self) -> list[list[int]]:
-        """Where the tokens of each group's samples begin in [N]."""
+        """Start in [N] of the tokens of each group's samples."""
         first = self.lengths.cumsum(0) - self.lengths
         return [starts.tolist() for starts in first.split([len(group.samples) for group in self.groups])]
 
     def places(self, chosen: Sequence[int]) -> Tensor:
-        """Where the tokens of those groups stand in [N], in that order."""
+        """Indices in [N] of the chosen groups' tokens, in that order."""
         ends = list(accumulate(self.sizes))
         ranges = [torch.arange(ends[index] - self.sizes[index], ends[index]) for index in chosen]
         return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
     def select(self, chosen: Sequence[int]) -> Batch:
-        """Those groups, in that order, with their tokens."""
+        """The chosen groups, in that order, with their tokens."""
         if list(chosen) == list(range(len(self.groups))):
             return self
         cut = {name: self._of(value, chosen) for name in _TOKEN_FIELDS if (value := getattr(self, name)) is not None}
         return replace(self, groups=[self.groups[index] for index in chosen], **cut)
 
     def _of(self, per_token: Tensor, chosen: Sequence[int]) -> Tensor:
-        """[N] -> the tokens of those groups."""
+        """[N] -> the tokens of the chosen groups."""
         parts = per_token.split(self.sizes)
         return torch.cat([parts[index] for index in chosen]) if chosen else per_token[:0]
 
@@ -210,14 +210,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """What advantages are made of: S responses and what they earned. In float64, whatever it is given in."""
+    """Inputs of advantage estimation: S responses and their rewards. Converted to float64."""
 
     rewards: Tensor  # [S] float64; 0 where invalid
     valid: Tensor  # [S] bool
-    groups: Tensor  # [S] int64, the number of each response's group
+    groups: Tensor  # [S] int64, index of each response's group
     lengths: Tensor  # [S] int64
-    penalties: Tensor  # [N] float64, taken from the reward token by token: kl_coef x divergence
-    values: Tensor | None = None  # [N] float64, what a critic expected
+    penalties: Tensor  # [N] float64, subtracted from the reward per token: kl_coef x divergence
+    values: Tensor | None = None  # [N] float64, the critic's
 
     def __post_init__(self) -> None:
         for name in ("rewards", "penalties", "values"):
@@ -226,16 +226,16 @@ class AdvantageInputs:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """[N]: the number of the response that each token belongs to."""
+        """[N]: index of the response that each token belongs to."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
 
     def compared(self) -> Iterator[Tensor]:
-        """[S] bool, group by group: the valid responses of one prompt."""
+        """Yield a mask [S] bool for each group: its valid responses."""
         return ((self.groups == group) & self.valid for group in self.groups.unique())
 
     @property
     def penalized(self) -> Tensor:
-        """[S] float64: rewards less the penalties of all tokens."""
+        """[S] float64: rewards minus the penalties of all tokens."""
         return self.rewards.index_add(0, self.sequence, -self.penalties)
 
 
@@ -252,11 +252,11 @@ class Receipt:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What a loss sees of one micro-batch: M response tokens that count, float32. A response is never cut in two."""
+    """Inputs of a loss for one micro-batch: M response tokens that count, float32. A response is never split."""
 
     logprobs: Tensor  # [M], with gradient
     entropy: Tensor  # [M], with gradient
-    sequence: Tensor  # [M] int64, not falling: which response of the micro-batch, from 0
+    sequence: Tensor  # [M] int64, non-decreasing: index of the response in the micro-batch
     rollout_logprobs: Tensor  # [M]
     advantages: Tensor | None = None  # [M]
     ref_logprobs: Tensor | None = None  # [M]
@@ -266,7 +266,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class ValueView:
-    """The same for a critic."""
+    """Inputs of a critic's loss for one micro-batch."""
 
     values: Tensor  # [M], with gradient
     old_values: Tensor  # [M]
@@ -275,8 +275,8 @@ class ValueView:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss by token, and what to report over all tokens of the optimizer step: means, maxima, and effective sample sizes of
-    weights as shares, (sum w)^2 / (M sum w^2)."""
+    """Per-token loss, and metrics over all tokens of the optimizer step: means, maxima, and effective sample sizes of weights
+    as fractions, (sum w)^2 / (M sum w^2)."""
 
     loss: Tensor  # [M]
     means: Mapping[str, Tensor] = field(default_factory=dict)  # [M] each
@@ -286,7 +286,7 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one group lies in a packed row: `prompt` tokens from `start`, then each response's input tokens."""
+    """Extent of one group in a packed row: `prompt` tokens from `start`, then each response's input tokens."""
 
     start: int
     prompt: int
@@ -299,15 +299,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Packed:
-    """One forward pass. M targets: the response tokens whose log-probabilities it gives."""
+    """A packed row: one forward pass, which gives the log-probabilities of M target tokens."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, or [3, T] where the family has multi-axis positions
     segments: tuple[Segment, ...]
-    sources: Tensor  # [M] int64, the place in T whose hidden state predicts the target
+    sources: Tensor  # [M] int64, index in T of the hidden state that predicts the target
     targets: Tensor  # [M] int64
-    index: Tensor  # [M] int64, where the target stands in the batch's [N]
-    vision: Sequence[Vision]  # one a group that has images, in row order
+    index: Tensor  # [M] int64, index of the target in the batch's [N]
+    vision: Sequence[Vision]  # one per group that has images, in row order
 
     @property
     def tokens(self) -> int:

@@ -237,7 +237,8 @@ def rank(folder, results, address, replicas, mine):
         total = StepStatistics()
         for statistics in statistics_of_ranks:
             total += statistics
-        torch.save({"gradient": torch.cat(seen), "metrics": total.metrics(step.unit)}, results / f"{mine} {replicas} {name}.pt")
+        found = {"gradient": torch.cat(seen), "metrics": total.metrics(step.denominator)}
+        torch.save(found, results / f"{mine} {replicas} {name}.pt")
     dist.destroy_process_group()
 
 

@@ -1,1 +1,1 @@
-"""Published rows, or generated ones, as our rows."""
+"""Data sets as `rlcore.types.Row`: published ones and generated ones."""

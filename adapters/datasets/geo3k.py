@@ -13,5 +13,5 @@ INSTRUCTION = (
 
 
 def geo3k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
-    """Columns images (a list of {bytes, path}), problem (with `<image>` where an image stands), answer."""
+    """Rows from columns images (a list of {bytes, path}), problem (with `<image>` placeholders), answer."""
     return rows(path, prompt="problem", answer="answer", images="images", instruction=instruction, system=system)

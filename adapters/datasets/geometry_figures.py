@@ -1,8 +1,8 @@
 """Generated geometry figures with whole-number answers: a vision task that needs no download.
 
-A figure is a list of marks on a canvas of 112 units, a pure function of its parameters, drawn only when looked at.
-A hash of the marks decides the split, so no figure of one split is in the other, whatever seeds, kinds and questions are
-asked for; parameters move in steps of at least one unit, so that at 112 pixels different marks are different pixels.
+A figure is a list of marks on a canvas of 112 units, a pure function of its parameters, drawn lazily.
+A hash of the marks decides the split, so the splits share no figure, whatever the seeds, kinds and questions; parameters move
+in steps of at least one unit, so that at 112 pixels different marks are different pixels.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _RECTANGLES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """Marks to draw, what is asked of them and the answer."""
+    """Marks to draw, a question about them and its answer."""
 
     marks: tuple[Mark, ...]
     question: str
     answer: int
-    thought: str  # what one says before the answer
+    thought: str  # reasoning text before the answer
 
 
 def geometry_figures(
@@ -52,7 +52,7 @@ def geometry_figures(
     kinds: Annotated[Sequence[Kind], Field(min_length=1)] = ("count", "sides", "length", "angle", "area"),
     largest: PositiveInt | None = None, answer_format: Literal["tag", "boxed"] = "tag", instruction: str = "",
 ) -> list[Row]:
-    """Square figures of `size` pixels, the kinds in turn, the answers of a kind (up to `largest`) equally likely.
+    """Rows of square figures of `size` pixels, kinds in rotation, the answers of a kind (up to `largest`) equally likely.
 
     The target is `<answer>N</answer>`, or boxed: `<think>...</think> \\boxed{N}`. Row i depends on seed, split, kinds and i.
     """
@@ -67,7 +67,7 @@ def geometry_figures(
 
 
 def draw(source: tuple[Figure, int]) -> Image.Image:
-    """A figure and its size in pixels as an RGB image on white."""
+    """Draw a figure, given with its size in pixels, as an RGB image on white."""
     figure, size = source
     image = Image.new("RGB", (size, size), "white")
     canvas = ImageDraw.Draw(image)
@@ -94,7 +94,7 @@ def _row(
 
 
 def _figure(source: random.Random, kind: Kind, largest: int | None, split: str) -> Figure:
-    """The answer is drawn first and kept while figures of the other split are thrown away, so that it stays uniform."""
+    """Draw the answer first and keep it while rejecting figures of the other split, so that answers stay uniform."""
     answers, make = _KINDS[kind]
     answer = source.choice([answer for answer in answers if largest is None or answer <= largest])
     while True:
@@ -108,13 +108,13 @@ def _split(figure: Figure) -> str:
 
 
 def _dots(source: random.Random, answer: int) -> Figure:
-    """Circles in the cells of a 4 x 4 grid, and nothing else."""
+    """Circles only, in the cells of a 4 x 4 grid."""
     marks = [_small(source, "circle", cell) for cell in sorted(source.sample(range(16), answer))]
     return Figure(tuple(marks), "How many circles?", answer, f"I count {answer} circle{'s' * (answer > 1)}.")
 
 
 def _count(source: random.Random, answer: int) -> Figure:
-    """Shapes in the cells of a 4 x 4 grid, in the order of the cells: the same picture has the same marks."""
+    """Shapes in the cells of a 4 x 4 grid, sorted by cell so that equal pictures have equal marks."""
     asked, *others = source.sample(("circle", "square", "triangle"), 3)
     shapes = [asked] * answer + [source.choice(others) for _ in range(source.randint(0, 4))]
     cells = source.sample(range(16), len(shapes))
@@ -128,7 +128,7 @@ def _small(source: random.Random, shape: str, cell: int) -> Mark:
 
 
 def _sides(source: random.Random, answer: int) -> Figure:
-    """A regular polygon, turned by sixths of the angle after which it looks the same again."""
+    """A regular polygon, rotated by sixths of its symmetry angle."""
     x, y, radius = source.randint(50, 62), source.randint(50, 62), source.randint(34, 46)
     start = 2 * math.pi / answer * source.randrange(6) / 6
     corners = [start + 2 * math.pi * corner / answer for corner in range(answer)]
@@ -200,7 +200,7 @@ def _draw_segment(canvas: ImageDraw.ImageDraw, numbers: list[float], unit: float
 
 
 def _draw_grid(canvas: ImageDraw.ImageDraw, numbers: list[float], unit: float, colour: str) -> None:
-    """From the first number, in steps of the second, as many cells as the third counts (it comes scaled)."""
+    """Numbers: start, step, and the number of cells, which is scaled like the others."""
     start, step, cells = numbers[0], numbers[1], round(numbers[2] / unit)
     end = start + step * cells
     for line in range(cells + 1):

@@ -16,7 +16,7 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 def gsm8k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
-    """Columns question and answer. The row's answer is N without commas; its target the worked answer, then \\boxed{N}.
+    """Rows from columns question and answer. A row's answer is N without commas; its target the worked answer, then \\boxed{N}.
 
     ConfigError names a row whose answer ends in anything but one decimal number.
     """

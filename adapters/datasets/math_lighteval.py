@@ -14,7 +14,7 @@ INSTRUCTION = "Reason step by step and give the final answer inside \\boxed{}."
 
 
 def math_lighteval(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
-    """Columns problem, level, type, solution. The answer is what the solution's last box holds; level and type are fields."""
+    """Rows from columns problem, level, type, solution. The answer is the solution's last box; level and type are fields."""
     return [_row(record, instruction, system) for record in read_records(path)]
 
 

@@ -1,1 +1,1 @@
-"""One module a model family, and the sources that make or unpack models offline."""
+"""Model families, one module each, and sources that make or unpack models offline."""

@@ -1,4 +1,4 @@
-"""Text families of transformers that are a `model` under an `lm_head`: Llama, Qwen2, Qwen3."""
+"""Text families of transformers with a `model` and an `lm_head`: Llama, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class CausalLM:
-    """An adapter (`rlcore.protocols.ModelFamily`) for text. The tokenizer comes from `folder`; ConfigError when it has none."""
+    """Text family (`rlcore.protocols.ModelFamily`). The tokenizer comes from `folder`; ConfigError when it has none."""
 
     model_class: ClassVar[Any] = AutoModelForCausalLM
     processor_class: ClassVar[Any] = AutoTokenizer
@@ -38,7 +38,7 @@ class CausalLM:
         self.stop_token_ids = _stop_token_ids(self.tokenizer.eos_token_id, self._generation_config, folder)
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """The model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
+        """Load the model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
         try:
             model, report = self.model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True, ignore_mismatched_sizes=True
@@ -49,8 +49,8 @@ class CausalLM:
         return _ready(model, folder)
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """`load`, with parameters that have shapes but no memory. A head that is stored beside the embedding that it should be
-        tied to, with other values, stays a head of its own, as `load` leaves it."""
+        """`load` on the meta device. A head that should be tied to the embedding but is stored with other values stays untied,
+        as in `load`."""
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
             model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
@@ -61,11 +61,11 @@ class CausalLM:
         return _ready(model.eval(), folder)
 
     def prompt_length(self, row: Row) -> int:
-        """P of `encode`, without touching pixels."""
+        """P of `encode`, without decoding images."""
         return len(self._read(row)[1])
 
     def encode(self, row: Row) -> Prompt:
-        """The row through the chat template, up to where the assistant answers. Without a template: its texts, a line each.
+        """Apply the chat template with the generation prompt, and tokenize. Without a template: the messages, one per line.
 
         ConfigError names a row with images.
         """
@@ -73,7 +73,7 @@ class CausalLM:
         return Prompt(row, token_ids, token_ids, text=text)
 
     def encode_response(self, text: str) -> list[int]:
-        """The tokens of a whole response: the text, then the token that ends a turn."""
+        """Tokens of a complete response: the text, then the end-of-turn token."""
         end = self.tokenizer.eos_token_id
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], min(self.stop_token_ids) if end is None else end]
 
@@ -81,7 +81,7 @@ class CausalLM:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
-        """[t, D]: the last hidden states after the final norm, on the model's device."""
+        """[t, D]: last hidden states after the final norm, on the model's device."""
         part = part or Slice(packed.tokens)
         token_ids = part.cut(packed.input_ids).to(model.device)
         output = model.model(
@@ -94,7 +94,7 @@ class CausalLM:
         return output.last_hidden_state[0]
 
     def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D], on the model's device."""
+        """[P, D]: input embeddings, on the model's device."""
         return lookup(model.get_input_embeddings().weight, torch.tensor(prompt.token_ids, device=model.device))
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
@@ -102,19 +102,19 @@ class CausalLM:
         return model.model.layers
 
     def head(self, model: Any) -> Tensor:
-        """[V, D]."""
+        """[V, D]: the output head's weight."""
         return model.lm_head.weight
 
     def vision_tower(self, model: Any) -> nn.Module | None:
         return None
 
     def hf_name(self, name: str) -> str:
-        """The name under which `save_pretrained` and the Hugging Face hub know the tensor that state_dict() calls `name`."""
+        """Hugging Face name (of `save_pretrained` and the hub) of the tensor that state_dict() calls `name`."""
         return name
 
     def save_processor(self, folder: Path) -> None:
-        """The tokenizer (and processor) files, beside weights that `save_pretrained` wrote; generation_config.json as it came,
-        or none where none came."""
+        """Write the tokenizer (and processor) files beside the weights of `save_pretrained`; generation_config.json is copied
+        unchanged, or removed where the source had none."""
         self.processor.save_pretrained(folder)
         path = folder / GENERATION_CONFIG
         path.unlink(missing_ok=True)
@@ -122,16 +122,16 @@ class CausalLM:
             path.write_bytes(self._generation_config)
 
     def opening(self, row: Row) -> str:
-        """What the chat template writes after the row's last message, for the assistant to go on from; empty without one."""
+        """The generation prompt that the chat template adds after the row's last message; empty without a template."""
         return self._template_text(row).removeprefix(self._template_text(row, generation=False))
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
-        """The prompt's text and tokens, an image as one placeholder. A chat template writes the special tokens itself."""
+        """Prompt text and tokens, one placeholder per image. A chat template adds the special tokens itself."""
         text = self._template_text(row)
         return text, self.tokenizer(text, add_special_tokens=self.processor.chat_template is None)["input_ids"]
 
     def _template_text(self, row: Row, generation: bool = True) -> str:
-        """The row's messages through the chat template, or a line each without one; ConfigError with what the template says."""
+        """The row's messages through the chat template, or one per line without one; ConfigError with the template's error."""
         messages, template = self._messages(row), self.processor.chat_template
         if template is None:
             return "\n".join(message["content"] for message in messages)
@@ -139,7 +139,7 @@ class CausalLM:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=generation
             )
-        except Exception as error:  # a template is a program, and raises whatever it likes
+        except Exception as error:  # a template is a program and may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(
                 f"{row.id}: the model's chat template does not take these messages ({roles}): {_one_line(error)}; change the"
@@ -147,7 +147,7 @@ class CausalLM:
             ) from error
 
     def _messages(self, row: Row) -> list[Mapping[str, Any]]:
-        """The row's messages as the chat template wants them: for text families each content is one string."""
+        """The row's messages for the chat template: in text families each content is one string."""
         if row.images or image_parts(row):
             raise ConfigError(
                 f"{row.id}: the row has {max(len(row.images), image_parts(row))} images but the model reads text only;"
@@ -157,7 +157,7 @@ class CausalLM:
 
 
 def _ready(model: Any, folder: Path) -> Any:
-    """The model, able to be saved, its configuration true of its head; ConfigError when its layers see a window only."""
+    """Make the model savable and its config match its (un)tied head; ConfigError for sliding-window attention."""
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         raise ConfigError(
             f"model.path: {folder} uses sliding-window attention, which packed rows do not support; where its window covers"
@@ -170,7 +170,7 @@ def _ready(model: Any, folder: Path) -> Any:
 
 
 def image_parts(row: Row) -> int:
-    """How many images the row's messages speak of."""
+    """Number of image parts in the row's messages."""
     contents = [message["content"] for message in row.messages if not isinstance(message["content"], str)]
     return sum(part["type"] == "image" for content in contents for part in content)
 
@@ -180,7 +180,7 @@ def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check_tensors(report: Mapping[str, Any], folder: Path) -> None:
-    """ConfigError when transformers filled tensors with random numbers, which is what it does with those it did not find."""
+    """ConfigError for missing or misshapen tensors, which transformers fills with random numbers."""
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"model.path: the weights in {folder} lack {len(missing)} tensors of this architecture ({_few(missing)});"
@@ -195,7 +195,7 @@ def _check_tensors(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def _stored_apart(folder: Path, first: str, second: str, rows: int = 4096) -> bool:
-    """Whether the weight files hold both tensors, with different values. So many rows of them are read at a time."""
+    """Whether the weight files hold both tensors, with different values. Reads `rows` rows at a time."""
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
     places = {name: file for file in files for name in file.keys()}
     if not {first, second} <= places.keys():

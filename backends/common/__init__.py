@@ -1,1 +1,1 @@
-"""What several backends share."""
+"""Code shared by several backends."""

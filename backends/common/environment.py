@@ -1,4 +1,4 @@
-"""Environment variables that processes of every device are given, and what of them a run cannot do without."""
+"""Environment variables for the processes of every device: defaults, and the values a run requires."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ NEEDED: Mapping[str, tuple[str, str]] = {
         "0", "the engine is in the worker's process: weights reach it by reference, and its samples follow the worker's seed"
     ),
 }  # fmt: skip
-"""What the run cannot work without, and why."""
+"""Required values, and why."""
 
 _SPELLINGS = {"0": ("0", "false", ""), "1": ("1", "true"), "true": ("1", "true")}
 
 
 def wrong(needed: Mapping[str, tuple[str, str]], given: Mapping[str, str]) -> Iterator[str]:
-    """What is set to something else than is needed."""
+    """Yield a message per variable of `given` that is set to another value than needed."""
     for name, (value, why) in needed.items():
         if name in given and given[name].lower() not in _SPELLINGS.get(value, (value,)):
             yield f"{name}={given[name]}, needed is {value} ({why})"
 
 
 def sleepless(name: str, setting: str, given: Mapping[str, str]) -> Iterator[str]:
-    """A setting of torch's allocator whose memory vLLM's sleep mode cannot take off the device."""
+    """Yield a message when torch's allocator has a setting whose memory vLLM's sleep mode cannot free."""
     if setting.lower() in given.get(name, "").lower().replace(" ", "").split(","):
         yield f"{name}={given[name]}, needed is one without {setting} (backend.options.sleep_level: no engine can sleep on it)"

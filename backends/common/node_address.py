@@ -1,4 +1,4 @@
-"""By which address the other nodes of a run reach this one. Errors name the variable that was wrong: `key`."""
+"""The address by which the other nodes of a run reach this one. Errors name the variable that was wrong: `key`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlcore.errors import ConfigError
 
 
 def resolve(name: str, key: str) -> str:
-    """The address of a host name; an address as it is."""
+    """Address of a host name, IPv4 preferred; an address is returned as it is."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -19,7 +19,7 @@ def resolve(name: str, key: str) -> str:
 
 
 def towards(address: str, key: str) -> str:
-    """The address from which this node speaks to `address`: the one that its neighbours reach. Nothing is sent."""
+    """Source address of this node's route to `address`: the one that its neighbours reach. Nothing is sent."""
     with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # any port: the kernel only looks up its routes
@@ -29,7 +29,7 @@ def towards(address: str, key: str) -> str:
 
 
 def refuse_loopback(address: str, said: str, key: str) -> None:
-    """ConfigError when every node would take the address for itself."""
+    """ConfigError for a loopback or unspecified address, which every node would take for itself."""
     parsed = ipaddress.ip_address(address)
     if parsed.is_loopback or parsed.is_unspecified:
         here = said if said == address else f"{said} is {address} here, and that"
@@ -62,7 +62,7 @@ def endpoint(address: str, port: int) -> str:
 
 
 def free_endpoint(address: str) -> str:
-    """Where nothing listens at this address of the node."""
+    """Endpoint with a free port at this address of the node."""
     with socket.create_server((address, 0), family=_family(address)) as free:
         return endpoint(address, free.getsockname()[1])
 

@@ -1,4 +1,4 @@
-"""The CPU: a real backend, with real vLLM, real collectives, and the numbers other devices are compared with."""
+"""The CPU: a full backend, with vLLM and collectives, and the reference for other devices' numerics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _BF16 = "RLCORE_CPU_BF16"
-_cure: list[Any] = []  # torch.library.Library undefines its operators when it is collected: held for the life of the process
+_cure: list[Any] = []  # torch.library.Library undefines its operators when collected: held for the life of the process
 
 
 class CpuOptions(Strict):
@@ -37,10 +37,11 @@ class CpuOptions(Strict):
 
 
 class CpuBackend(Backend):
-    """Facts of the CPU."""
+    """The CPU."""
 
     name: ClassVar[str] = "cpu"
-    Options: ClassVar[type[CpuOptions]] = CpuOptions
+    Options = CpuOptions
+    options: CpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cpu.txt"
 
@@ -49,7 +50,7 @@ class CpuBackend(Backend):
         return self.options.threads or len(os.sched_getaffinity(0))
 
     def environment(self) -> Mapping[str, str]:
-        """What must stand before torch is imported. Speeds are of a 135M-parameter model on two cores."""
+        """Variables to set before torch is imported. Speeds are of a 135M-parameter model on two cores."""
         return {
             **COMMON,
             "OMP_NUM_THREADS": str(self.threads),
@@ -57,7 +58,7 @@ class CpuBackend(Backend):
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # vLLM ranks logprobs with a torch.compile'd function: a C++ compiler and some 20 s on a fresh machine, for nothing
             "TORCHDYNAMO_DISABLE": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels announce their memory policy as a warning
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's kernels log their memory policy as a warning
         }
 
     def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
@@ -66,7 +67,7 @@ class CpuBackend(Backend):
             yield f"{_BF16}={given[_BF16]}: is 1 (this processor has bf16 instructions) or 0 (it has none)"
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
-        """Arguments of an engine that are this device's affair."""
+        """Engine arguments that depend on the device."""
         return {"kv_cache_memory_bytes": int(self.options.kv_cache_gib * _GIB)} if engine == "vllm" else {}
 
     def device(self, local_rank: int) -> torch.device:
@@ -83,7 +84,7 @@ class CpuBackend(Backend):
         return distributed.ProcessGroupGloo(rendezvous.store(address, rank, size), rank, size, rendezvous.PATIENCE)
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
-        """Ranks of one machine read each other's memory; gloo's sockets are several times slower."""
+        """Shared-memory all-gather among ranks of one machine; gloo's sockets are several times slower."""
         from .shared_memory import SharedExchange, one_machine
 
         return SharedExchange(group, bucket_bytes) if one_machine(group) else None
@@ -92,7 +93,7 @@ class CpuBackend(Backend):
         return {"CPU": float(self.threads)}
 
     def sharing(self, devices: int) -> CpuBackend:
-        """As many threads each as there are cores for, unless the run file says how many."""
+        """Backend with this machine's cores split over its devices, unless the run file sets `threads`."""
         threads = self.options.threads or max(1, self.threads // devices)
         return CpuBackend(self.options.model_copy(update={"threads": threads}))
 
@@ -102,7 +103,7 @@ class CpuBackend(Backend):
 
     def default_precision(self) -> str:
         """bf16 only with bf16 instructions: without them oneDNN emulates, 1.4 GFLOP/s against 100-140 in fp32 on two cores.
-        RLCORE_CPU_BF16, 1 or 0, stands in for the processor: one machine shows what a run does on another."""
+        RLCORE_CPU_BF16, 1 or 0, overrides the detection, to reproduce a run of another machine."""
         import torch
 
         if (said := os.environ.get(_BF16)) is not None:
@@ -112,7 +113,7 @@ class CpuBackend(Backend):
 
     @property
     def tile_bytes(self) -> int:
-        """What stays in a core's cache between the passes over it."""
+        """Tile size that stays in a core's cache between passes."""
         return 4 * 2**20
 
     def fuse(self, model: nn.Module) -> nn.Module:
@@ -127,7 +128,7 @@ class CpuBackend(Backend):
 
         torch.set_num_threads(self.threads)
         cure_torchvision()
-        for name in ("vllm.triton_utils.importing", "torch._library.triton"):  # no Triton is no news on a CPU
+        for name in ("vllm.triton_utils.importing", "torch._library.triton"):  # a missing Triton is expected on a CPU
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
 
@@ -157,7 +158,9 @@ def _operators_load() -> bool:
 
     if hasattr(torch.ops.torchvision, "nms"):
         return True
-    folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None and spec.origin is not None, "a package, which the caller has found"
+    folder = os.path.dirname(spec.origin)
     libraries = [entry.path for entry in os.scandir(folder) if entry.name.startswith("_C.") or entry.name == "_C.so"]
     try:
         for library in libraries:

@@ -1,4 +1,4 @@
-"""What `rlcore doctor` looks at for the CPU."""
+"""Checks of `rlcore doctor` for the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlcore.checks import CheckResult, Devices, Trial
 
 _TORCHVISION = """
 import importlib.util, torch
-from . import backend as cpu
+from rlcore_backends.cpu import backend as cpu
 if importlib.util.find_spec("torchvision") is None:
     raise SystemExit("torchvision is not installed")
 cpu.cure_torchvision()
@@ -33,7 +33,7 @@ class CpuDoctor:
     )
 
     def devices(self) -> Devices:
-        """The whole processor is one."""
+        """One device: the whole processor."""
         cores = len(os.sched_getaffinity(0))
         return Devices(1, f"{cores} of {os.cpu_count()} cores are this process's ({platform.machine()})")
 

@@ -1,5 +1,5 @@
-"""Norms and rotary positions in few passes over memory: on a processor their many small operations cost as much as the matrix
-products between them. Forward and backward are in float32 inside, and keep nothing but what they are given."""
+"""Fused norms and rotary positions with few passes over memory: on a CPU their many small operations cost as much as the matrix
+products between them. Forward and backward compute in float32, and save only their inputs (and the inverse rms)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _RmsNorm(torch.autograd.Function):
         return wide.mul_(inverse).mul_(weight.float()).to(states.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """torch has a kernel for the gradient of a layer norm, and with a mean of 0 that is this one's but for a term, the mean
-        of gradient x weight, which is added again."""
-        states, weight, inverse = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Use torch's layer-norm gradient kernel: with a mean of 0 it lacks one term only, the mean of gradient x weight, which
+        is added back."""
+        (gradient,), (states, weight, inverse) = grad_outputs, ctx.saved_tensors
         wide, width = gradient.float(), len(weight)
         lost, mean = (wide @ weight.float())[..., None].mul_(inverse).div_(width), torch.zeros_like(inverse)
         of_states, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -37,7 +37,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Rotated(torch.autograd.Function):
-    """x cos + (x2, x1) sine, where x1 and x2 are the halves of x and `sine` has the sign of each in front."""
+    """x cos + (x2, x1) sine, where x1 and x2 are the halves of x and `sine` carries the sign of each half."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class _Rotated(torch.autograd.Function):
         return _rotated(states, cosine, sine)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cosine, sine = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (cosine, sine) = grad_outputs, ctx.saved_tensors
         return _rotated(gradient, cosine, _swapped(sine)), None, None
 
 
@@ -66,7 +66,7 @@ def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def rotated(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Rotary positions (arXiv 2104.09864): [B, H, T, D] and [B, K, T, D] by angles [B, T, D]."""
+    """Apply rotary positions (arXiv 2104.09864) to [B, H, T, D] and [B, K, T, D] by angles [B, T, D]."""
     first, second = sine.float().chunk(2, dim=-1)
     cosine, sine = cosine.float().unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
     query, key = (_Rotated.apply(states.transpose(1, 2), cosine, sine).transpose(1, 2) for states in (query, key))

@@ -1,4 +1,4 @@
-"""Processes of one machine show each other tensors through memory that they share: a copy in, none out."""
+"""All-gather between processes of one machine through shared memory: one copy in, none out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one_machine(group: dist.ProcessGroup) -> bool:
 
 
 class SharedExchange:
-    """`rlcore.distributed.fsdp.Exchange`. Two regions take turns, so that what a call gave outlives the next."""
+    """`rlcore.distributed.fsdp.Exchange` with two alternating regions: a call's result stays valid until the next but one."""
 
     def __init__(self, group: dist.ProcessGroup, region_bytes: int) -> None:
         self._group, self._bytes = group, region_bytes
@@ -45,7 +45,7 @@ class SharedExchange:
         return wholes
 
     def _region(self, size: int) -> Tensor:
-        """The one whose turn it is, of `size` bytes. Nobody reads it any more: all have come past the barrier after it."""
+        """The other region, [size] bytes. No rank still reads it: all have passed the barrier of the call after it."""
         if not self._regions or size > len(self._regions[0]):
             self._bytes = max(self._bytes, size)
             self._regions = [_mapped(self._group, self._bytes) for _ in range(2)]
@@ -54,11 +54,12 @@ class SharedExchange:
 
 
 def _mapped(group: dist.ProcessGroup, size: int) -> Tensor:
-    """[size] bytes that all ranks see; gone when the last of them is."""
+    """[size] bytes shared by all ranks; freed when the last of them ends."""
     name = [f"rlcore-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, group_src=0, group=group)
     path = FOLDER / name[0]
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)
+    assert isinstance(storage, torch.UntypedStorage), "torch's annotation says less"
     dist.barrier(group)
     if group.rank() == 0:
         path.unlink()

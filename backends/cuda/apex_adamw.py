@@ -1,5 +1,5 @@
-"""AdamW by NVIDIA apex's FusedAdam: one kernel for all tensors. It counts steps in its parameter groups, torch in each
-parameter's state; what is saved here is as torch has it."""
+"""AdamW by NVIDIA apex's FusedAdam: one kernel for all tensors. It counts steps per parameter group, torch per parameter; the
+state saved here has torch's form."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _WHERE = "backend.options.optimizer: apex"
 _REMEDY = "build NVIDIA's from source (github.com/NVIDIA/apex, with its C++ and CUDA extensions), or set optimizer: torch"
 
 
-def build(groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """PluginError without NVIDIA's apex; ConfigError for weights that are dealt over several devices."""
+def build(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """Build the optimizer. PluginError without NVIDIA's apex; ConfigError for weights sharded over several devices."""
     kind = _counting(_fused_adam())
     if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
         raise ConfigError(
@@ -29,15 +29,15 @@ def build(groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.O
 
 
 def _fused_adam() -> type[torch.optim.Optimizer]:
-    """The real one. PyPI's package of that name is another thing altogether."""
+    """NVIDIA's FusedAdam. PyPI's package `apex` is something else."""
     found = host.apex()
     if found.verdict != "ok":
         seen = "it is not installed" if found.verdict == "absent" else found.seen
         raise PluginError(f"{_WHERE}: {seen}; {_REMEDY}")
     try:
-        import amp_C  # noqa: F401
-        from apex.multi_tensor_apply import multi_tensor_applier
-        from apex.optimizers import FusedAdam
+        import amp_C  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from apex.multi_tensor_apply import multi_tensor_applier  # pyright: ignore[reportMissingImports]
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise PluginError(f"{_WHERE}: {found.seen}, but does not import: {error}; {_REMEDY}") from error
     if not multi_tensor_applier.available:
@@ -46,10 +46,10 @@ def _fused_adam() -> type[torch.optim.Optimizer]:
 
 
 @cache
-def _counting(fused_adam: type[Any]) -> type[torch.optim.Optimizer]:
+def _counting(fused_adam: type[Any]) -> Callable[..., torch.optim.Optimizer]:
     class ApexAdamW(fused_adam):
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """A call of the kernel for the parameters of a group that have taken equally many steps: nearly always all."""
+            """One kernel call per set of a group's parameters with equal step counts: nearly always one per group."""
             groups = self.param_groups
             self.param_groups = parts = [part for group in groups for part in self._parts(group)]
             try:

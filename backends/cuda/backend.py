@@ -27,31 +27,32 @@ _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 class CudaOptions(Strict):
     engine_memory: float = Field(0.5, gt=0, lt=1)
-    """Part of a device's memory that the engine may use, weights and key-value cache together (gpu_memory_utilization)."""
+    """Fraction of device memory for the engine's weights and key-value cache together (gpu_memory_utilization)."""
     sleep_level: Literal[0, 1, 2] = 2
-    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
-    memory; 2: they are given up, since the next sync sends them all."""
+    """vLLM sleep level of an engine that placement.offload offloads. 0: frees the key-value cache, keeps the weights; 1: moves
+    the weights to host memory; 2: discards them, since the next sync sends them all."""
     optimizer: Literal["torch", "apex"] = "torch"
-    """Whose AdamW. apex: NVIDIA's FusedAdam, which must be built from source and takes the weights of one device only."""
+    """AdamW implementation. apex: NVIDIA's FusedAdam, which must be built from source and takes unsharded weights only."""
 
 
 class CudaBackend(Backend):
-    """Facts of NVIDIA GPUs."""
+    """NVIDIA GPUs."""
 
     name: ClassVar[str] = "cuda"
-    Options: ClassVar[type[CudaOptions]] = CudaOptions
+    Options = CudaOptions
+    options: CudaOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cuda.txt"
     spellings: ClassVar[Mapping[str, str]] = {"PYTORCH_CUDA_ALLOC_CONF": _ALLOCATOR}
 
     def environment(self) -> Mapping[str, str]:
-        """Segments that expand, since packed rows differ in length, which fragments fixed ones. vLLM turns them off around the
-        memory that its engine sleeps with."""
+        """Expandable segments, since packed rows differ in length and fragment fixed ones. vLLM turns them off around the
+        memory of its sleep mode."""
         return {**COMMON, _ALLOCATOR: "expandable_segments:True"}
 
     def conflicts(self, given: Mapping[str, str]) -> Iterator[str]:
         yield from wrong(NEEDED, given)
-        if self.options.sleep_level:  # whose pools of memory torch's native allocator alone has
+        if self.options.sleep_level:  # whose memory pools only torch's native allocator has
             name = _ALLOCATOR if _ALLOCATOR in given else "PYTORCH_CUDA_ALLOC_CONF"
             yield from sleepless(name, "backend:cudaMallocAsync", given)
 
@@ -61,10 +62,10 @@ class CudaBackend(Backend):
         return {
             "gpu_memory_utilization": self.options.engine_memory,
             "enable_sleep_mode": self.options.sleep_level > 0,
-            "enforce_eager": False,  # decoding is many small kernels: CUDA graphs start them together
+            "enforce_eager": False,  # decoding is many small kernels: CUDA graphs launch them together
         }
 
-    def adamw(self, groups: Sequence[Mapping[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    def adamw(self, groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         if self.options.optimizer == "torch":
             return super().adamw(groups, **settings)
         from . import apex_adamw
@@ -117,11 +118,13 @@ class CudaBackend(Backend):
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: float) -> Tensor:
-    """A `Kernel` of packed attention: FlashAttention-2 for sequences of different lengths (arXiv 2307.08691), whose causal mask
-    ends at a sequence's last key."""
+    """Packed-attention `Kernel`: FlashAttention-2 for sequences of different lengths (arXiv 2307.08691), its causal mask
+    aligned to each sequence's last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
+    output = varlen_attn(
         query, key, value, spans.query_starts, spans.key_starts, max(spans.query_lengths), max(spans.key_lengths),
         scale=scale, window_size=(-1, 0), enable_gqa=True,
     )
+    assert not isinstance(output, tuple), "a pair only where return_aux asks for one"
+    return output

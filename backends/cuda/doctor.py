@@ -1,4 +1,4 @@
-"""What `rlcore doctor` looks at for NVIDIA GPUs. Written from NVIDIA's documentation; not run beside a GPU."""
+"""Checks of `rlcore doctor` for NVIDIA GPUs. Written from NVIDIA's documentation; not run on a GPU machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CudaDoctor:
     precedence: ClassVar[int] = 10
     pins = files("rlcore_requirements") / "cuda.txt"
     decisive: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "vllm")
-    versions: ClassVar[Mapping[str, str]] = {"Python": ">=3.11,<3.13", "NVIDIA driver": ">=580"}  # the least for CUDA 13
+    versions: ClassVar[Mapping[str, str]] = {"Python": ">=3.11,<3.13", "NVIDIA driver": ">=580"}  # minimum for CUDA 13
     trials: ClassVar[tuple[Trial, ...]] = (
         Trial("torch.cuda", _GPUS, _USELESS),
         Trial("import torchvision", _TORCHVISION, f"torchvision must belong to torch: {_REINSTALL}"),

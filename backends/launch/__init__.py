@@ -1,1 +1,1 @@
-"""The launcher: nodes that come together as one Ray cluster."""
+"""The launcher: forms one Ray cluster from several nodes."""

@@ -1,4 +1,4 @@
-"""What a launcher needs of Ray: the cluster's token, what the head knows, and this node's own processes."""
+"""The launcher's interface to Ray: the cluster's token, queries to the head, and this node's Ray processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import psutil
 
 from rlcore.errors import ConfigError, RunError
 
-ANSWER_SECONDS = 5.0  # a head that is there answers in milliseconds
+ANSWER_SECONDS = 5.0  # a running head answers in milliseconds
 STOP_SECONDS = 20.0
 
 
@@ -33,7 +33,7 @@ class Unreachable(RunError):
 
 
 def token_file(environment: Mapping[str, str]) -> Path | None:
-    """Where Ray reads the token; None when it stands in the environment itself."""
+    """File that Ray reads the token from; None when the environment holds the token itself."""
     if environment.get("RAY_AUTH_TOKEN"):
         return None
     return Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -45,7 +45,7 @@ def there(file: Path | None) -> bool:
 
 
 def create_token(file: Path | None) -> None:
-    """A new token, for its owner's eyes alone, unless there is one."""
+    """Write a new token, readable by its owner only, unless there is one."""
     if file is None or there(file):
         return
     try:
@@ -62,20 +62,20 @@ def read_token(environment: Mapping[str, str]) -> str:
     return environment["RAY_AUTH_TOKEN"] if file is None else file.read_text(encoding="utf-8").strip()
 
 
-# what the head knows
+# queries to the head
 
 
 @dataclass(frozen=True)
 class Node:
     """A living node of the cluster."""
 
-    name: str  # its own: two nodes can share an address
+    name: str  # unique: two nodes can share an address
     address: str
     resources: Mapping[str, float]
 
 
 class Head:
-    """What Ray's head knows. Asked by plain gRPC: Ray's own client ends a process whose head is silent for a minute."""
+    """Client of Ray's head by plain gRPC: Ray's own client kills its process when the head is silent for a minute."""
 
     def __init__(self, address: str, token: str) -> None:
         import grpc
@@ -90,19 +90,19 @@ class Head:
         self._notes = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
 
     def nodes(self) -> list[Node]:
-        """The living nodes, by address."""
+        """Living nodes, sorted by address."""
         reply = self._ask(self._nodes.GetAllNodeInfo, self._messages.GetAllNodeInfoRequest())
         alive = [info for info in reply.node_info_list if info.state == info.ALIVE]
         nodes = [Node(info.node_name, info.node_manager_address, dict(info.resources_total)) for info in alive]
         return sorted(nodes, key=lambda node: node.address)
 
     def write(self, name: str, value: Any) -> None:
-        """A note for the launchers of the other nodes."""
+        """Write a note for the other nodes' launchers."""
         request = {"key": name.encode(), "value": json.dumps(value).encode(), "overwrite": True, "namespace": b"rlcore"}
         self._ask(self._notes.InternalKVPut, self._messages.InternalKVPutRequest(**request))
 
     def read(self, name: str) -> Any:
-        """The note of that name; None as long as nobody wrote it."""
+        """Read a note; None until it is written."""
         request = self._messages.InternalKVGetRequest(key=name.encode(), namespace=b"rlcore")
         reply = self._ask(self._notes.InternalKVGet, request)
         return json.loads(reply.value) if reply.value else None
@@ -123,20 +123,20 @@ class Head:
 
 # this node's processes
 
-_TIED = (  # a program that ends when its parent is killed: asked for in the child, where no fork of ours can go wrong
+_TIED = (  # wrapper that ends its program when the parent is killed; set in the child, so that no preexec_fn runs after fork
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
     "os.getppid() == int(sys.argv[1]) or sys.exit('the launcher is gone'); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """A program in a session of its own, so that a Ctrl-C of the terminal reaches it through us alone. No log is our output."""
+    """Start a program in a new session, so that the terminal's Ctrl-C reaches it through us only. Without `log`: our output."""
     tied = [sys.executable, "-c", _TIED, str(os.getpid()), *command]
     return subprocess.Popen(tied, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program and whatever else still runs in its session; no other process."""
+    """End a program and whatever else still runs in its session; no other process."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,10 +157,10 @@ def _session(leader: int) -> list[int]:
 
 
 class RayNode:
-    """This node's Ray processes, from entering to leaving."""
+    """Context of this node's Ray processes."""
 
     def __init__(self, address: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path | None) -> None:
-        """arguments: of `ray start`. folder: of Ray's sockets and logs; None is a new one in /tmp, as paths must be short."""
+        """arguments: for `ray start`. folder: Ray's sockets and logs; None is a new one in /tmp, as paths must be short."""
         self.name = f"{address}-{secrets.token_hex(4)}"
         self._arguments = [f"--node-ip-address={address}", f"--node-name={self.name}", *arguments]
         self._environment, self._given = environment, folder
@@ -182,7 +182,7 @@ class RayNode:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self) -> None:
-        """RunError when its processes have ended by themselves."""
+        """RunError when Ray's processes have ended by themselves."""
         if self._process.poll() is not None:
             raise RunError(f"Ray has ended on this node (status {self._process.returncode}):\n{self._last_words()}")
 
@@ -193,5 +193,5 @@ class RayNode:
 
 
 def without_client_server(parameters: Any, head: bool) -> None:
-    """For RAY_START_HOOK: no server for `ray://` clients. Nothing here is one, and two Rays on a machine share its port."""
+    """RAY_START_HOOK: no server for `ray://` clients. None is used here, and two Rays on one machine would share its port."""
     parameters.ray_client_server_port = None

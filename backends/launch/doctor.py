@@ -1,4 +1,4 @@
-"""What `rlcore doctor` looks at for `rlcore launch`: Ray, the head's ports, the way to the head, and network interfaces."""
+"""Checks of `rlcore doctor` for `rlcore launch`: Ray, the head's ports, the route to the head, network interfaces."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..common import node_address
 
 
 def check_results(environment: Mapping[str, str], ports: Mapping[str, int]) -> Iterator[CheckResult]:
-    """ports: the variables that the head listens by, each with its default."""
+    """ports: the variables of the head's ports, each with its default."""
     yield _ray()
-    if not environment.get("RAY_ADDRESS"):  # where a cluster exists, nothing is started
+    if not environment.get("RAY_ADDRESS"):  # in an existing cluster nothing is started
         yield from (_port(name, environment.get(name), default) for name, default in ports.items())
     yield _head(environment)
     for name, value in environment.items():
@@ -35,7 +35,7 @@ def _ray() -> CheckResult:
 
 
 def _port(name: str, said: str | None, default: int) -> CheckResult:
-    """A failure only where somebody has chosen it: without a launch nobody listens there."""
+    """Check a port; a failure only where it was set explicitly, since without a launch it is not used."""
     try:
         port = int(said or default)
         node_address.refuse_taken(port, name)
@@ -47,7 +47,7 @@ def _port(name: str, said: str | None, default: int) -> CheckResult:
 
 
 def _head(environment: Mapping[str, str]) -> CheckResult:
-    """The interface that MASTER_ADDR is reached by."""
+    """Check MASTER_ADDR, and by which interface it is reached."""
     said, nodes = environment.get("MASTER_ADDR"), environment.get("NNODES", "1")
     if not said:
         if nodes in ("", "1"):
@@ -66,7 +66,7 @@ def _head(environment: Mapping[str, str]) -> CheckResult:
 
 
 def _interface(name: str, value: str) -> CheckResult:
-    """Collectives take interfaces whose names begin so; ^ excludes, = asks for the whole name."""
+    """Check an interface setting of collectives: a list of name prefixes; ^ excludes, = asks for the whole name."""
     there = sorted(psutil.net_if_addrs())
     wanted = [] if value.startswith("^") else [part.partition(":")[0] for part in value.removeprefix("=").split(",") if part]
     if missing := [part for part in wanted if not any(known.startswith(part) for known in there)]:

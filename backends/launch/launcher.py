@@ -1,4 +1,4 @@
-"""`rlcore launch`: the settings of a run over several nodes, and which part this node has in it."""
+"""`rlcore launch`: settings of a run over several nodes, and this node's part in it, head or follower."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class LaunchOptions(Strict):
 
 
 class RayLauncher:
-    """One node's whole life in a run: the head's where its address is MASTER_ADDR. In a cluster that exists, the trainer's."""
+    """Runs one node's part: the head's where its address is MASTER_ADDR; in an existing cluster, only the trainer."""
 
     Options: ClassVar[type[LaunchOptions]] = LaunchOptions
 
     def __init__(self, given: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        """given: by the variable's name, before what the environment says."""
+        """given: values by variable name; they override the environment."""
         if importlib.util.find_spec("ray") is None:
             raise PluginError("ray is not installed; pip install --no-deps -r requirements/ray.txt, on every node")
         self._environment = dict(environment)
@@ -83,21 +83,21 @@ class RayLauncher:
 
     @classmethod
     def check_results(cls, environment: Mapping[str, str]) -> Iterator[CheckResult]:
-        """What of this node `rlcore doctor` looks at, before torch is imported."""
+        """Checks of this node for `rlcore doctor`, before torch is imported."""
         fields = cls.Options.model_fields
         ports = {str(fields[name].alias): fields[name].default for name in ("ray_port", "dashboard_port")}
         return doctor.check_results(environment, ports)
 
     @property
     def devices(self) -> int | None:
-        """Of all nodes; None in a cluster that exists: it may have more than the run needs."""
+        """Devices of all nodes; None in an existing cluster, which may have more than the run needs."""
         return self._options and self._options.nnodes * self._options.devices_per_node
 
     def run(self, trainer: Sequence[str], backend: Backend) -> int:
-        """The trainer's exit status, on every node."""
+        """Run this node's part; the trainer's exit status, on every node."""
         if self._options is None:
             return self._visit(trainer)
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # that the head hangs up at the end is no news
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # silences the head's disconnect at the end
         options = self._options
         master, current = _addresses(options)
         environment = {**self._environment, **_additions(options, self._environment), **self._malloc()}
@@ -119,7 +119,7 @@ class RayLauncher:
         return lifecycle.lead(place, trainer, self._options.ray_port, places)
 
     def _visit(self, trainer: Sequence[str]) -> int:
-        """Trains in the cluster that RAY_ADDRESS names, and leaves it as it is."""
+        """Train in the cluster that RAY_ADDRESS names, and leave it as it is."""
         lifecycle.say(f"RAY_ADDRESS: trains in the cluster at {self._cluster}, which is neither started nor stopped here")
         file = cluster.token_file(self._environment)
         added = {} if "RAY_AUTH_MODE" in self._environment or not cluster.there(file) else {"RAY_AUTH_MODE": "token"}
@@ -127,7 +127,7 @@ class RayLauncher:
             return lifecycle.train(trainer, {**self._environment, **added, **self._malloc()})
 
     def _malloc(self) -> dict[str, str]:
-        """Variables for all that is started here; the trainer sees by JEMALLOC that what there is to say has been said."""
+        """Malloc variables for all processes started here; JEMALLOC tells the trainer that messages were already shown."""
         added, said = jemalloc.preload(self._jemalloc, self._environment)
         if said:
             lifecycle.say(said)
@@ -142,7 +142,7 @@ def _devices(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _addresses(options: LaunchOptions) -> tuple[str, str]:
-    """The head's and this node's; ConfigError when no run comes of them."""
+    """(head address, this node's address); ConfigError when a run cannot use them."""
     if options.master_addr is None and options.nnodes > 1:
         raise ConfigError(f"MASTER_ADDR: {options.nnodes} nodes must know the head; set its address, the same on every node")
     given = node_address.resolve(options.current_ip, "CURRENT_IP") if options.current_ip else None
@@ -159,7 +159,7 @@ def _addresses(options: LaunchOptions) -> tuple[str, str]:
 
 
 def _additions(options: LaunchOptions, environment: Mapping[str, str]) -> dict[str, str]:
-    """To the environment of all that is started here."""
+    """Environment variables for all processes started here."""
     if environment.get("RAY_AUTH_MODE", "token") != "token":
         raise ConfigError(
             f"RAY_AUTH_MODE: {environment['RAY_AUTH_MODE']} lets everyone who reaches the head's port run programs on every "
@@ -178,7 +178,7 @@ def _additions(options: LaunchOptions, environment: Mapping[str, str]) -> dict[s
 
 
 def _arguments(options: LaunchOptions, resources: Mapping[str, float]) -> list[str]:
-    """Of `ray start`, on every node."""
+    """Arguments of `ray start`, on every node."""
     low, _, high = options.worker_ports.partition("-")
     named = {"CPU": "--num-cpus", "GPU": "--num-gpus"}
     return [

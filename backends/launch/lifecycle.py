@@ -1,4 +1,4 @@
-"""The two parts in a run over several nodes: the head gathers the nodes and trains; the others join it and stay to its end."""
+"""The two roles in a run over several nodes: the head gathers the nodes and trains; followers join it and stay to its end."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from . import cluster
 from .cluster import Head, Node, RayNode, Unreachable
 
 LOOK_SECONDS = 1.0
-START_SECONDS = 180.0  # seconds where nothing else runs
-SILENT_SECONDS = 30.0  # a head that does not answer for as long is gone
+START_SECONDS = 180.0  # for Ray to start on this node; it takes seconds on an idle one
+SILENT_SECONDS = 30.0  # without an answer for this long, the head is gone
 LEAVE_SECONDS = 20.0
 INTERRUPTED = 130
-MEMBERS, END = "members", "end"  # the head's notes: who belongs to the run, and how it ended
+MEMBERS, END = "members", "end"  # keys of the head's notes: the run's nodes, and how it ended
 
 
 @dataclass(frozen=True)
 class Place:
-    """One node's place in the run."""
+    """One node's settings in the run."""
 
     nodes: int
-    resources: Mapping[str, float]  # what each node gives, as Ray calls it
+    resources: Mapping[str, float]  # of each node, in Ray's names
     address: str
     head: str  # address:port
     wait_seconds: float
     environment: Mapping[str, str]
-    arguments: Sequence[str]  # of `ray start`, beside who it is and whom it joins
+    arguments: Sequence[str]  # for `ray start`, beside its name and the head
     folder: Path | None
 
     @contextlib.contextmanager
     def ray(self, *arguments: str) -> Iterator[RayNode]:
-        """This node's Ray. Its logs stay unless `keep_logs` is unset by then."""
+        """Run this node's Ray. Its logs are kept unless `keep_logs` is unset by the end."""
         own = RayNode(self.address, [*arguments, *self.arguments], self.environment, self.folder)
         try:
             with own:
@@ -52,7 +52,7 @@ class Place:
 
 
 def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[str]) -> int:
-    """The trainer's exit status. arguments: of `ray start`, for a head."""
+    """Run the head's part; the trainer's exit status. arguments: head options of `ray start`."""
     head = Head(place.head, cluster.read_token(place.environment))
     with place.ray("--head", f"--port={port}", *arguments) as own:
         end: dict[str, Any] = {"status": 1, "reason": "the launcher on the head failed"}
@@ -70,7 +70,7 @@ def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[st
 
 
 def gather(place: Place, own: RayNode, head: Head) -> list[Node]:
-    """The nodes of the run, once all are there with all their devices."""
+    """Wait for all nodes of the run with all their devices; the nodes."""
     nodes = started(own, head)
     deadline = time.monotonic() + place.wait_seconds
     said = 0
@@ -85,14 +85,14 @@ def gather(place: Place, own: RayNode, head: Head) -> list[Node]:
             raise RunError(_missing(place, nodes))
         time.sleep(LOOK_SECONDS)
         own.check()
-        with contextlib.suppress(Unreachable):  # busy; were it gone, the check would tell
+        with contextlib.suppress(Unreachable):  # busy; if Ray had ended, the check would raise
             nodes = head.nodes()
     head.write(MEMBERS, [node.name for node in nodes])
     return nodes
 
 
 def started(own: RayNode, head: Head) -> list[Node]:
-    """Waits for this node's own Ray; the nodes that are there by then."""
+    """Wait for this node's own Ray; the nodes present by then."""
     limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit:
         time.sleep(LOOK_SECONDS)
@@ -128,9 +128,9 @@ def _refuse_misfits(place: Place, nodes: Sequence[Node]) -> None:
 
 
 def train(trainer: Sequence[str], environment: Mapping[str, str], look: Callable[[], None] = lambda: None) -> int:
-    """The trainer's status. It hears of signals and is waited for, until the third; meanwhile `look` is called."""
+    """Run the trainer, calling `look` meanwhile; its exit status. Interrupts reach it as SIGTERM, the third as SIGKILL."""
     process = cluster.start(trainer, environment)
-    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM]  # it finishes its step, gives the step up, is made to
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM]  # 1st: finish the step; 2nd: abandon it; 3rd: kill
     try:
         while (status := process.poll()) is None:
             try:
@@ -144,7 +144,7 @@ def train(trainer: Sequence[str], environment: Mapping[str, str], look: Callable
 
 
 class _Watch:
-    """Names each node once that has gone; what becomes of the run is the trainer's affair."""
+    """Reports each lost node once; the trainer decides what becomes of the run."""
 
     def __init__(self, head: Head, nodes: Sequence[Node]) -> None:
         self._head, self._nodes = head, list(nodes)
@@ -158,9 +158,9 @@ class _Watch:
 
 
 def _dismiss(own: RayNode, head: Head, end: Mapping[str, Any]) -> None:
-    """Tells the other nodes how the run ended, and gives them time to leave."""
+    """Tell the other nodes how the run ended, and give them time to leave."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # what is left to do is short, and must be done
+        signal.signal(number, signal.SIG_IGN)  # the remaining cleanup is short, and must finish
     limit = time.monotonic() + LEAVE_SECONDS
     with contextlib.suppress(Unreachable):
         head.write(END, end)
@@ -168,11 +168,11 @@ def _dismiss(own: RayNode, head: Head, end: Mapping[str, Any]) -> None:
             time.sleep(LOOK_SECONDS)
 
 
-# the others
+# the followers
 
 
 def follow(place: Place) -> int:
-    """The trainer's exit status, as the head tells it."""
+    """Run a follower's part; the trainer's exit status, as reported by the head."""
     head = _find_head(place)
     with place.ray(f"--address={place.head}") as own:
         gives = " and ".join(f"{amount:g} {name}" for name, amount in place.resources.items())
@@ -184,7 +184,7 @@ def follow(place: Place) -> int:
 
 
 def _find_head(place: Place) -> Head:
-    """The head, once it answers; not one that is about to end an earlier run."""
+    """Wait for the head to answer; skips one that is ending an earlier run."""
     file = cluster.token_file(place.environment)
     deadline = time.monotonic() + place.wait_seconds
     while True:
@@ -203,7 +203,7 @@ def _find_head(place: Place) -> Head:
 
 
 def _stay(place: Place, own: RayNode, head: Head) -> dict[str, Any]:
-    """How the run ended, once it has; ConfigError when it goes on without this node."""
+    """Wait for the run's end; how it ended. ConfigError when the run started without this node."""
     answered = time.monotonic()
     while time.monotonic() - answered < SILENT_SECONDS:
         time.sleep(LOOK_SECONDS)

@@ -1,4 +1,4 @@
-"""Ascend NPUs: what torch_npu, HCCL, vllm-ascend and Ray want to be told of them.
+"""Ascend NPUs: settings for torch_npu, HCCL, vllm-ascend and Ray.
 
 Names and defaults follow torch_npu, vllm-ascend 0.23 and the runtime environment of MindSpeed-RL.
 """
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
-_CORES = 8  # for the process of one device, where the machine has as many
+_CORES = 8  # default limit per device process
 
 DEFAULTS: Mapping[str, str] = {
     **COMMON,
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # `prepare` imports torch_npu and says what is missing; `import torch` would just die
-    "HCCL_CONNECT_TIMEOUT": "1800",  # seconds that processes wait for each other to connect; others may still load a model
-    "HCCL_EXEC_TIMEOUT": "3600",  # seconds of one collective
-    "HCCL_BUFFSIZE": "256",  # MiB of HCCL's buffers, each group's own
-    # several processes on one device, as training beside another's engine is, need ports of their own
+    "HCCL_CONNECT_TIMEOUT": "1800",  # seconds to wait for peers to connect; they may still be loading a model
+    "HCCL_EXEC_TIMEOUT": "3600",  # seconds, timeout of one collective
+    "HCCL_BUFFSIZE": "256",  # MiB of HCCL's buffers, per group
+    # several processes on one device (a trainer and another's engine) need separate ports
     "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
     "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
-    "TASK_QUEUE_ENABLE": "2",  # operators are launched by a thread of their own: more overlap, a higher peak of memory
-    "CPU_AFFINITY_CONF": "1",  # threads stay on the cores next to their device
+    "TASK_QUEUE_ENABLE": "2",  # launch operators from a separate thread: more overlap, a higher memory peak
+    "CPU_AFFINITY_CONF": "1",  # pin threads to the cores next to their device
 }
 
 NEEDED: Mapping[str, tuple[str, str]] = {
@@ -47,7 +47,7 @@ NEEDED: Mapping[str, tuple[str, str]] = {
     "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": ("0", "each worker must see its own device only"),
     "TORCH_TRANSFER_TO_NPU": ("0", "it turns torch.cuda into torch.npu and so hides code that is for another device"),
 }
-"""What the run cannot work without, and why."""
+"""Required values, and why."""
 
 DETERMINISTIC: Mapping[str, tuple[str, str]] = {
     name: (value, "backend.options.deterministic")
@@ -56,28 +56,29 @@ DETERMINISTIC: Mapping[str, tuple[str, str]] = {
         "ATB_MATMUL_SHUFFLE_K_ENABLE": "0", "ATB_LLM_LCOC_ENABLE": "0", "PYTHONHASHSEED": "0",
     }.items()
 }  # fmt: skip
-"""What sums in the same order every time; torch's own part is in `prepare`."""
+"""Deterministic reduction order; torch's own setting is in `prepare`."""
 
 
 class NpuOptions(Strict):
     fused: bool = True
-    """Ascend's own kernels for attention (fp16 and bf16), norms, gated units and rotary positions; false: plain torch."""
+    """Ascend's fused kernels for attention (fp16 and bf16), norms, gated units and rotary positions; false: plain torch."""
     cores: PositiveInt | None = None
-    """Processor cores of one device's process; unset is 8, or an equal share of a machine that has fewer."""
+    """CPU cores per device process; unset is 8, or an equal share where the machine has fewer."""
     deterministic: bool = False
-    """The same run gives the same numbers, at some cost in speed."""
+    """Bitwise reproducible runs, at some cost in speed."""
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the device's memory that the engine may fill with its weights and its key-value cache."""
+    """Fraction of device memory for the engine's weights and key-value cache together."""
     sleep_level: Literal[0, 1, 2] = 0
-    """How deep the engine sleeps that placement.offload sends away. 0: its cache goes, its weights stay; 1: they wait in host
-    memory; 2: they are given up, since the next sync sends them all. Above 0 expandable segments are impossible."""
+    """vLLM sleep level of an engine that placement.offload offloads. 0: frees the key-value cache, keeps the weights; 1: moves
+    the weights to host memory; 2: discards them, since the next sync sends them all. Above 0 rules out expandable segments."""
 
 
 class NpuBackend(Backend):
-    """Facts of Ascend devices."""
+    """Ascend NPUs."""
 
     name: ClassVar[str] = "npu"
-    Options: ClassVar[type[NpuOptions]] = NpuOptions
+    Options = NpuOptions
+    options: NpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/npu.txt"
 
@@ -90,7 +91,7 @@ class NpuBackend(Backend):
             yield from environment.sleepless(ALLOCATOR, "expandable_segments:True", given)
 
     def engine_options(self, engine: str) -> Mapping[str, Any]:
-        """Arguments of an engine that are this device's affair."""
+        """Engine arguments that depend on the device."""
         if engine != "vllm":
             return {}
         return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_level > 0}
@@ -101,11 +102,11 @@ class NpuBackend(Backend):
         return torch.device("npu", local_rank)
 
     def collectives(self) -> str:
-        """What the ranks agree on besides tensors is small, and in host memory."""
+        """gloo beside hccl: control messages between ranks are small, and in host memory."""
         return "cpu:gloo,npu:hccl"
 
     def group(self, address: str, rank: int, size: int) -> Any:
-        import torch_npu
+        import torch_npu  # pyright: ignore[reportMissingImports]
 
         kind = torch_npu._C._distributed_c10d.ProcessGroupHCCL
         options = kind.Options()
@@ -113,11 +114,11 @@ class NpuBackend(Backend):
         return kind(rendezvous.store(address, rank, size), rank, size, options)
 
     def device_resources(self) -> Mapping[str, float]:
-        """In Ray's names. Ray shows each process its own device by ASCEND_RT_VISIBLE_DEVICES, as number 0."""
+        """Resources of one device in Ray's names. Ray sets ASCEND_RT_VISIBLE_DEVICES, so each process sees its device as 0."""
         return {"NPU": 1.0, "CPU": float(self.options.cores or min(_CORES, len(os.sched_getaffinity(0))))}
 
     def sharing(self, devices: int) -> NpuBackend:
-        """As many cores each as there are, up to 8, unless the run file says how many."""
+        """Backend with this machine's cores split over its devices, up to 8 each, unless the run file sets `cores`."""
         fair = max(1, min(_CORES, len(os.sched_getaffinity(0)) // devices))
         return NpuBackend(self.options.model_copy(update={"cores": self.options.cores or fair}))
 
@@ -129,10 +130,10 @@ class NpuBackend(Backend):
         return "bf16"
 
     def prepare(self) -> None:
-        """Gives torch the device. PluginError when torch_npu or what it stands on is missing."""
+        """Register the NPU with torch. PluginError when torch_npu or a dependency of it is missing."""
         try:
             import torch
-            import torch_npu  # noqa: F401
+            import torch_npu  # noqa: F401  # pyright: ignore[reportMissingImports]
         except (ImportError, OSError, RuntimeError) as error:
             raise PluginError(f"backend.name npu: {_remedy(error)}") from error
         if torch.cuda.is_available() or "torch_npu.contrib.transfer_to_npu" in sys.modules:
@@ -151,7 +152,7 @@ class NpuBackend(Backend):
             attention.use(operators.attention, operators.DTYPES)
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        """Fuse norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
         if not self.options.fused:
             return model
         from ..common import fused
@@ -164,7 +165,7 @@ class NpuBackend(Backend):
 
 
 def _remedy(error: BaseException) -> str:
-    """What is missing, and what to do about it."""
+    """Message: what is missing, and its remedy."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
         return f"torch_npu is not installed; pip install -r {NpuBackend.environment_requirements}"

@@ -1,4 +1,4 @@
-"""What `rlcore doctor` looks at for Ascend NPUs. Its checks ran over trees made for the tests; not beside an NPU."""
+"""Checks of `rlcore doctor` for Ascend NPUs. Tested on simulated file trees; not run on an NPU machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NpuDoctor:
         "torch", "torch-npu", "torchvision", "transformers", "triton-ascend", "vllm", "vllm-ascend",
     )  # fmt: skip
     versions: ClassVar[Mapping[str, str]] = {
-        "Python": ">=3.11,<3.13", "CANN": "==9.1.0", "NNAL": "==9.1.0", "glibc": ">=2.34",  # glibc: of vllm-ascend's wheels
+        "Python": ">=3.11,<3.13", "CANN": "==9.1.0", "NNAL": "==9.1.0", "glibc": ">=2.34",  # glibc: vllm-ascend's wheels
     }  # fmt: skip
     trials: ClassVar[tuple[Trial, ...]] = (Trial("torch.npu", _NPUS, _USELESS),)
 
@@ -78,7 +78,7 @@ class NpuDoctor:
         return CheckResult("Ascend driver", "failure", f"{file} names no version, or is not there", remedy)
 
     def _cann(self) -> CheckResult:
-        """The version of what set_env.sh has announced."""
+        """Version of the CANN that set_env.sh put into ASCEND_HOME_PATH."""
         wanted, folder = self.versions["CANN"], self._environment.get("ASCEND_HOME_PATH")
         if not folder:
             return CheckResult("CANN", "failure", "ASCEND_HOME_PATH is not set", f"install CANN {wanted}; {self._sourcing()}")
@@ -89,7 +89,7 @@ class NpuDoctor:
         return compared("CANN", _cann_version(Path(folder)), wanted, missing, f"install CANN {wanted}; {self._sourcing()}")
 
     def _nnal(self) -> CheckResult:
-        """Its version is a part of the folder's name."""
+        """NNAL; its version is a component of the folder's path."""
         wanted, folder = self.versions["NNAL"], self._environment.get("ATB_HOME_PATH")
         remedy = f"install NNAL {wanted}; source {self._ascend}/nnal/atb/set_env.sh before Python starts"
         if not folder or not Path(folder, "lib/libatb.so").is_file():
@@ -102,14 +102,14 @@ class NpuDoctor:
         )
 
     def _sourcing(self) -> str:
-        """With the path of CANN's set_env.sh where that is in its usual place."""
+        """Remedy: the command that sources CANN's set_env.sh, with its path where it is in a usual place."""
         places = sorted(self._ascend.glob("ascend-toolkit/set_env.sh")) + sorted(self._ascend.glob("cann*/set_env.sh"))
         return f"source {places[-1] if places else self._ascend / 'cann/set_env.sh'} before Python starts"
 
     def _build(self) -> Iterator[CheckResult]:
-        """What has the right version and is built for CUDA, or replaces what is built for Ascend."""
+        """Packages of the right version that are built for CUDA or replace those built for Ascend."""
         torch, vllm, triton = installed("torch"), installed("vllm"), installed("triton")
-        if torch and "+cpu" not in torch and platform.machine() == "x86_64":  # on aarch64 PyPI's is for the CPU
+        if torch and "+cpu" not in torch and platform.machine() == "x86_64":  # on aarch64 PyPI's build is for the CPU
             remedy = "pip install --no-deps --force-reinstall torch from PyTorch's CPU index (docs/backends.md)"
             yield CheckResult("torch's build", "failure", f"{torch} may be built for CUDA, which torch-npu refuses", remedy)
         if vllm and "+empty" not in vllm:
@@ -123,7 +123,7 @@ class NpuDoctor:
 
 
 def _cann_version(folder: Path) -> str | None:
-    """From where torch-npu reads it too."""
+    """CANN's version, from the files that torch-npu reads too."""
     files = [*folder.glob("ascend_*_install.info"), *folder.glob("*/ascend_*_install.info")]
     return next(filter(None, (_entry(file, "version") for file in sorted(files))), None)
 

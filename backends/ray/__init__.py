@@ -1,1 +1,1 @@
-"""Ray placements: pools of workers in processes of their own."""
+"""Ray placements: pools of worker processes."""

@@ -1,8 +1,8 @@
-"""Ray's distributed debugger: what lets `breakpoint()` in a worker wait for somebody (docs/debugging.md).
+"""Ray's distributed debugger: settings that let `breakpoint()` in a worker wait for a client (docs/debugging.md).
 
-Read from ray 2.60, ray/util/debugpy.py. A worker that meets `breakpoint()` listens on a free port of its node, writes the port
-beside its worker id into the cluster's store, says the address on its stderr, and waits. With RAY_DEBUG_POST_MORTEM=1 so does
-one whose method raises. Nothing of it needs the dashboard, except to list who waits.
+Read from ray 2.60, ray/util/debugpy.py. A worker that hits `breakpoint()` listens on a free port of its node, writes the port
+under its worker id into the cluster's store, prints the address on its stderr, and waits. With RAY_DEBUG_POST_MORTEM=1 so does
+one whose method raises. The dashboard is needed only to list the waiting workers.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from rlcore.errors import PluginError
 
 CHOICES = ("RAY_DEBUG", "RAY_DEBUG_POST_MORTEM")
 CONTROLLER = {"RAY_DEDUP_LOGS_ALLOW_REGEX": "debugger is listening on"}
-"""For the controller, before it imports ray: without it only the first of several waiting workers says its address."""
+"""For the controller, before it imports ray: without it Ray shows the address of the first waiting worker only."""
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the workers, out of those that `given`, the controller's environment, chooses the debugger by.
+    """Debugger variables for the workers, from `given`, the controller's environment.
 
-    They travel with the job: a node that was started before has an environment of its own.
+    They are sent with the job: a node that was started earlier has its own environment.
     """
-    quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # a warning that is about files of the standard library
+    quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # silences a warning about standard-library files
     return quiet | {name: given[name] for name in CHOICES if name in given}
 
 
 def check(given: Mapping[str, str]) -> None:
-    """PluginError where the debugger is asked for and cannot come: nobody would wait, and the run would go on."""
+    """PluginError when the debugger is requested but debugpy is missing: workers would not wait, and the run would go on."""
     asked = [name for name in CHOICES if given.get(name) == "1"]
     if asked and importlib.util.find_spec("debugpy") is None:
         command = "pip install -r requirements/ray.txt"

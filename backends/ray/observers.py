@@ -1,4 +1,4 @@
-"""What the watch needs of Ray: a look at workers on every node, and what a worker's death means in words."""
+"""Ray's part of the watchdog: observe workers on every node, and explain a worker's death."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 10.0  # seconds for a node to answer
 
 @ray.remote(num_cpus=0)
 class Observer:
-    """Stands on one node and reads what its workers show, which needs nothing of the workers."""
+    """Actor on one node that reads its workers' heartbeats, without involving the workers."""
 
     def look(self, places: Sequence[Place], with_stacks: bool) -> list[Condition]:
         with ThreadPoolExecutor(len(places)) as pool:
@@ -27,7 +27,7 @@ class Observer:
 
 
 class Observers:
-    """One on each node that has workers."""
+    """One `Observer` on each node that has workers."""
 
     def __init__(self) -> None:
         self._places: dict[str, list[Place]] = {}  # by Ray's node id
@@ -35,7 +35,7 @@ class Observers:
         self._closed, self._looking = False, threading.Lock()
 
     def add(self, node: str, place: Place) -> None:
-        """A worker on the node of that id."""
+        """Register a worker on the node with Ray's id `node`."""
         with self._looking:
             self._places.setdefault(node, []).append(place)
             if node not in self._observers:
@@ -67,11 +67,11 @@ class Observers:
 
 
 def died(who: str, where: str, method: str, error: RayActorError) -> WorkerDied:
-    """What to tell of a worker that ended in the middle of `method`."""
+    """Error for a worker that died while running `method`."""
     said = " ".join(str(error).rpartition("Worker exit detail: ")[2].split())
     if "node has died" in str(error):
         cause = "its node has left the cluster: switched off, cut off, or its Ray was stopped"
-    elif "connection error code" in said:  # all that Ray can know of a process that said nothing
+    elif "connection error code" in said:  # all Ray knows of a process that reported nothing
         cause = "killed (for want of memory, if dmesg on that node says so) or crashed (then its log has the stacks)"
     else:
         cause = said

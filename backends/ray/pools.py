@@ -1,4 +1,4 @@
-"""Pools of worker processes on Ray: one actor a device, on one node or on many."""
+"""Pools of worker processes on Ray: one Ray actor per device, on one node or many."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class RayOptions(Strict):
     """`placement.options` of kind ray."""
 
     address: str | None = None
-    """Of a running cluster; unset joins that of RAY_ADDRESS, or starts one on this machine that ends with the run."""
+    """Address of a running cluster; unset joins that of RAY_ADDRESS, or starts one on this machine that ends with the run."""
     wait_seconds: PositiveFloat = 300.0
-    """For the devices to be there and free."""
+    """Time to wait for the devices to be there and free."""
 
 
 def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
-    """Every pool of the run file with its workers. ConfigError when the cluster has not the devices."""
+    """Start every pool of the run file with its workers. ConfigError when the cluster lacks the devices."""
     model = resolved.config.model.model_copy(update={"precision": resolved.precision})
-    config = resolved.config.model_copy(update={"model": model})  # processors of other nodes might choose another
+    config = resolved.config.model_copy(update={"model": model})  # other nodes' CPUs might choose another
     options = validate(RayOptions, config.placement.options, "placement.options.")
     total = sum(devices for _, devices, _ in config.pools())
     started = _connect(options, resolved.backend, total)
@@ -85,13 +85,13 @@ def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
 
 
 class Process:
-    """A worker in a process of its own."""
+    """Ray actor that hosts one worker."""
 
     def __init__(self) -> None:
         self.outbox = Outbox()
 
     def show(self, who: str) -> tuple[str, Place]:
-        """Ray's id of this node, and where others on it see what this process does."""
+        """Start the heartbeat; Ray's id of this node, and where observers on it find the heartbeat."""
         self.heartbeat, place = publish(who, ray.util.get_node_ip_address())
         return ray.get_runtime_context().get_node_id(), place
 
@@ -99,20 +99,21 @@ class Process:
         with self.heartbeat.stage("open"):
             resolved = ResolvedModel(config, registry.load("backends", config.backend.name)(options))
             self.worker = Worker(resolved, roles, self.heartbeat, self.outbox.put)
-        from transformers.utils import logging  # after the backend has made it importable
+        from transformers.utils import logging  # after `prepare`, which makes it importable
 
         logging.disable_progress_bar()
 
     def open_rewards(self, config: RunConfig, path: Sequence[str]) -> None:
-        """`path`: where the controller finds modules, which a reward may be in."""
+        """`path`: the controller's sys.path, which a reward may be imported from."""
         sys.path += [folder for folder in path if folder not in sys.path]
         self.worker = RewardWorker(config.reward)
 
     def rendezvous_address(self) -> str:
-        """A free port of this node; an IPv6 address in brackets."""
+        """host:port with a free port of this node; an IPv6 address in brackets."""
         return node_address.free_endpoint(ray.util.get_node_ip_address())
 
     def join(self, rank: int, size: int, address: str) -> None:
+        assert isinstance(self.worker, Worker), "reward workers have no ranks"
         for name, value in self.worker.resolved.backend.network(ray.util.get_node_ip_address()).items():
             os.environ.setdefault(name, value)
         with self.heartbeat.stage("join"):
@@ -131,7 +132,7 @@ class Process:
 
 
 class Remote:
-    """A member of a pool, seen from the controller."""
+    """A pool member's proxy on the controller."""
 
     def __init__(self, process: Any, name: str, store: RayStore) -> None:
         self.process, self.name, self.store = process, name, store
@@ -154,12 +155,12 @@ class Remote:
             raise self._explained(error, method) from error
 
     def ask(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """A call of the process itself, not of its worker."""
+        """Call a method of `Process` itself, not of its worker."""
         name = method.__name__
         return self._answer(name, getattr(self.process, name).remote(*args, **kwargs), lambda given: given)
 
     def _answer(self, method: str, asked: Any, read: Callable[[Any], Any]) -> Future[Any]:
-        """What `read` makes of the process's answer."""
+        """Future of the process's answer after `read`."""
         answer: Future[Any] = Future()
         asked.future().add_done_callback(partial(self._resolve, answer, method, read))
         return answer
@@ -178,7 +179,7 @@ class Remote:
 
 
 def _show(members: Sequence[Remote], observers: Observers) -> None:
-    """From now on they are watched, and messages say where they are."""
+    """Register the members with the observers, and set their location for messages."""
     shown = results([member.ask(Process.show, member.name) for member in members])
     for member, (node, place) in zip(members, shown, strict=True):
         member.where = str(place)
@@ -186,15 +187,16 @@ def _show(members: Sequence[Remote], observers: Observers) -> None:
 
 
 def _connect_broadcast(actor: Pool, rollout: Pool) -> None:
-    """What weights travel through, where engines are in another pool."""
+    """Open the weight-sync group between actor and engines, if they are in different pools."""
     if actor is not rollout:
         ends = [actor.members[0], *rollout.members]
+        assert isinstance(ends[0], Remote), "of these pools every member is one"
         address = ends[0].ask(Process.rendezvous_address).result()
         results([end.call(Worker.connect_broadcast, rank, len(ends), address) for rank, end in enumerate(ends)])
 
 
 class _Devices:
-    """The workers of one pool, and what Ray has reserved for them."""
+    """Workers of one pool and their Ray placement group."""
 
     def __init__(
         self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float,
@@ -212,7 +214,7 @@ class _Devices:
             raise
 
     def release(self) -> None:
-        """The processes end, and their devices are free."""
+        """Kill the processes and free their devices."""
         for process in self._processes:
             ray.kill(process)
         remove_placement_group(self._group)
@@ -242,12 +244,12 @@ class _Devices:
 
 
 class _Scorers:
-    """Workers that score: on any node, in what its devices leave of its processors."""
+    """Reward workers: on any node, on the CPU time its devices leave; none is reserved."""
 
     def __init__(self, config: RunConfig, observers: Observers, store: RayStore) -> None:
         count = config.placement.reward_workers
         environment = {"env_vars": _inherited()}
-        self._processes = [
+        self._processes: list[Any] = [
             ray.remote(Process).options(num_cpus=0, scheduling_strategy="SPREAD", runtime_env=environment).remote()
             for _ in range(count)
         ]
@@ -267,23 +269,23 @@ class _Scorers:
 
 
 def _inherited() -> dict[str, str]:
-    """Variables that travel from this process to every worker: a cluster that exists has an environment of its own."""
+    """Variables sent from this process to every worker: an existing cluster has its own environment."""
     return {**debugging.environment(os.environ), **jemalloc.inherited(os.environ)}
 
 
 def _connect(options: RayOptions, backend: Backend, devices: int) -> bool:
-    """Whether this process started a Ray of its own."""
+    """Join or start Ray; whether this process started it."""
     address = options.address or os.environ.get("RAY_ADDRESS")
     started = not ray.is_initialized() and not address
-    quiet = {"include_dashboard": False, "logging_level": "ERROR", "configure_logging": False}
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "configure_logging": False}
     leave = signal.getsignal(signal.SIGTERM)
     try:
         if started:
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that it asks for its token is no news
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # silences the notice about its token
             cpus = backend.sharing(devices).device_resources().get("CPU", 1) * devices
             ray.init("local", num_cpus=max(os.cpu_count() or 1, int(cpus)), **quiet)
         elif not ray.is_initialized():
-            ray.init(address, logging_level="ERROR", configure_logging=False)
+            ray.init(address, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"placement.options.address: Ray at {address or 'this machine'} cannot be joined: {error}") from error
     signal.signal(signal.SIGTERM, leave)  # Ray's own would end the run without saving

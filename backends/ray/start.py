@@ -1,4 +1,4 @@
-"""Where `placement.kind: ray` begins: what Ray reads when it is imported must stand before that."""
+"""Entry point of `placement.kind: ray`: sets what Ray reads from the environment before it is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import debugging
 
 
 def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
-    """What `pools` opens. PluginError where Ray, or the debugger that is asked for, is not installed."""
+    """Call `pools.open_pools`. PluginError where Ray, or the requested debugger, is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise PluginError("placement.kind: ray is not installed; on every node, pip install -r requirements/ray.txt")
     debugging.check(os.environ)

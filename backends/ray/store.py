@@ -1,5 +1,5 @@
-"""What passes between the controller and the worker processes: pickled once, counted, large arrays beside the pickle, and what
-is read more than once in Ray's object store, of which each node holds one copy."""
+"""Transport between the controller and the worker processes: pickled once, bytes counted, large arrays out of band, and values
+read more than once in Ray's object store, of which each node holds one copy."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rlcore.runtime.pool import Store
 from rlcore.types import Group
 
 T = TypeVar("T")
-_BESIDE = 1 << 16  # bytes from which an array is not copied into the pickle
+_BESIDE = 1 << 16  # bytes from which an array stays outside the pickle
 
 
 @dataclass(frozen=True)
 class Handle:
-    """Stands for a value in the object store, on the controller. A worker that is sent it sees the value."""
+    """The controller's reference to a value in the object store. A worker receives the value instead."""
 
     reference: ObjectRef
 
@@ -37,9 +37,9 @@ class Parcel:
     """A pickled value."""
 
     pickled: bytes
-    buffers: list[pickle.PickleBuffer]  # its large arrays
-    references: list[ObjectRef]  # to the values in the object store that it names
-    stored: int  # bytes of values that its sender put there since its last parcel
+    buffers: list[pickle.PickleBuffer]  # its large arrays, out of band
+    references: list[ObjectRef]  # object-store values that it refers to
+    stored: int  # bytes that its sender put into the object store since its last parcel
 
     @property
     def bytes(self) -> int:
@@ -54,22 +54,22 @@ def packed(value: Any, stored: int = 0) -> Parcel:
 
 
 def unpacked(parcel: Parcel, named: Callable[[Sequence[ObjectRef]], Sequence[Any]]) -> Any:
-    """`named`: what the receiver sees in the place of each reference."""
+    """`named`: maps references to what the receiver gets in their place."""
     return _Unpickler(parcel, named(parcel.references)).load()
 
 
 def handles(references: Sequence[ObjectRef]) -> list[Any]:
-    """What the controller sees."""
+    """`named` of the controller: handles."""
     return [Handle(reference) for reference in references]
 
 
 def values(references: Sequence[ObjectRef]) -> list[Any]:
-    """What a worker sees."""
+    """`named` of a worker: the values themselves."""
     return [unpacked(parcel, values) for parcel in ray.get(list(references))] if references else []
 
 
 class Outbox:
-    """A worker's side: packs its answers, and puts into the object store what the controller need not see."""
+    """A worker's side: packs its answers, and puts values that the controller need not read into the object store."""
 
     def __init__(self) -> None:
         self._stored = 0
@@ -90,7 +90,7 @@ class RayStore(Store):
     def __init__(self) -> None:
         self._groups: WeakKeyDictionary[Group, Group] = WeakKeyDictionary()
         self._bytes = 0
-        self._lock = threading.RLock()  # the reference may work while the actor does, and answers come in threads of their own
+        self._lock = threading.RLock()  # reference and actor may run concurrently, and answers arrive in other threads
 
     def put(self, value: T) -> T:
         return cast(T, Handle(ray.put(self.sent(value))))
@@ -107,7 +107,7 @@ class RayStore(Store):
         return taken
 
     def sent(self, value: Any) -> Parcel:
-        """Packed, and counted."""
+        """Pack `value` and count its bytes."""
         parcel = packed(value)
         self._count(parcel)
         return parcel
@@ -133,13 +133,13 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        """torch's own pickles of tensors copy whole storages, through a file format."""
+        """Pickle CPU tensors as bytes: torch's own pickles copy whole storages, through a file format."""
         if type(value) is Tensor and value.device.type == "cpu" and value.layout == torch.strided and not value.requires_grad:
             return _tensor, (_bytes(value), value.dtype, value.shape)
         return super().reducer_override(value)
 
     def _stays(self, buffer: pickle.PickleBuffer) -> bool:
-        """Whether it goes into the pickle."""
+        """Whether the buffer goes into the pickle."""
         if memoryview(buffer).nbytes < _BESIDE:
             return True
         self.beside.append(buffer)
@@ -160,6 +160,6 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _tensor(data: NDArray[np.uint8], dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """In memory of its own where it came through shared memory, which nobody may write to."""
+    """Rebuild a tensor; copied where the data is in shared memory, which is read-only."""
     own = data if data.flags.writeable else data.copy()
     return torch.from_numpy(own).view(dtype).view(shape)

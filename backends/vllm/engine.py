@@ -1,4 +1,4 @@
-"""Starting vLLM in this process, with arguments that hold for every run."""
+"""Start vLLM in this process, with the engine arguments common to all runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rlcore.protocols import ModelFamily
 
 if TYPE_CHECKING:
     from vllm import LLM
-from .internals import _runner, _undisturbed_random_state
+from .internals import model_runner, preserved_random_state
 from .rollout import VllmRollout
 from .weights import VllmWeightsRollout
 
 _IMAGES_A_PROMPT = 16
-_LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams replace a lower one by it
+_LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams raise lower ones to this
 
 
 def build(
@@ -43,7 +43,7 @@ def build(
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
 ) -> VllmRollout:
-    """An engine that serves `folder`. `config.options` are vLLM's own engine arguments and win over ours."""
+    """Start an engine that serves `folder`. `config.options` are vLLM's own engine arguments and override ours."""
     if importlib.util.find_spec("vllm") is None:
         raise PluginError(
             f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
@@ -55,10 +55,10 @@ def build(
     _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
     if lora:
-        from . import lora as vllm_lora
+        from .lora import engine_arguments
 
-        defaults |= vllm_lora.engine_arguments(lora)
-    with _undisturbed_random_state():
+        defaults |= engine_arguments(lora)
+    with preserved_random_state():
         from vllm import LLM
 
         _register_class(folder)
@@ -69,15 +69,17 @@ def build(
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
         if config.tensor_parallel > 1:
             _unname_shared_memory()
-        _check_heads(_runner(llm).get_model())
+        _check_heads(model_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
-            return vllm_lora.VllmLoraRollout(llm, family, beat, level, dtype, lora)
+            from .lora import VllmLoraRollout
+
+            return VllmLoraRollout(llm, family, beat, level, dtype, lora)
         return VllmWeightsRollout(llm, family, beat, level, dtype, _shapes(folder))
 
 
 def _sleep_level(llm: LLM, backend: Backend) -> int:
-    """What the backend's options say, where they do, unless rollout.options has turned vLLM's sleep mode on or off."""
+    """The backend's `sleep_level`, unless rollout.options turned vLLM's sleep mode on (at least 1) or off (0)."""
     level = getattr(backend.options, "sleep_level", 0)
     return (level or 1) if llm.llm_engine.vllm_config.model_config.enable_sleep_mode else 0
 
@@ -90,7 +92,7 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
         "seed": seed,
         "enforce_eager": True,
         "enable_prefix_caching": True,
-        "generation_config": "vllm",  # not the folder's: every sampling setting is ours
+        "generation_config": "vllm",  # ignore the folder's: all sampling settings are ours
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -102,24 +104,24 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
 
 
 def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
-    """Arguments of an engine in one of several processes that have met: vLLM reads torchrun's variables there. Each process
-    sees one device."""
+    """Arguments of an engine in one rank of an initialized process group, where vLLM reads torchrun's environment variables.
+    Each process sees one device."""
     ranks = {"RANK": distributed.get_rank(), "WORLD_SIZE": distributed.get_world_size(), "LOCAL_RANK": 0}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
 
 
 def _collect_earlier() -> None:
-    """Ends this process's earlier engine now, if nobody holds it: vLLM tears down the process's groups when an engine is
-    collected, and later they would be those of the one that follows."""
+    """Collect this process's previous engine now, if unreferenced: vLLM destroys the process groups when an engine is
+    collected, and later those would be the next engine's."""
     gc.collect()
 
 
 def _unname_shared_memory() -> None:
-    """Takes the name from the memory that vLLM's tensor-parallel processes share on processors with AVX-512, once all have it.
+    """Unlink the shared memory of vLLM's tensor-parallel processes on AVX-512 CPUs, once all have opened it.
 
-    Why: the name is the same in every run of processes that have met by themselves, and vLLM wants a new one: what a killed run
-        leaves behind keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
+    Why: with `env://` rendezvous the name is the same in every run, and vLLM must create it: what a killed run leaves behind
+        keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
     Delete when: vLLM's cpu_worker.py makes VLLM_DIST_IDENT of more than `env://`.
     """
     from vllm.distributed.parallel_state import get_tp_group
@@ -131,9 +133,9 @@ def _unname_shared_memory() -> None:
 
 
 def _register_class(folder: Path) -> None:
-    """Has vLLM look at the model's class in this process.
+    """Register the model's class with vLLM in this process.
 
-    Otherwise it starts one of its own to do so, which takes some ten seconds and dies where torchvision needs its cure.
+    Otherwise vLLM inspects it in a subprocess, which takes some ten seconds and dies where torchvision needs its cure.
     """
     from vllm import ModelRegistry
 
@@ -143,9 +145,9 @@ def _register_class(folder: Path) -> None:
 
 
 def _check_heads(model: nn.Module) -> None:
-    """ConfigError for attention heads that vLLM starts with and then fails to compute."""
+    """ConfigError for attention head sizes that vLLM accepts at startup but has no kernel for."""
     for layer in model.modules():
-        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: the engine's kernels are not for it
+        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: other kernels serve it
         if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
             known = ", ".join(map(str, kind.get_supported_head_sizes()))
             raise ConfigError(
@@ -155,7 +157,7 @@ def _check_heads(model: nn.Module) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Of every tensor in the folder, from the headers of its files."""
+    """Shape of every tensor in the folder, by name, from the headers of its files."""
     from safetensors import safe_open
 
     shapes = {}
@@ -166,7 +168,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def _refuse_raised(temperatures: Mapping[str, float]) -> None:
-    """A temperature that vLLM would replace by a higher one, of which the trainer's log-probabilities know nothing."""
+    """ConfigError for a temperature that vLLM would raise, unknown to the trainer's log-probabilities."""
     for key, temperature in temperatures.items():
         if 0 < temperature < _LEAST_TEMPERATURE:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""vLLM serving low-rank additions over weights that it read itself: a sync sends two small matrices a layer."""
+"""vLLM serving LoRA over base weights that it loaded itself: a weight sync sends two small matrices per layer."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from .rollout import VllmRollout
 if TYPE_CHECKING:
     from vllm import LLM
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values vLLM accepts for max_lora_rank
 _PREFIX = "base_model.model."  # peft's
 
 
 def engine_arguments(lora: LoraConfig) -> dict[str, Any]:
-    """What an engine needs to take additions of that rank."""
+    """Engine arguments for LoRA of this rank."""
     room = next((rank for rank in _RANKS if rank >= lora.rank), lora.rank)
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
 class VllmLoraRollout(VllmRollout):
-    """Serves the model of its folder plus the additions of the latest `load_weights`."""
+    """Serves the model of its folder plus the LoRA weights of the latest `load_weights`."""
 
     def __init__(
         self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int, dtype: Any, lora: LoraConfig
     ) -> None:
-        super().__init__(llm, family, beat, min(sleep_level, 1))  # nobody sends the weights below the additions again
+        super().__init__(llm, family, beat, min(sleep_level, 1))  # base weights are never sent again
         self._dtype, self._lora = dtype, lora
         self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
-        """`weights` are the additions alone. RunError names those that the engine refused or does not hold."""
+        """`weights` are the LoRA weights alone. RunError names those that the engine refused or does not hold."""
         from vllm.lora.request import LoRARequest
 
         awake(self._asleep, "a weight update")
         started = time.perf_counter()
         self._constants.note()
         noting = time.perf_counter() - started
-        self.version = None  # until what arrived has been proved
+        self.version = None  # until what arrived has been verified
         tensors = {name: tensor.detach().to(self._dtype).contiguous().cpu() for name, tensor in weights}
         self._write(tensors)
         request = LoRARequest("policy", 1, self._folder.name, load_inplace=True)
@@ -74,7 +74,7 @@ class VllmLoraRollout(VllmRollout):
         return Receipt(version, len(sent), size, done - started, noting + done - checking)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        """As peft's files, which is how vLLM takes additions."""
+        """Write peft's files, the form in which vLLM takes LoRA."""
         targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
         settings = {"peft_type": "LORA", "r": self._lora.rank, "lora_alpha": self._lora.alpha, "target_modules": targets}
         folder = Path(self._folder.name)
@@ -82,7 +82,7 @@ class VllmLoraRollout(VllmRollout):
         save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
 
     def _held(self, name: str, like: Tensor) -> Tensor | None:
-        """The matrix in the engine's only slot, which is padded to the largest rank; None where it has no such layer."""
+        """The LoRA matrix in the engine's only slot, without padding to the maximum rank; None where it has no such layer."""
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         layers = self._runner.lora_manager._adapter_manager.modules
         place = locate(self._runner.get_model(), f"{layer}.weight", layers.__contains__)

@@ -1,4 +1,4 @@
-"""Which tensors an engine needs, where it keeps them, and proof that an update arrived."""
+"""Weight manifest: the tensors an engine needs, where it keeps them, and the verification of an update."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     pass
 
 
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a dense product, relative
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, for the dense product
 
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """What a packed matrix [N, K] does, where its numbers can no longer be read.
+    """Probe results of a packed matrix [N, K] whose elements can no longer be read.
 
     On the CPU vLLM keeps linear layers in oneDNN's own layout and drops the original.
     """
@@ -50,9 +50,9 @@ class _Place:
 
 
 def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
-    """Of a tensor under its Hugging Face name; `has` says which layers there are."""
+    """Place of a tensor given by its Hugging Face name; `has` says whether a layer exists."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: nothing but names is in its mapper
+    if mapper is not None and hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: its mapper holds names only
         mapper = mapper.get_rename_mapper()
     mapped = next(iter(mapper.apply_list([name]) if mapper else ()), name)
     layer, _, parameter = mapped.rpartition(".")
@@ -64,12 +64,12 @@ def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
 
 
 def _fused(model: nn.Module) -> dict[str, list[str]]:
-    """Layers that the engine computes as one, and what they are made of."""
+    """Fused layers of the engine -> the layers they are made of."""
     return {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
 
 
 class WeightManifest:
-    """Which tensors the engine needs, and how each can be read back. Names come from the served model itself."""
+    """The tensors the engine needs, and how each is read back. Names come from the served model itself."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
         self.model = model
@@ -84,11 +84,11 @@ class WeightManifest:
         self._shapes = {self.place(name): list(shape) for name, shape in shapes.items()}
 
     def place(self, name: str) -> _Place:
-        """Of a tensor under its Hugging Face name."""
+        """Place of a tensor given by its Hugging Face name."""
         return locate(self.model, name, self._has)
 
     def admit(self, name: str, tensor: Tensor) -> _Place:
-        """The tensor's place, or RunError before the engine sees it."""
+        """The tensor's place; RunError, before the engine sees it, for an unknown name or wrong shape."""
         place = self.place(name)
         if place not in self.needed and place.layer not in self.tied:
             raise RunError(f"weight sync: unexpected tensor {name}: the engine has no such weight; is this the served model?")
@@ -98,7 +98,7 @@ class WeightManifest:
         return place
 
     def part(self, place: _Place, tensor: Tensor) -> Tensor:
-        """What this rank of a tensor-parallel engine holds of it."""
+        """This tensor-parallel rank's shard of the tensor."""
         layer = self.model.get_submodule(place.layer)
         if getattr(layer, "tp_size", 1) == 1:
             return tensor
@@ -108,11 +108,11 @@ class WeightManifest:
         return _rows_of(layer, place.index, tensor)
 
     def as_held(self, place: _Place, tensor: Tensor) -> Tensor:
-        """In the numbers it is served in. A processor with AMX has biases of a bfloat16 model in float32."""
+        """Cast to the dtype it is served in. A CPU with AMX keeps biases of a bfloat16 model in float32."""
         return tensor.to(self._dtypes.get(f"{place.layer}.{place.parameter}", self.dtype))
 
     def title(self, place: _Place) -> str:
-        """The tensor's name in the engine, with fused layers taken apart."""
+        """The tensor's name in the engine, with the part's name in place of a fused layer's."""
         parent, _, leaf = place.layer.rpartition(".")
         parts = self._fused.get(leaf)
         return f"{parent}.{parts[place.index]}.{place.parameter}" if parts else f"{place.layer}.{place.parameter}"
@@ -121,24 +121,24 @@ class WeightManifest:
         return WeightTransfer(self, version)
 
     def product(self, layer: str, version: int) -> _Product:
-        """[all rows of the layer]."""
-        module = self.model.get_submodule(layer)
+        """Probe a packed layer: vectors over all its rows."""
+        module = self._layer(layer)
         probe = _probe(_width(module), version, self.dtype).to(self.device)
         dense, column = module.quant_method.apply(module, probe, None)
         return _Product(dense, column)
 
     def heads_fed_by(self, place: _Place) -> list[str]:
-        """The output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
+        """Output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
         return [head for head in self.heads if place.parameter == "weight" and place.layer in (head, self.tied.get(head))]
 
     def packed_bytes(self) -> int:
-        """Of the layers whose numbers can no longer be read."""
-        layers = (self.model.get_submodule(name) for name in self.packed)
+        """Bytes of the packed layers."""
+        layers = (self._layer(name) for name in self.packed)
         return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
 
     def serve_tied_heads(self) -> None:
-        """vLLM's reload packs the layers that it was sent weights for, and a tied head is sent none: on the CPU it would go on
-        multiplying by the embedding of before. It is given what the embedding has been packed to."""
+        """Give tied heads the embedding's repacked weight: vLLM's reload packs only layers that were sent weights, and a tied
+        head is sent none, so on the CPU it would keep multiplying by the old embedding."""
         for head, embedding in self.tied.items():
             owner = self.model.get_submodule(embedding)
             if hasattr(owner, "cpu_linear"):
@@ -146,6 +146,10 @@ class WeightManifest:
 
     def parameter(self, layer: str, name: str) -> Tensor | None:
         return getattr(self.model.get_submodule(layer), name, None) if self._has(layer) else None
+
+    def _layer(self, name: str) -> Any:
+        """A layer, typed Any for the attributes that vLLM gives it."""
+        return self.model.get_submodule(name)
 
     def _has(self, layer: str) -> bool:
         try:
@@ -169,7 +173,7 @@ class WeightManifest:
 
 
 class WeightTransfer:
-    """One weight update: what was sent, noted as it streams by, against what the engine holds afterwards."""
+    """One weight update: fingerprints what is sent as it streams by, and compares with what the engine holds afterwards."""
 
     def __init__(self, manifest: WeightManifest, version: int) -> None:
         self._manifest = manifest
@@ -206,14 +210,14 @@ class WeightTransfer:
             self._sent[_served(head)] = _product(tensor, self._version)
 
     def _held(self) -> dict[str, Any]:
-        """By Hugging Face name; by the engine's where nobody sent it."""
+        """Fingerprints of what the engine holds, by Hugging Face name; by the engine's name where a tensor was not sent."""
         manifest = self._manifest
         missing = [place for place in manifest.needed if place not in self._names]
         incomplete = {(place.layer, place.parameter) for place in missing}
         held: dict[str, Any] = {manifest.title(place): None for place in missing}
         for (layer, parameter), parts in self._parts.items():
             if (layer, parameter) in incomplete:
-                held |= {name: self._sent[name] for name, _ in parts.values()}  # where the others begin is unknown
+                held |= {name: self._sent[name] for name, _ in parts.values()}  # offsets of the other parts are unknown
             else:
                 held |= self._parts_held(layer, parameter, [parts[index] for index in sorted(parts)])
         return held | {_served(head): self._head_held(head) for head in manifest.heads}
@@ -227,25 +231,26 @@ class WeightTransfer:
         for name, shape in parts:
             rows = slice(start, start + shape[0])
             start = rows.stop
-            held[name] = _Product(whole.dense[rows], whole.column[rows]) if packed else _fingerprint_as(whole[rows], shape)
+            product = isinstance(whole, _Product)
+            held[name] = _Product(whole.dense[rows], whole.column[rows]) if product else _fingerprint_as(whole[rows], shape)
         return held
 
     def _head_held(self, head: str) -> _Product:
         product = self._manifest.product(head, self._version)
         sent = self._sent.get(_served(head))
-        rows = slice(0, len(sent.dense) if sent else None)  # the engine pads the vocabulary
+        rows = slice(0, len(sent.dense) if sent else None)  # without the padding of the vocabulary
         return _Product(product.dense[rows], product.column[rows])
 
 
 def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
-    """This rank's rows (or columns, of a layer that takes a part of the input) of part `index` of a layer."""
+    """This rank's rows of part `index` of a layer (its columns, for a row-parallel layer)."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(layer, VocabParallelEmbedding):
         return tensor[layer.shard_indices.org_vocab_start_index : layer.shard_indices.org_vocab_end_index]
     rank, size = layer.tp_rank, layer.tp_size
-    if isinstance(layer, QKVParallelLinear) and index > 0:  # few key and value heads are held by several ranks
+    if isinstance(layer, QKVParallelLinear) and index > 0:  # with few key-value heads, several ranks hold one
         rank, size = rank // layer.num_kv_head_replicas, size // layer.num_kv_head_replicas
     if isinstance(layer, ColumnParallelLinear):
         return tensor.chunk(size)[rank]
@@ -253,13 +258,13 @@ def _rows_of(layer: Any, index: int, tensor: Tensor) -> Tensor:
 
 
 def _product(tensor: Tensor, version: int) -> _Product:
-    """What a packed layer with the weight [N, K] is expected to do."""
+    """Expected probe results of a packed layer with the weight [N, K]."""
     column = version % tensor.shape[1]
     return _Product(tensor.mv(_noise(tensor.shape[1]).to(tensor)), tensor[:, column].clone())
 
 
 def _probe(width: int, version: int, dtype: torch.dtype) -> Tensor:
-    """[2, width]: a random row, and the unit row of the column that this version checks to the bit."""
+    """[2, width]: a random row, and the unit vector of the column that this version checks to the bit."""
     probe = torch.zeros(2, width, dtype=dtype)
     probe[0] = _noise(width)
     probe[1, version % width] = 1
@@ -272,7 +277,7 @@ def _noise(width: int) -> Tensor:
 
 
 def _fingerprint_as(tensor: Tensor, shape: torch.Size) -> Any:
-    """Of the tensor in the shape it was sent in; its own where that does not fit."""
+    """Fingerprint in the shape the tensor was sent in; in its own where that does not fit."""
     return fingerprint(tensor.reshape(shape) if tensor.numel() == shape.numel() else tensor)
 
 
@@ -291,6 +296,6 @@ def _is_head(layer: nn.Module) -> bool:
     return isinstance(layer, ParallelLMHead)
 
 
-def _width(layer: nn.Module) -> int:
+def _width(layer: Any) -> int:
     """K of a layer [N, K]."""
     return layer.embedding_dim if _is_head(layer) else getattr(layer, "input_size_per_partition", layer.input_size)

@@ -1,10 +1,10 @@
-"""vLLM in this process: one request a prompt, and weight updates that prove what arrived."""
+"""vLLM in this process: one request per prompt, and weight updates that verify what arrived."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,60 +16,62 @@ from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, Prompt, Sample, Sampling
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
-from .internals import _cache_of, _derives, _runner, _undisturbed_random_state
+from .internals import derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
 
 
 class VllmRollout:
-    """Serves one model. Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
+    """Rollout engine of one model. Log-probabilities are those of the sampling distribution: after temperature, top_p, top_k.
 
-    With temperature alone they equal the trainer's log_softmax(logits / temperature); top_p and top_k renormalise over what is
-    left, which the trainer does not do.
+    With temperature alone they equal the trainer's log_softmax(logits / temperature); top_p and top_k renormalise over the
+    tokens they keep, which the trainer does not do.
     """
 
     def __init__(self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int) -> None:
-        """`sleep_level`: vLLM's; 0 where its sleep mode is off."""
+        """`sleep_level`: vLLM's sleep level; 0 where its sleep mode is off."""
         self._llm, self._beat = llm, beat
         self._adapter = family
-        self._runner = _runner(llm)
+        self._runner = model_runner(llm)
         self.version: int | None = 0
-        self._request: LoRARequest | None = None  # the additions that samples are drawn with
+        self._request: LoRARequest | None = None  # the LoRA weights to sample with
         self._level = sleep_level
         self._asleep, self._cached = False, True
-        self._cache = OffloadedTensors(lambda: _cache_of(self._runner), keep=False)
-        self._constants = Constants(self._runner.get_model(), _cache_of(self._runner), _derives)
+        self._cache = OffloadedTensors(lambda: kv_cache_tensors(self._runner), keep=False)
+        self._constants = Constants(self._runner.get_model(), kv_cache_tensors(self._runner), derives_from_weights)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group a prompt; the prompt is read once for all its samples."""
+        """One group per prompt, in order; a prompt is prefilled once for all its samples."""
         groups = dict(self.stream(prompts, sampling))
         return [groups[place] for place in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """The same call gives the same tokens whatever came before: the prefix cache is emptied first, because whether a prompt
-        comes from it changes rounding, and this process's random state is the call's own seed meanwhile."""
+        """Yield (prompt index, group) as groups finish. A call's tokens do not depend on earlier calls: the prefix cache is
+        emptied first, because a cache hit changes rounding, and the process's random state follows the call's seed."""
         awake(self._asleep, "sampling")
         version = holding(self.version)
         self._wake_cache()
         engine = self._llm.llm_engine
         self._llm.reset_prefix_cache()
-        with _undisturbed_random_state(), self._emptied(len(prompts)):
+        with preserved_random_state(), self._emptied(len(prompts)):
             torch.manual_seed(folded(sampling.seed + (sampling.first << 40)))
             parameters = self._parameters(sampling)
             for place, prompt in enumerate(prompts):
                 engine.add_request(str(place), _request(prompt), parameters.clone(), lora_request=self._request)
             while engine.has_unfinished_requests():
                 self._beat()
-                for output in engine.step():
+                for output in cast("list[RequestOutput]", engine.step()):  # the others are of pooling models
                     if output.finished:
                         place = int(output.request_id)
                         yield place, Group(prompts[place], [self._sample(completion, version) for completion in output.outputs])
 
     def pause(self) -> None:
-        """The key-value cache leaves the device. In vLLM's sleep mode the weights do too, which need to be sent again after its
-        second level, and both return to the same addresses. Without it the weights stay: the next update overwrites them."""
+        """Free the key-value cache's device memory, and in vLLM's sleep mode the weights' too: both return to the same
+        addresses, and level 2 discards the weights, which must be sent again. Without sleep mode the weights stay: the next
+        update overwrites them."""
         if self._level:
-            self._wake_cache()  # before 0.32 vLLM refuses to put to sleep what sleeps in part
+            self._wake_cache()  # before 0.32 vLLM refuses to sleep while part of it sleeps
         self._constants.note()
         if self._level:
             self._llm.sleep(level=self._level)
@@ -79,8 +81,8 @@ class VllmRollout:
         self._asleep, self._cached = True, False
 
     def resume(self) -> None:
-        """The weights alone: the cache comes when there is something to sample, after the actor's weights have left. RunError
-        names what else did not come back."""
+        """Onload the weights only; the key-value cache follows at the next sampling, when the actor's weights are offloaded.
+        RunError names whatever else did not come back."""
         if self._level:
             self._llm.wake_up(tags=["weights"])
         self._check_wake("weights")
@@ -90,7 +92,7 @@ class VllmRollout:
         if self._level and self._asleep:
             return 0
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in self._runner.get_model().state_dict().values()}
-        cache = self._cache.device_bytes() if self._cached else 0  # asleep, its tensors look as they did
+        cache = self._cache.device_bytes() if self._cached else 0  # asleep, its tensors look unchanged
         return cache + sum(weights.values()) + self._packed_bytes()
 
     def _wake_cache(self) -> None:
@@ -113,19 +115,19 @@ class VllmRollout:
         self._constants.check(f"the update to version {version}", remedy, updated=True)
 
     def _packed_bytes(self) -> int:
-        """Of weights that the engine keeps in a layout of its own, where no tensor shows them."""
+        """Bytes of weights that the engine keeps in a packed layout, where no tensor shows them."""
         return 0
 
     @contextlib.contextmanager
     def _emptied(self, prompts: int) -> Iterator[None]:
-        """What a stream leaves unfinished, because it failed or nobody read on, does not stay for the next one."""
+        """Abort a stream's unfinished requests on exit: it failed, or its reader stopped."""
         try:
             yield
         finally:
             self._llm.llm_engine.abort_request([str(place) for place in range(prompts)])
 
     def _forget(self) -> None:
-        """Whatever was computed with the old weights."""
+        """Drop what was computed with the old weights: prefix and encoder caches."""
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
@@ -141,9 +143,9 @@ class VllmRollout:
             top_k=sampling.top_k,
             logprobs=0,  # the drawn token's only
             stop_token_ids=sorted(self._adapter.stop_token_ids),
-            ignore_eos=True,  # the adapter alone says what ends a turn
+            ignore_eos=True,  # only the family's stop tokens end a turn
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,  # a prompt's samples together, when all are finished
+            output_kind=RequestOutputKind.FINAL_ONLY,  # all samples of a prompt at once, when the last is finished
         )
 
     def _sample(self, completion: Any, version: int) -> Sample:
@@ -154,8 +156,8 @@ class VllmRollout:
         return Sample(np.array(token_ids, np.int32), logprobs, self._adapter.decode(token_ids), finish, version)
 
 
-def _request(prompt: Prompt) -> dict[str, Any]:
-    request: dict[str, Any] = {"prompt_token_ids": prompt.engine_token_ids}
+def _request(prompt: Prompt) -> TokensPrompt:
+    request: TokensPrompt = {"prompt_token_ids": prompt.engine_token_ids}
     if prompt.vision and "image_embeds" in prompt.vision:
         request["multi_modal_data"] = {"image": dict(prompt.vision)}
     elif prompt.row.images:

@@ -1,4 +1,4 @@
-"""An engine that takes whole weights, and proves that it holds them."""
+"""Weight sync of all weights, verified on the engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rollout import VllmRollout
 
 
 class VllmWeightsRollout(VllmRollout):
-    """Takes whole weights, and proves that it holds them."""
+    """Takes full weight updates, and verifies that the engine holds them."""
 
     def __init__(
         self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int, dtype: torch.dtype,
@@ -31,13 +31,13 @@ class VllmWeightsRollout(VllmRollout):
         self._manifest = WeightManifest(self._runner.get_model(), dtype, shapes)
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
-        """RunError names the tensors that are missing, unknown or not what was sent."""
+        """Update in place and verify. RunError names the tensors that are missing, unknown or not what was sent."""
         awake(self._asleep, "a weight update")
         started = time.perf_counter()
         self._constants.note()
         checking = time.perf_counter() - started
         transfer = self._manifest.transfer(version)
-        self.version = None  # until what arrived has been proved
+        self.version = None  # until what arrived has been verified
         try:
             with self._updating():
                 self._runner.reload_weights(weights_iterator=transfer.watch(weights))
@@ -61,7 +61,7 @@ class VllmWeightsRollout(VllmRollout):
         return self._manifest.packed_bytes()
 
     def _leave_reload(self) -> None:
-        """Out of a half-done update, so that a whole one can follow."""
+        """Leave a half-done update, so that a full one can follow."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         with contextlib.suppress(Exception), self._updating():
@@ -69,7 +69,7 @@ class VllmWeightsRollout(VllmRollout):
 
     @contextlib.contextmanager
     def _updating(self) -> Iterator[None]:
-        """As vLLM's own worker does it: layers ask for the engine's configuration while they take weights."""
+        """Set the engine's configuration, as vLLM's own worker does: layers ask for it while they load weights."""
         from vllm.config import set_current_vllm_config
 
         with torch.no_grad(), set_current_vllm_config(self._llm.llm_engine.vllm_config):

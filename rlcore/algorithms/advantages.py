@@ -1,4 +1,4 @@
-"""From what responses earned to the advantage of each of their tokens."""
+"""Token advantages from response rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlcore.types import AdvantageInputs
 
 
 def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor | None]:
-    """[N] advantages, and [N] returns for the critic where there is one; computed in float64, given as float32."""
+    """[N] advantages, and [N] returns for the critic where there is one; computed in float64, returned as float32."""
     if config.advantage == "gae":
         values, returns = ppo.advantages(inputs, config)
         return values.float(), returns.float()

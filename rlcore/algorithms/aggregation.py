@@ -1,6 +1,6 @@
-"""How token losses become one number: each token's share of the loss, over the whole optimizer batch.
+"""Loss aggregation: each token's loss weight, over the whole optimizer batch.
 
-Shares are worked out once for the batch and then cut with it, so that no packing, micro-batch or rank can change a mean.
+Weights are computed once for the batch and then split with it, so that no packing, micro-batch or rank can change a mean.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def token_mean(batch: Batch) -> Tensor:
 
 
 def pair_mean(batch: Batch) -> Tensor:
-    """Each group is one pair, and its loss stands on one token."""
+    """1 / pairs: each group is one pair, whose loss is on one token."""
     return batch.loss_mask / max(len(batch.groups), 1)
 
 
 def sums(values: Tensor, sequence: Tensor) -> Tensor:
-    """[M] values and the number of the response that each belongs to -> [responses]: their totals."""
+    """Per-response sums: [M] values and the response index of each -> [responses]."""
     return values.new_zeros(int(sequence.max()) + 1 if len(sequence) else 0).index_add(0, sequence, values)
 
 
 def means(values: Tensor, sequence: Tensor) -> Tensor:
-    """The same: their means."""
+    """Per-response means: [M] values and the response index of each -> [responses]."""
     return sums(values, sequence) / sums(torch.ones_like(values), sequence).clamp(min=1)

@@ -1,5 +1,5 @@
-"""What a value is beside others: exactly 0 where all are equal. A mean of equal floating-point numbers rounds, and dividing by
-their deviation, which is then one rounding error itself, would make that error an advantage."""
+"""Centering that gives exactly 0 for equal values. A mean of equal floating-point numbers rounds, and dividing by their
+standard deviation, which is then a rounding error itself, would make that error an advantage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def centred(values: Tensor) -> Tensor:
-    """[n] -> [n] float64: the values less their mean."""
+    """[n] -> [n] float64: the values minus their mean."""
     values = values.double()
     if not len(values) or values.min() == values.max():
         return values.new_zeros(len(values))

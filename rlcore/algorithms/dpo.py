@@ -12,8 +12,8 @@ from rlcore.types import TokenLoss, TokenView
 
 
 def loss(tokens: TokenView, config: DpoConfig) -> TokenLoss:
-    """Responses 0, 2, ... were preferred to 1, 3, ... of the same prompt. A pair's loss stands on the first token of its
-    preferred response, the rest are 0: summed over the batch and divided by the number of pairs it is their mean.
+    """Responses 0, 2, ... were preferred to 1, 3, ... of the same prompt. A pair's loss is on the first token of its preferred
+    response, the rest are 0: the sum over the batch divided by the number of pairs is the mean.
 
     sigmoid is the paper's with label smoothing (cDPO, Mitchell 2023); ipo is arXiv 2310.12036, on means by token; hinge is
     SLiC's (arXiv 2305.10425).

@@ -25,7 +25,8 @@ def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> Tensor:
 
 
 def surrogate(log_ratio: Tensor, tokens: TokenView, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """log_ratio [M] of new to old policy -> the clipped surrogate [M], and [M] bool where the clip took the gradient away."""
+    """log_ratio [M] of new to old policy -> the clipped surrogate [M], and [M] bool where the clip removed the gradient."""
+    assert tokens.advantages is not None, "a policy loss is of a batch with advantages"
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     unclipped_loss, clipped_loss = -tokens.advantages * ratio, -tokens.advantages * clipped

@@ -1,4 +1,4 @@
-"""Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071): one ratio a response, clipped as a whole."""
+"""Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071): one ratio per response, clipped as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergence from the reference policy: estimates by token, and the coefficient that keeps it near a target."""
+"""KL divergence from the reference policy: per-token estimators, and the controller of its coefficient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     """[M], [M] -> [M]: an estimate of KL(policy || reference) from the drawn token.
 
     kl is k1, unbiased and of either sign; mse is k2 and low_var_kl is k3 (Schulman, "Approximating KL Divergence", 2020), never
-    negative; abs is |k1|. As a loss, only the gradient of mse is that of the divergence on average.
+    negative; abs is |k1|. As a loss, only mse has the gradient of the divergence in expectation.
     """
     ahead = logprobs - ref_logprobs
     if estimator == "kl":
@@ -34,8 +34,8 @@ class Controller:
     coefficient: float
 
     def observe(self, mean_divergence: float, samples: int) -> None:
-        """The mean by token of a step with that many samples. At most a fifth of the error counts, by samples / kl_horizon, and
-        by 1 where a step has more samples than that: so the coefficient falls by a fifth at most and stays above 0."""
+        """Adjust the coefficient to a step's mean divergence per token. The relative error, clipped to [-0.2, 0.2], counts by
+        min(1, samples / kl_horizon): so the coefficient falls by a fifth at most and stays above 0."""
         if self.config.kl_target is not None:
             error = max(-0.2, min(0.2, mean_divergence / self.config.kl_target - 1))
             moved = self.coefficient * (1 + error * min(1.0, samples / self.config.kl_horizon))

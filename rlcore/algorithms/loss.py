@@ -1,4 +1,4 @@
-"""The loss by token that every policy-gradient algorithm shares; the algorithms differ in surrogate and advantage."""
+"""The per-token loss that all policy-gradient algorithms share; they differ in surrogate and advantage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SURROGATES: dict[str, Surrogate] = {"clip": grpo.surrogate, "sequence_clip": gsp
 
 
 def objective(config: AlgorithmConfig, longest: int) -> Objective:
-    """What an actor minimizes under this algorithm; `longest` is the most tokens a response may have."""
+    """The actor's objective under this algorithm; `longest` is the maximum response length in tokens."""
     return Objective(
         loss=partial(policy_loss, config=config),
         loss_weights=partial(aggregation.loss_weights, config=config, longest=longest),

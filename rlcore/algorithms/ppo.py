@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization (Schulman et al., arXiv 1707.06347): a critic says what each token was worth beforehand."""
+"""Proximal Policy Optimization (Schulman et al., arXiv 1707.06347): a critic estimates the value before each token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlcore.types import AdvantageInputs, TokenLoss, ValueView
 def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """[N] float64 advantages, normalized over the batch, and returns, by generalized advantage estimation (arXiv 1506.02438).
 
-    A token's reward is minus its divergence penalty; the last also gets the response's reward. Nothing follows the last token.
+    A token's reward is minus its KL penalty; the last also gets the response's reward. The value after the last token is 0.
     """
     assert inputs.values is not None
     ends = inputs.lengths.cumsum(0)
@@ -35,7 +35,7 @@ def advantages(inputs: AdvantageInputs, config: AlgorithmConfig) -> tuple[Tensor
 
 
 def value_loss(tokens: ValueView, clip: float) -> TokenLoss:
-    """Half the squared error against the returns; moving further than `clip` from the old value earns nothing."""
+    """Half the squared error against the returns; moving further than `clip` from the old value does not lower it."""
     moved = tokens.values - tokens.old_values
     clipped = tokens.old_values + moved.clamp(-clip, clip)
     near = torch.where(moved.abs() > clip, clipped, tokens.values)  # the sum would round where nothing is clipped

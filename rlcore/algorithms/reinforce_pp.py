@@ -10,12 +10,12 @@ from rlcore.types import AdvantageInputs
 
 
 def advantages(inputs: AdvantageInputs) -> Tensor:
-    """[N] float64: the reward less the divergence penalties from this token on, normalized over the batch's valid tokens."""
+    """[N] float64: the reward minus the KL penalties from this token on, normalized over the batch's valid tokens."""
     return normalized(inputs.rewards[inputs.sequence] - _from_here_on(inputs), inputs)
 
 
 def advantages_over_baseline(inputs: AdvantageInputs) -> Tensor:
-    """[N] float64: the same of rewards less their group's mean (REINFORCE++-baseline)."""
+    """[N] float64: `advantages` of rewards minus their group's mean (REINFORCE++-baseline)."""
     rewards = torch.zeros_like(inputs.rewards)
     for members in inputs.compared():
         rewards[members] = centred(inputs.rewards[members])
@@ -32,7 +32,7 @@ def normalized(values: Tensor, inputs: AdvantageInputs) -> Tensor:
 
 
 def _from_here_on(inputs: AdvantageInputs) -> Tensor:
-    """[N] float64: the penalties of each response from a token to its end."""
+    """[N] float64: the sum of penalties from each token to the end of its response."""
     running = inputs.penalties.cumsum(0)
     ends = inputs.lengths.cumsum(0)[inputs.sequence] - 1
     return running[ends] - running + inputs.penalties

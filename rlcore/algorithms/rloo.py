@@ -10,7 +10,7 @@ from rlcore.types import AdvantageInputs
 
 
 def advantages(inputs: AdvantageInputs) -> Tensor:
-    """[S] float64: each reward less the mean of the other valid rewards of its group; 0 where there is no other."""
+    """[S] float64: each reward minus the mean of the other valid rewards of its group; 0 where there is no other."""
     rewards = inputs.penalized
     result = torch.zeros_like(rewards)
     for members in inputs.compared():

@@ -1,4 +1,4 @@
-"""How a batch becomes optimizer steps."""
+"""Minibatch schedule: a batch split into optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from itertools import pairwise
 
 import torch
 
-from rlcore.algorithms.objective import Objective
+from rlcore.algorithms.objective import Objective, Reduction
 from rlcore.types import Batch
 
 
 @dataclass(frozen=True)
 class MinibatchSchedule:
-    """How a batch becomes optimizer steps."""
+    """Splits each batch into minibatches, one optimizer step each, over several epochs."""
 
     total_steps: int  # optimizer steps of the whole run, for the learning rate
     minibatches: int = 1
     epochs: int = 1
     seed: int = 0
 
-    def steps(self, batch: Batch, objective: Objective, done: int) -> list[Batch]:
-        """Each optimizer step's groups, with each token's share of that step's loss."""
+    def steps(self, batch: Batch, objective: Objective | Reduction, done: int) -> list[Batch]:
+        """Split a batch into optimizer steps, each with its loss weights and denominator."""
         chosen = [batch.select(share) for share in self.minibatches_of(len(batch.groups), done)]
         return [
             replace(step, loss_weights=objective.loss_weights(step), denominator=objective.denominator(step)) for step in chosen
         ]
 
     def minibatches_of(self, groups: int, done: int) -> Iterator[Sequence[int]]:
-        """The groups of each optimizer step, shuffled anew each epoch; `done` steps came before.
+        """Yield the group indices of each optimizer step, reshuffled each epoch; `done` steps came before.
 
-        Shares differ by one group at most, and there are always as many as the learning rate's schedule counts on: where there
-        are fewer groups than shares some are empty, and an empty one leaves weights and moments as they are.
+        Minibatches differ by one group at most. Their number is fixed, as the learning-rate schedule counts on it: with fewer
+        groups than minibatches some are empty, and an empty one leaves weights and moments unchanged.
         """
         for epoch in range(self.epochs):
             order = list(range(groups))

@@ -1,4 +1,4 @@
-"""What each command trains for, and how a batch becomes optimizer steps."""
+"""Training task of each command: its objective, minibatch schedule and optimizer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlcore.types import Batch
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """The same on the controller, which deals batches, and on the workers, which step."""
+    """A command's training settings; identical on the controller, which splits batches, and on the workers, which step."""
 
     objective: Objective
     schedule: MinibatchSchedule
     optimizer: OptimizerConfig
     temperature: float  # of the log-probabilities
-    compared: bool  # with the model it started from
+    compared: bool  # with the initial model: needs a reference
 
 
 def training_task(command: str, config: RunConfig) -> TrainingTask:
@@ -40,7 +40,7 @@ def _grpo(config: RunConfig) -> TrainingTask:
 
 
 def _sft(config: RunConfig) -> TrainingTask:
-    """Responses that nobody sampled: their probabilities are the model's own, at temperature 1."""
+    """SFT: responses were not sampled, so log-probabilities are at temperature 1."""
     assert config.sft is not None
     goal = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
     return TrainingTask(goal, MinibatchSchedule(config.sft.steps), config.sft.optimizer, 1.0, compared=False)

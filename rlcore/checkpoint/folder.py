@@ -3,7 +3,7 @@
     checkpoints/step_000010/model/               a Hugging Face folder
     checkpoints/step_000010/optimizer.safetensors   first and second moments by parameter, optimizer.json the step count
     checkpoints/step_000010/state.json           step, prompts drawn, random states
-    checkpoints/step_000010/generator.json       the random state of a device that draws by itself
+    checkpoints/step_000010/generator.json       random state of a device with its own generator
     checkpoints/latest                           "step_000010"
 """
 
@@ -24,8 +24,8 @@ from rlcore.errors import ConfigError, RunError, Unwritten
 
 
 def save_checkpoint(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """`write` fills a folder, `state` goes beside it, and only then does it become `checkpoints/<name>` and `latest`. RunError
-    when there is no room for it."""
+    """Let `write` fill a draft folder, add `state`, then rename it to `checkpoints/<name>` and update `latest`. RunError if it
+    cannot be written."""
     folder = run_folder / "checkpoints" / name
     draft = folder.with_name(f".{name}.partial")
     try:
@@ -43,7 +43,7 @@ def save_checkpoint(run_folder: Path, name: str, state: Mapping[str, Any], write
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Says that a file could not be written as an Unwritten, which means the same in whatever process it happens."""
+    """Convert write errors to Unwritten, which means the same in whatever process it is raised."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -51,7 +51,7 @@ def writing() -> Iterator[None]:
 
 
 def _whole(checkpoints: Path) -> str:
-    """What there is to go on from when a checkpoint was not finished."""
+    """How to continue after a checkpoint that was not finished."""
     pointer = checkpoints / "latest"
     if not pointer.exists():
         return "there is none before it; free some room and start again"
@@ -59,7 +59,7 @@ def _whole(checkpoints: Path) -> str:
 
 
 def latest_checkpoint(run_folder: Path) -> Path:
-    """The newest whole checkpoint; ConfigError when there is none."""
+    """Newest complete checkpoint; ConfigError if there is none."""
     folder = newest_checkpoint(run_folder)
     if folder is None:
         raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
@@ -67,7 +67,7 @@ def latest_checkpoint(run_folder: Path) -> Path:
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The same; None when there is none yet."""
+    """Newest complete checkpoint; None if there is none yet, ConfigError if `latest` names an incomplete one."""
     pointer = run_folder / "checkpoints" / "latest"
     if not pointer.exists():
         return None
@@ -82,7 +82,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically."""
     draft = path.with_name(f".{path.name}.partial")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -15,8 +15,10 @@ from rlcore.distributed import world
 
 
 def random_states() -> dict[str, Any]:
-    """Python's, NumPy's and torch's generators, as JSON."""
-    kind, keys, *rest = numpy.random.get_state()
+    """States of Python's, NumPy's and torch's generators, as JSON values."""
+    state = numpy.random.get_state(legacy=True)
+    assert isinstance(state, tuple), "the legacy form"
+    kind, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
@@ -25,7 +27,7 @@ def random_states() -> dict[str, Any]:
 
 
 def seed_random_states(seed: int) -> None:
-    """The same three generators, for whatever draws from them without a seed of its own: a user's reward, dropout."""
+    """Seed Python's, NumPy's and torch's generators, for code without a seed of its own: a user's reward, dropout."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -47,7 +49,7 @@ def _bytes(text: str) -> torch.Tensor:
 
 
 def save_generator(device: torch.device, folder: Path) -> None:
-    """The device's random state, where it has one. Written by the first rank: all ranks start from one seed and draw alike."""
+    """Save the device's random state, if it has one. First rank only: all ranks start from one seed and draw alike."""
     states = torch.get_device_module(device)
     if world.first() and hasattr(states, "get_rng_state"):
         state = {"device": device.type, "state": _hex(states.get_rng_state(device))}
@@ -55,7 +57,7 @@ def save_generator(device: torch.device, folder: Path) -> None:
 
 
 def load_generator(device: torch.device, folder: Path) -> None:
-    """What `save_generator` wrote on a device of this kind; the state of another kind means nothing here."""
+    """Restore what `save_generator` wrote on a device of this type; the state of another type is ignored."""
     path = folder / "generator.json"
     if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8")))["device"] == device.type:
         torch.get_device_module(device).set_rng_state(_bytes(saved["state"]), device)

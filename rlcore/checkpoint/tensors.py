@@ -1,4 +1,4 @@
-"""The optimizer's state as safetensors."""
+"""Save and load optimizer state as safetensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlcore.distributed.fsdp import as_dealt, collected
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, folder: Path) -> None:
-    """Written by the first rank."""
+    """Gather the moments of all ranks; the first rank writes them and the step count."""
     tensors = collected(
         (f"{name}.{moment}", value)
         for group in optimizer.param_groups
@@ -26,12 +26,13 @@ def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, folder: Path) -
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Fills the moments; returns the number of optimizer steps taken."""
+    """Load the moments; returns the number of optimizer steps taken."""
     tensors = load_file(folder / "optimizer.safetensors")
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            moments = {moment: tensors.get(f"{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in moments.values()):
+            titles = {moment: f"{name}.{moment}" for moment in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {moment: tensors[title] for moment, title in titles.items() if title in tensors}
+            if moments.keys() == titles.keys():
                 optimizer.state[parameter] = {
                     moment: value.to(parameter.device) if moment == "step" else as_dealt(value, parameter)
                     for moment, value in moments.items()

@@ -1,4 +1,4 @@
-"""`rlcore launch`: the same line on every node."""
+"""`rlcore launch`: the same command on every node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAUNCHER = "ray"
 
 
 def run_launch(options: argparse.Namespace) -> int:
-    """The exit status of the trainer, a process of its own on one of the nodes. Each of them checks the settings first."""
+    """Run the trainer as a process on one of the nodes; returns its exit status. Every node checks the settings first."""
     kind = registry.load("launchers", LAUNCHER)
     given = {field.alias: getattr(options, field.alias) for field in kind.Options.model_fields.values()}
     launcher = kind({name: value for name, value in given.items() if value is not None}, os.environ)
@@ -31,7 +31,7 @@ def run_launch(options: argparse.Namespace) -> int:
 
 
 def _placed(options: argparse.Namespace, devices: int | None) -> list[str]:
-    """The run on all devices of the launcher's nodes, unless the run file says on how many."""
+    """Overrides that place the run on all devices of the launcher's nodes, unless the run file says on how many."""
     said = loader.read(options.file, options.overrides).get("placement")
     silent = devices is not None and not (isinstance(said, dict) and said.keys() & {"devices", "pools"})
     return [f"placement.kind={LAUNCHER}", *([f"placement.devices={devices}"] if silent else [])]

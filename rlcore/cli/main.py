@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest and "overrides" not in options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides that stand behind an option
+    if rest:  # overrides placed after an option
         options.overrides += rest
     try:
         return options.run(options) or 0
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Command(argparse.ArgumentParser):
-    """A subcommand. Options that a plugin brings are asked for when the command is called: other commands never load it."""
+    """A subcommand. A plugin's options are added when the command is called, so that other commands never load the plugin."""
 
     def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
         if complete := self.get_default("complete"):

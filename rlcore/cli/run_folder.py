@@ -1,4 +1,4 @@
-"""The folder of a run, which one process at a time writes. Imports nothing heavy."""
+"""The folder of a run, written by one process at a time. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import IO
 
 from rlcore.errors import ConfigError
 
-RECORD = "config.yaml"  # a folder that holds one holds a run
+RECORD = "config.yaml"  # marks a folder as a run's
 LOCK = "run.lock"
 
 
 class Claim:
-    """While entered, this process may be the one that writes a run folder. A death gives the folder back, however it comes.
+    """Exclusive claim on a run folder, made by `take`; released on exit, or however the process dies.
 
-    The lock is the process's own (POSIX): children that were forked neither hold it nor keep it.
+    The lock belongs to the process (POSIX): forked children neither hold nor keep it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class Claim:
         return self._file is not None
 
     def take(self) -> None:
-        """ConfigError names the process that has the folder, or why it cannot be had."""
+        """Lock the folder; ConfigError names the process that holds it, or why it cannot be locked."""
         if self.taken:
             return
         try:
@@ -56,7 +56,7 @@ class Claim:
         self._file = file
 
     def _refusal(self, file: IO[str], error: OSError) -> str:
-        if not isinstance(error, BlockingIOError | PermissionError):  # what POSIX allows for a lock that another holds
+        if not isinstance(error, BlockingIOError | PermissionError):  # the errors POSIX allows for a held lock
             return f"--run-dir: {self.folder / LOCK} cannot be locked: {error}; give a folder on a file system with locks"
         file.seek(0)
         holder = file.read() or "another process"

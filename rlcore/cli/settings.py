@@ -27,7 +27,7 @@ def load_settings(options: argparse.Namespace) -> RunConfig:
 
 
 def check_installed(config: RunConfig) -> None:
-    """Every plugin by its name: one that is not there is named with its setting, before anything heavy is imported."""
+    """Check every plugin name; PluginError names an unknown one with its setting, before anything heavy is imported."""
     wanted = [
         ("backends", "backend.name", config.backend.name),
         ("rollout_engines", "rollout.engine", config.rollout.engine),
@@ -43,14 +43,14 @@ def check_installed(config: RunConfig) -> None:
 
 
 def prepared_backend(config: RunConfig) -> Backend:
-    """The chosen backend, with its environment in place: torch reads it when it is imported, which comes later."""
+    """The chosen backend, with its environment variables set: torch reads them at import, which comes later."""
     backend = chosen_backend(config)
     backend.apply_environment(os.environ)
     return backend
 
 
 def chosen_backend(config: RunConfig) -> Backend:
-    """That of the run file; `auto` is the one whose devices are here, and says so."""
+    """Load the run file's backend; `auto` picks the one whose devices are present and prints it."""
     name = config.backend.name
     if name == "auto":
         from rlcore.diagnose import doctor

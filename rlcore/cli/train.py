@@ -49,7 +49,7 @@ def run_training(module: str, options: argparse.Namespace) -> None:
 
 
 def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: int, console: Console) -> None:
-    """The run, and again from its last checkpoint when a worker died, as often as may be."""
+    """Run; after a worker died, restart from the last checkpoint, at most `restarts` times."""
     for left in range(restarts, -1, -1):
         try:
             return run(resume=resume)
@@ -62,7 +62,7 @@ def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: 
 
 
 def _run_folder(options: argparse.Namespace) -> Path:
-    """Where the run's files go; not made yet."""
+    """Path of the run folder, not created yet."""
     stem = Path(options.file).stem
     folder = options.run_dir or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = (folder / RECORD).exists()
@@ -76,7 +76,7 @@ def _run_folder(options: argparse.Namespace) -> Path:
 
 
 def _begin(claim: Claim, config: RunConfig) -> None:
-    """Make the run folder and its record, unless the run goes on in one."""
+    """Create the run folder and its record, unless the run resumes in one."""
     folder, going_on = claim.folder, claim.taken
     claim.take()
     recorded = (folder / RECORD).exists()
@@ -102,7 +102,7 @@ def _environment() -> dict[str, object]:
 
 
 def _hush() -> None:
-    """Models load without bars of their own: stderr is for the run's bar and for mistakes."""
+    """Disable transformers' progress bars: stderr is for the run's bar and for errors."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""The run file: its settings, what they may be, and how they are read. Imports nothing heavy."""
+"""The run file: its settings, their validation and their loading. Imports nothing heavy."""

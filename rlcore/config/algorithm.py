@@ -1,4 +1,4 @@
-"""The algorithm section, and the settings that the name of an algorithm stands for."""
+"""The algorithm section, and the presets that an algorithm's name selects."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ LIMITS: dict[str, tuple[float, float]] = {
     "icepop": (0.5, 5.0),
     "geometric": (0.99, 1.01),
 }
-"""Of the ratio trainer / engine, for each correction of `rlcore/algorithms/correction.py`: the widths their authors report."""
+"""Limits of the ratio trainer / engine for each correction of `rlcore/algorithms/correction.py`, as their authors report."""
 
 
 class AlgorithmConfig(Strict):
     name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline", "ppo"] = "grpo"
-    """Stands for the settings that the paper fixes (rlcore/algorithms); what is set beside it wins."""
+    """Preset of the settings that the paper fixes (rlcore/algorithms); explicit settings win."""
     group_size: PositiveInt = 8
-    """Samples of one prompt."""
+    """Samples per prompt."""
     advantage: Literal["group", "leave_one_out", "batch", "batch_over_group", "gae"] = "group"
-    """What a reward is compared with: its group's mean, the others of its group, the whole batch (after its group's mean),
-    or what a critic expected."""
+    """Baseline of a reward: its group's mean, the others of its group, the whole batch (batch_over_group: after subtracting the
+    group's mean), or the critic's values."""
     advantage_std: Literal["population", "sample", "none"] = "sample"
-    """Of advantage group: divide by the group's standard deviation (ddof 0 or 1), or not at all."""
+    """For advantage group: divide by the group's standard deviation (ddof 0 or 1), or not at all."""
     advantage_eps: PositiveFloat = 1e-6
     surrogate: Literal["clip", "sequence_clip", "clipped_weight"] = "clip"
     """Clip each token's ratio, the response's ratio, or the weight of a token's log-probability."""
@@ -54,35 +54,36 @@ class AlgorithmConfig(Strict):
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     diff_clip: PositiveFloat | None = None
-    """The log-ratio is at most this (ChatLearn)."""
+    """Upper bound of the log-ratio (ChatLearn)."""
     final_clip: PositiveFloat | None = None
-    """A token's policy loss is at most this, whatever its advantage (ChatLearn). The bound of dual clip (arXiv 1912.09729) is a
+    """Upper bound of a token's policy loss, whatever its advantage (ChatLearn). The bound of dual clip (arXiv 1912.09729) is a
     multiple of |advantage| instead."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
-    """How token losses become one: mean over tokens; mean over responses of their mean, sum, or sum over a constant length."""
+    """Reduction of token losses: mean over tokens; mean over responses of their mean, sum, or sum over a constant length."""
     aggregation_length: PositiveInt | None = None
-    """Of aggregation constant; unset is rollout.max_new_tokens."""
+    """For aggregation constant; unset is rollout.max_new_tokens."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the divergence from the reference; 0 needs no reference."""
+    """Weight of the KL divergence from the reference; 0 needs no reference."""
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: Literal["kl", "abs", "mse", "low_var_kl"] = "low_var_kl"
     kl_target: PositiveFloat | None = None
-    """Divergence a token that kl_coef is moved towards; unset keeps kl_coef."""
+    """Target KL per token of an adaptive kl_coef; unset keeps kl_coef fixed."""
     kl_horizon: PositiveInt = 10_000
-    """Samples over which kl_coef follows: a step of as many moves it by all of the error, a fifth at most."""
+    """Samples over which kl_coef adapts: a step of that many changes it by the full relative error, a fifth at most."""
     entropy_coef: float = 0.0
     correction: Literal["none", "token_tis", "sequence_tis", "icepop", "geometric"] = "none"
-    """Of the ratio between trainer and engine: truncated weights by token or response, or tokens or responses left out."""
+    """Importance-sampling correction for engine/trainer mismatch: weights truncated per token or response, or tokens or
+    responses masked out."""
     correction_low: NonNegativeFloat | None = None
     correction_high: PositiveFloat | None = None
-    """Limits of that ratio; unset is what the correction's authors use."""
+    """Limits of the ratio trainer / engine; unset is what the correction's authors use."""
     mask_truncated: bool = False
-    """Leave out responses that ended at max_new_tokens."""
+    """Mask out responses that ended at max_new_tokens."""
     overlong_penalty: NonNegativeFloat = 0.0
-    """Taken from the reward of a response of max_new_tokens; falls to 0 over the last overlong_share of that length."""
+    """Subtracted from the reward of a response of max_new_tokens; grows from 0 over the last overlong_share of that length."""
     overlong_share: Fraction = 0.2
     max_refills: NonNegativeInt = 0
-    """Times a step that groups whose samples all scored the same are replaced by other prompts'."""
+    """Resampling rounds per step for groups whose rewards are all equal (DAPO dynamic sampling)."""
     gae_gamma: Fraction = 1.0
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
     value_clip: PositiveFloat = 0.2

@@ -1,4 +1,4 @@
-"""Reading a run file: YAML, overrides, validation, and one line for each mistake."""
+"""Read a run file: YAML, overrides, validation, and one line per mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _KeyTwice(Exception):
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """YAML, which would keep the last of two equal keys without a word."""
+    """Rejects duplicate keys, of which SafeLoader would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -37,12 +37,12 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
+    """Load the run file with `a.b=value` overrides (values are YAML); ConfigError says which key is wrong and why."""
     return validate(RunConfig, read(path, overrides))
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What the file and the overrides say, not yet checked."""
+    """Read the file and apply the overrides, without validation."""
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
@@ -63,7 +63,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
-    """`values` as `schema`, or one ConfigError with a line for each wrong key, each with its full name."""
+    """Validate `values` as `schema`; one ConfigError has a line for each wrong key, each with its full name."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -72,7 +72,7 @@ def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], 
 
 
 def dump(config: RunConfig) -> str:
-    """Every setting as YAML, in the order of the schema; reads back to an equal config."""
+    """Dump every setting as YAML, in the order of the schema; reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -88,7 +88,7 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _with(values: Any, path: Sequence[str], value: Any, key: str) -> Any:
-    """`values` with the entry at `path` replaced; list entries are named by their index."""
+    """Copy `values` with the entry at `path` replaced; list entries are named by their index."""
     head, *rest = path
     if isinstance(values, list):
         if not head.isdigit() or int(head) >= len(values):

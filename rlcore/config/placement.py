@@ -1,4 +1,4 @@
-"""The sections that say how many devices a run has, and what each of them does."""
+"""Sections for the devices of a run: placement of the roles, and sharding."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from rlcore.config.sections import Strict
 
 
 class ShardingConfig(Strict):
-    """How the devices of a pool share a model that is trained or compared with."""
+    """Sharding of the actor, critic and reference over the devices of a pool."""
 
     replicas: PositiveInt = 1
-    """Copies of the model; the devices of each copy hold a part of it."""
+    """Copies of the model, each sharded over its own devices."""
     sequence_parallel: PositiveInt = 1
-    """Devices that work on one packed row together (arXiv 2309.14509)."""
+    """Devices that process one packed row together (arXiv 2309.14509)."""
     cpu_offload: bool = False
-    """Weights, gradients and optimizer rest in host memory."""
+    """Keep weights, gradients and optimizer state in host memory."""
     gradient_sync: Literal["last", "each"] = "last"
-    """Sum gradients once an optimizer step, which keeps them whole on each device until then, or after each micro-batch."""
+    """Reduce-scatter gradients once per optimizer step (keeps full gradients meanwhile) or after every micro-batch."""
     meta_init: bool = True
-    """Each device reads its own part of the weight files, so that a machine never holds a copy of the model a device."""
+    """Each device reads only its shard of the weight files, so that a machine never holds one model copy per device."""
     bucket_mib: PositiveInt = 512
-    """Of weights that are gathered at once on their way to an engine."""
+    """MiB of weights that are gathered at once in a weight sync."""
 
 
 COMPANIONS = {"reference": "actor", "vision": "rollout"}
-"""Where a role is that no pool lists."""
+"""Role whose pool a role joins that no pool lists."""
 
 
 class PoolConfig(Strict):
-    """Identical workers, one a device."""
+    """Identical workers, one per device."""
 
     roles: list[Literal["actor", "reference", "rollout", "vision"]]
-    """The critic goes with the actor; where no pool lists them, the reference does too, and the vision encoder goes with the
-    rollout."""
+    """The critic is always with the actor; if no pool lists them, the reference is with the actor and the vision encoder with
+    the rollout."""
     devices: PositiveInt = 1
 
 
 class PlacementConfig(Strict):
     kind: str = "local"
-    """local is this process; ray, worker processes on one node or many; or any installed placement."""
+    """local: this process; ray: worker processes on one or more nodes; or any installed placement."""
     devices: PositiveInt = 1
-    """Of one pool that hosts every role."""
+    """Devices of a single pool that hosts every role."""
     pools: dict[str, PoolConfig] = {}
     """Several pools by name, each role in one of them, instead of devices."""
     reward_workers: NonNegativeInt = 0
     """Processes without a device that score samples while engines go on; 0 scores in the controller."""
     max_staleness: Literal[0, 1] = 0
-    """1 samples the next step while this one updates, with the weights of before."""
+    """Policy versions a sample may lag: 0 is synchronous, 1 overlaps sampling the next step with the update."""
     offload: list[Literal["parameters", "optimizer", "reference", "engine", "vision"]] = []
-    """What leaves the device, to host memory, while others need the room: the actor's weights, its moments, the reference, the
+    """Parts offloaded to host memory in phases that do not need them: the actor's weights, its moments, the reference, the
     engine's cache, the vision encoder."""
     max_restarts: NonNegativeInt = 0
-    """Times that a run whose worker died goes on from its last checkpoint by itself."""
+    """Automatic restarts from the last checkpoint after a worker died."""
     stall_seconds: NonNegativeFloat = 1800.0
-    """The run ends, with a report, when nothing has moved for this long: no stage, packed row or engine step; 0 is never."""
+    """Seconds without progress (no stage, packed row or engine step) after which the run ends with a report; 0 is never."""
     options: dict[str, Any] = {}
     """Arguments of the placement."""
 
@@ -87,5 +87,5 @@ class PlacementConfig(Strict):
 
     @property
     def apart(self) -> bool:
-        """Whether samples are drawn on other devices than those that train."""
+        """Whether sampling and training are on different devices."""
         return not any({"actor", "rollout"} <= set(pool.roles) for pool in self.pools.values()) and bool(self.pools)

@@ -1,4 +1,4 @@
-"""The whole run file, and what its sections demand of each other."""
+"""Schema of the whole run file, and the constraints between its sections."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig | None = None
-    """Supervised warm start on the training rows' targets, before the first step of `rlcore grpo`; all of `rlcore sft`."""
+    """Supervised warm start on the training rows' targets, before `rlcore grpo`'s first step; the settings of `rlcore sft`."""
     dpo: DpoConfig | None = None
-    """All of `rlcore dpo`."""
+    """The settings of `rlcore dpo`."""
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig = LoggingConfig()
     placement: PlacementConfig = PlacementConfig()
@@ -96,7 +96,7 @@ class RunConfig(Strict):
         return self
 
     def pools(self) -> list[tuple[str, int, set[str]]]:
-        """Every pool's setting, devices and roles. A role that no pool lists goes with another."""
+        """(setting, devices, roles) of every pool. A role that no pool lists joins its companion's pool."""
         placement = self.placement
         if not placement.pools:
             return [("placement.devices", placement.devices, {"actor", *COMPANIONS, "rollout"})]

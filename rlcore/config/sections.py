@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and nothing changes after reading."""
+    """Base of all sections: unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -28,11 +28,11 @@ class Strict(BaseModel):
 class LoraConfig(Strict):
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    """The product of the two small matrices counts alpha / rank times."""
+    """The product of the LoRA matrices is scaled by alpha / rank."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """Layers by the end of their name."""
+    """Module-name suffixes that get LoRA, or all-linear."""
     sync: Literal["merged", "adapter"] = "merged"
-    """What the engine is sent: whole weights with the product added, or the two small matrices alone."""
+    """Weights sent to the engine: full weights with LoRA merged in, or the LoRA matrices alone."""
 
 
 class ModelConfig(Strict):
@@ -43,25 +43,25 @@ class ModelConfig(Strict):
     family: str = "auto"
     """The model family; auto reads model_type from the folder's config.json."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the matrices are multiplied in; weights and optimizer stay fp32. auto asks the device."""
+    """Precision of matrix products; weights and optimizer stay fp32. auto asks the device."""
     lora: LoraConfig | None = None
-    """Train low-rank additions (arXiv 2106.09685) to weights that stay as they are."""
+    """Train LoRA weights (arXiv 2106.09685) on a frozen model."""
     freeze: list[str] = []
-    """Parts that stay as they are, by the start of their names in the saved model; `vision` is the vision tower."""
+    """Frozen parts, by name prefix in the saved model; `vision` is the vision tower."""
 
     @property
     def images_are_read_once(self) -> bool:
-        """What a tower gives holds for a whole step where it does not learn."""
+        """Whether the vision tower is frozen, so that its embeddings hold for a whole step."""
         return "vision" in self.freeze
 
 
 class VisionConfig(Strict):
-    """The vision encoder: where `model.freeze` names vision, a role of its own that reads each image once a step for all."""
+    """Vision encoder: if `model.freeze` names vision, a role of its own that reads each image once per step for all roles."""
 
     path: str | None = None
-    """A model of the same family, a folder or a source, whose vision tower takes the place of the policy's own."""
+    """A model of the same family (folder or source) whose vision tower replaces the policy's."""
     images_per_batch: PositiveInt = 16
-    """Images that the tower reads at a time."""
+    """Images per forward pass of the tower."""
 
 
 class BackendConfig(Strict):
@@ -83,7 +83,7 @@ class DataConfig(Strict):
     eval: DatasetConfig | None = None
     max_prompt_tokens: PositiveInt = 1024
     long_prompts: Literal["drop", "refuse"] = "drop"
-    """What becomes of rows longer than max_prompt_tokens: dropped and counted, or an error."""
+    """Rows longer than max_prompt_tokens are dropped and counted, or an error."""
 
 
 class SamplingConfig(Strict):
@@ -100,7 +100,7 @@ class RolloutConfig(SamplingConfig):
     options: dict[str, Any] = {}
     """Passed to the engine as they are."""
     tensor_parallel: PositiveInt = 1
-    """Devices of one engine; a pool of more has several engines."""
+    """Devices per engine; a larger pool has several engines."""
     max_mismatch: PositiveFloat = 0.5
     """Warn when the engine's and the actor's log-probabilities of the same tokens differ by more, on average."""
 
@@ -124,11 +124,11 @@ class OptimizerConfig(Strict):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the rate rises linearly from lr / warmup_steps."""
+    """Optimizer steps over which the learning rate rises linearly from lr / warmup_steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the rate does between the warm-up and the last optimizer step."""
+    """Learning-rate schedule between the warm-up and the last optimizer step."""
     min_lr: NonNegativeFloat = 0.0
-    """Where linear and cosine end."""
+    """Final learning rate of linear and cosine."""
     max_grad_norm: PositiveFloat = 1.0
 
     @model_validator(mode="after")
@@ -142,13 +142,13 @@ class TrainConfig(Strict):
     steps: NonNegativeInt = 100
     prompts_per_step: PositiveInt = 8
     minibatches_per_step: PositiveInt = 1
-    """Equal shares of a step's groups, shuffled; an optimizer step on each."""
+    """Equal, shuffled parts of a step's groups; one optimizer step on each."""
     epochs_per_step: PositiveInt = 1
     """Passes over a step's samples."""
     max_tokens_per_microbatch: PositiveInt = 16384
-    """No forward pass holds more tokens than this."""
+    """Maximum number of tokens in a forward pass."""
     gradient_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of keeping its activations."""
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
     save_every: NonNegativeInt = 0
     """0 saves at the end only."""
 
@@ -171,7 +171,7 @@ class SftConfig(Strict):
 
 class CriticConfig(Strict):
     path: str | None = None
-    """The model that its weights start from; unset is the policy's own."""
+    """Model to initialize it from; unset is the policy's own."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
 
 
@@ -179,10 +179,10 @@ class DpoConfig(Strict):
     steps: PositiveInt
     pairs_per_step: PositiveInt = 16
     beta: PositiveFloat = 0.1
-    """How far the policy may leave the reference: the weight of the log-ratio."""
+    """Weight of the log-ratio: how strongly the policy is held to the reference."""
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Of loss sigmoid: the share of pairs taken to be labelled the wrong way round."""
+    """For loss sigmoid: the assumed share of pairs with swapped labels."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-7)
     log_every: PositiveInt = 1
 
@@ -202,7 +202,7 @@ class EvaluationConfig(SamplingConfig):
     before: bool = True
     at_end: bool = True
     samples: PositiveInt = 1
-    """Responses to each row; its score is their mean."""
+    """Responses per row; its score is their mean."""
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
 

@@ -1,1 +1,1 @@
-"""From files to prompts: rows, chat messages, images, and the order in which prompts are drawn."""
+"""From files to prompts: rows, chat messages, images, and sampling order."""

@@ -1,4 +1,4 @@
-"""Texts as chat messages, with an image part where an image stands."""
+"""Convert texts to chat messages, with image parts at `<image>` placeholders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACEHOLDER = "<image>"
 
 
 def chat(text: str, images: int = 0, system: str | None = None, instruction: str = "", where: str = "prompt") -> list[dict]:
-    """One user message as chat messages, `<image>` replaced by image parts; see `conversation`."""
+    """Chat messages of one user text, `<image>` replaced by image parts; see `conversation`."""
     return conversation([{"role": "user", "content": text}], images, system, instruction, where)
 
 
@@ -20,7 +20,7 @@ def conversation(
     messages: Sequence[Mapping[str, Any]], images: int = 0, system: str | None = None, instruction: str = "",
     where: str = "prompt",
 ) -> list[dict]:
-    """Chat messages with the system text first, the instruction after the last text, and one image part an image.
+    """Build chat messages: system text first, instruction after the last text, one image part per image.
 
     Every `<image>` in a text becomes an image part; without any, the images come first in the first user message.
     ConfigError when their number is not `images`, and for messages that leave the assistant nothing to answer. Where there are
@@ -43,8 +43,8 @@ def conversation(
 
 
 def check_opening(opening: str, text: str, where: str, what: str) -> None:
-    """ConfigError for a response that begins with what the chat template's `opening` ends with, a tag or a turn's header: the
-    model would learn to write it twice."""
+    """ConfigError for a response that repeats the end of the chat template's `opening` (a tag or a turn's header): the model
+    would learn to write it twice."""
     if twice := _repeated(opening.rstrip(), text.lstrip()):
         raise ConfigError(
             f"{where}: the {what} begins with {twice!r}, with which the chat template's generation prompt ends: it would be"
@@ -53,8 +53,8 @@ def check_opening(opening: str, text: str, where: str, what: str) -> None:
 
 
 def _repeated(opening: str, text: str) -> str:
-    """The longest start of the text that the opening ends with and that is a mark: whole words, three letters in a row, and a
-    sign. `<think>` and `Assistant:` are marks, `A`, `12` and `assistant` may be anything."""
+    """Longest prefix of `text` that ends `opening` and is a mark: whole words with three letters in a row and a punctuation
+    sign. `<think>` and `Assistant:` are marks; `A`, `12` and `assistant` may be content."""
     for size in range(min(len(opening), len(text)), 0, -1):
         start = text[:size]
         whole = _between_words(opening, len(opening) - size) and _between_words(text, size)
@@ -70,7 +70,7 @@ def _between_words(text: str, place: int) -> bool:
 def _check_turns(
     messages: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[Any]], images: int, system: str | None, where: str
 ) -> None:
-    """ConfigError when the last message is the assistant's or says nothing, or when there are two system texts."""
+    """ConfigError when the last message is the assistant's or empty, or when there are two system texts."""
     if not messages:
         raise ConfigError(f"{where}: the prompt is a list without messages; fill it or remove the row")
     if messages[-1]["role"] == "assistant":
@@ -83,7 +83,7 @@ def _check_turns(
 
 
 def _parts(message: Any, where: str) -> list[dict[str, str]]:
-    """The content of a message as text and image parts."""
+    """A message's content as text and image parts."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ConfigError(f"{where}: a chat message is an object with role and content, this is {str(message)[:80]!r}")
     content = message.get("content")

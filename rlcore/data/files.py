@@ -1,4 +1,4 @@
-"""The rows of data files as they stand there, each knowing its place for messages."""
+"""Read records from data files, each with its location for error messages."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a data file, as it stands there."""
+    """One unprocessed row of a data file."""
 
-    where: str  # `train.jsonl:17` or `train.parquet row 17`, counted from 1, for messages
+    where: str  # for error messages: `train.jsonl:17` or `train.parquet row 17`, counted from 1
     id: str  # `train:17`
-    folder: Path  # of the file; image paths are relative to it
+    folder: Path  # the file's folder; image paths are relative to it
     values: Mapping[str, Any]
 
     def value(self, column: str) -> Any:
-        """What the column holds; ConfigError with the columns there are when it is missing."""
+        """The column's value; ConfigError that lists the columns when it is missing."""
         if column not in self.values:
             columns = list(self.values)
             hint = nearest(column, columns)
@@ -35,8 +35,8 @@ class Record:
         return self.values[column]
 
     def text(self, column: str) -> str:
-        """A text or number as text; ConfigError when it is missing, blank or neither. True and false are neither: which words
-        they stand for is for the data to say."""
+        """A text or number as text; ConfigError when it is missing, blank or neither. Booleans are neither: the data must spell
+        them out."""
         value = self.value(column)
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
             raise ConfigError(f"{self.where}: column {column!r} is empty; fill it or remove the row")
@@ -49,12 +49,12 @@ class Record:
         return _digits(value)
 
     def without(self, *columns: str | None) -> dict[str, Any]:
-        """The other columns, bytes left out: what a reward may want to see."""
+        """The other columns, without bytes: the fields passed to a reward."""
         return {name: value for name, value in self.values.items() if name not in columns and not isinstance(value, bytes)}
 
 
 def check_text(value: Any, what: str) -> None:
-    """ConfigError for a text at any depth that cannot be written as UTF-8: half of a surrogate pair, as a cut emoji leaves."""
+    """ConfigError for a text at any depth that UTF-8 cannot encode: half of a surrogate pair, as from a cut emoji."""
     rest = [value]
     while rest:
         value = rest.pop()
@@ -71,13 +71,13 @@ def check_text(value: Any, what: str) -> None:
 
 
 def tried(path: str | Path) -> str:
-    """For the message on a path where nothing is: what a relative one was relative to."""
+    """Hint for the error on a missing path: what a relative path was resolved to."""
     path = Path(path)
     return "" if path.is_absolute() else f"; a relative path starts at the working directory: no {path.absolute()}"
 
 
 def read_records(path: str | Path | None) -> Iterator[Record]:
-    """The rows of a .jsonl, .json (lines or one list) or .parquet file, or of a folder of files of one of these kinds.
+    """Read a .jsonl, .json (lines or one list) or .parquet file, or a folder of files of one of these kinds.
 
     ConfigError for a missing or unreadable file, an unknown suffix, a broken line (with its number), and no rows at all.
     """
@@ -134,7 +134,7 @@ def _read_list(file: Path, text: str) -> Iterator[Record]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise ConfigError(f"{where}: not valid JSON: {error}; a line holds one object; a .json file may be one list") from None
 
 
@@ -146,7 +146,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _twice(names: Iterable[str]) -> str:
-    """The most frequent."""
+    """The most frequent name."""
     return Counter(names).most_common(1)[0][0]
 
 
@@ -169,7 +169,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
 
 def _widened(batch: Any) -> Any:
-    """Single-precision columns as doubles of the same digits: 0.1 stays 0.1 and does not become 0.10000000149011612."""
+    """Convert single-precision columns to doubles with the same digits: 0.1 stays 0.1, not 0.10000000149011612."""
     import pyarrow
 
     for index, field in enumerate(batch.schema):
@@ -180,7 +180,7 @@ def _widened(batch: Any) -> Any:
 
 
 def _digits(number: int | float | Decimal) -> str:
-    """Without exponent and trailing zeros: 18.0, which tables make of 18 where a column has gaps, is 18."""
+    """Format without exponent and trailing zeros: 18.0, which tables make of 18 in a column with gaps, is 18."""
     if isinstance(number, int):
         return str(number)
     whole, _, rest = format(Decimal(str(number or 0)), "f").partition(".")

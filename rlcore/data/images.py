@@ -1,5 +1,5 @@
-"""Pictures of data sets, from any form they are kept in. Each is decoded once before a run, so that a broken one is named, and
-again whenever it is looked at, so that they need not fit in memory."""
+"""Images of data sets, from any stored form. Each is decoded once before a run, so that a broken one is named, and again at
+every access, so that they need not fit in memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from PIL import Image
 from rlcore.data.files import tried
 from rlcore.errors import ConfigError
 
-_WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1.0}  # I is how 16-bit PGM opens
+_WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1.0}  # 16-bit PGM opens as I
 
 
 @dataclass(frozen=True)
 class Pictures(Sequence[Image.Image]):
-    """Images made from their sources each time one is looked at."""
+    """Lazy images, made from their sources at each access."""
 
-    make: Callable[[Any], Image.Image]  # importable, so that rows can travel between processes
+    make: Callable[[Any], Image.Image]  # importable, so that rows can be pickled
     sources: tuple[Any, ...]
-    sizes: tuple[tuple[int, int], ...]  # width and height of each, known without its pixels
+    sizes: tuple[tuple[int, int], ...]  # (width, height) of each, known without decoding
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -39,7 +39,7 @@ class Pictures(Sequence[Image.Image]):
 
 
 def decode_image(value: Any, where: str, folder: Path) -> Image.Image:
-    """An RGB image, transparency on white, from any of the forms data sets use; ConfigError naming `where` when broken.
+    """Decode an RGB image, transparency on white, from any form data sets use; ConfigError naming `where` when broken.
 
     A form is a PIL image, bytes, {"bytes", "path"} as in Hugging Face parquet files, a path relative to `folder`, base64,
     or a `data:image/...;base64,` URL. Orientation tags are not applied. Gray of more than 8 bits is scaled: 16-bit and integer
@@ -53,12 +53,12 @@ def decode_image(value: Any, where: str, folder: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # decoders raise whatever they like on broken bytes
+    except Exception as error:  # decoders may raise anything on broken bytes
         raise ConfigError(f"{where}: the image cannot be decoded: {error}") from error
 
 
 def pictures(values: Any, where: str, folder: Path) -> Sequence[Image.Image]:
-    """The images of a column, one value or a list. Headers are read now, so a wrong file is named; pixels when looked at."""
+    """Images of a column value, one or a list. Headers are read now, so a wrong file is named; pixels at access."""
     if values is None:
         return ()
     values = tuple(values) if isinstance(values, list | tuple) else (values,)
@@ -67,12 +67,12 @@ def pictures(values: Any, where: str, folder: Path) -> Sequence[Image.Image]:
 
 
 def sizes(images: Sequence[Image.Image]) -> Sequence[tuple[int, int]]:
-    """Width and height of each."""
+    """(width, height) of each image."""
     return images.sizes if isinstance(images, Pictures) else [image.size for image in images]
 
 
 def check_pictures(columns: Iterable[Sequence[Image.Image]]) -> None:
-    """Decodes every image that comes from a file or from a row's bytes, in threads: a broken one is named before the run.
+    """Decode every image that comes from a file or from a row's bytes, in threads: a broken one is named before the run.
 
     Takes about 1 ms of a core for a photo of 448 x 448 pixels as JPEG, 5 ms as PNG.
     """
@@ -84,7 +84,7 @@ def check_pictures(columns: Iterable[Sequence[Image.Image]]) -> None:
 
 
 def _check(source: tuple[Any, str, Path]) -> None:
-    _decode(source)  # the pixels go at once
+    _decode(source)  # drops the pixels at once
 
 
 def _decode(source: tuple[Any, str, Path]) -> Image.Image:
@@ -92,7 +92,7 @@ def _decode(source: tuple[Any, str, Path]) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of more bits as L: Pillow's own conversion clips at 255 where it should scale."""
+    """Scale gray of more than 8 bits to mode L: Pillow's own conversion clips at 255."""
     white = _WHITE.get(image.mode)
     if white is None:
         return image
@@ -107,7 +107,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _open_image(value: Any, where: str, folder: Path) -> Image.Image:
-    """The image with its header read and its pixels not yet."""
+    """Open the image: header only, pixels not decoded."""
     if isinstance(value, Image.Image):
         return value
     try:

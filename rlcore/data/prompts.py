@@ -1,4 +1,4 @@
-"""Rows as prompts: which are short enough, and in which order they are drawn."""
+"""Prompts from rows: length filter, lazy encoding, and sampling order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def fitting(
     rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> list[Row]:
-    """The rows of at most `max_prompt_tokens` tokens; ConfigError when one must be refused or none is left."""
+    """Rows of at most `max_prompt_tokens` tokens; ConfigError when one must be refused or none is left."""
     lengths = [family.prompt_length(row) for row in rows]
     long = [(row, length) for row, length in zip(rows, lengths, strict=True) if length > max_prompt_tokens]
     if long and long_prompts == "refuse":
@@ -36,12 +36,12 @@ def fitting(
 
 
 class Prompts(Sequence[Prompt]):
-    """Rows as one model reads them, in order, encoded when looked at; the latest `cache_bytes` of them are kept."""
+    """Rows encoded for one model, in order and on access, with an LRU cache of `cache_bytes`."""
 
     def __init__(
         self, rows: Sequence[Row], family: ModelFamily, cache_bytes: int = 256 * 2**20, dropped_long: int = 0
     ) -> None:
-        """`dropped_long`: rows that are not among them, because their prompts are too long."""
+        """`dropped_long`: number of rows already dropped because their prompts are too long."""
         self.rows, self.dropped_long = rows, dropped_long
         self._adapter = family
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
@@ -68,13 +68,13 @@ class Prompts(Sequence[Prompt]):
 def encode_all(
     rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int, long_prompts: Literal["drop", "refuse"] = "drop"
 ) -> Prompts:
-    """Each row that fits, once, in order; for evaluation."""
+    """Every row that fits, once, in order; for evaluation."""
     kept = fitting(rows, family, max_prompt_tokens, long_prompts)
     return Prompts(kept, family, dropped_long=len(rows) - len(kept))
 
 
 class PromptSource:
-    """An endless stream of prompts, shuffled anew each epoch. `drawn`, prompts given out so far, is its whole state."""
+    """Endless stream of prompts, reshuffled each epoch. `drawn`, the number of prompts drawn so far, is its whole state."""
 
     def __init__(
         self, rows: Sequence[Row], family: ModelFamily, max_prompt_tokens: int,
@@ -88,7 +88,7 @@ class PromptSource:
         self._order: tuple[int, list[int]] = (-1, [])
 
     def draw(self, count: int) -> list[Prompt]:
-        """The next prompts; they go on into the next epoch where this one ends."""
+        """The next `count` prompts, across the end of an epoch."""
         places = range(self.drawn, self.drawn + count)
         self.drawn += count
         return [self._prompts[self._row_at(place)] for place in places]
@@ -103,7 +103,7 @@ class PromptSource:
 
 
 def left_out(key: str, found: Prompts | PromptSource, config: DataConfig) -> str | None:
-    """What is said of rows that are too long, if there are any; `key` is their section."""
+    """Message about rows dropped as too long, if any; `key` is their config section."""
     dropped = found.dropped_long
     if not dropped:
         return None
@@ -114,6 +114,6 @@ def left_out(key: str, found: Prompts | PromptSource, config: DataConfig) -> str
 
 
 def _size(prompt: Prompt) -> int:
-    """Bytes, roughly: 32 a token of the two lists, and the tensors."""
+    """Approximate bytes: 32 per token of the two lists, plus the tensors."""
     tensors = [*(prompt.vision or {}).values(), *([] if prompt.position_ids is None else [prompt.position_ids])]
     return 32 * (len(prompt.token_ids) + len(prompt.engine_token_ids)) + sum(tensor.nbytes for tensor in tensors)

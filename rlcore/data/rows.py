@@ -1,4 +1,4 @@
-"""Rows of a data set, by registered name or from files of the user."""
+"""Rows of a data set, by registered name or from the user's files."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def rows(
     rejected: str | None = None, images: str | None = None, id: str | None = None, system: str | None = None,
     instruction: str = "",
 ) -> list[Row]:
-    """Rows of a file by column names; `system` and `instruction` are texts. Other columns go to the reward as fields.
+    """Read rows of a file by column names; `system` and `instruction` are texts. Other columns go to the reward as fields.
 
-    The prompt column holds a text or a list of chat messages. answer=None is for data without answers; target is the response
-    to imitate, and with rejected the preferred one of a pair.
+    The prompt column holds a text or a list of chat messages. answer=None: data without answers. target: the SFT response, and
+    with `rejected` the chosen one of a preference pair.
     """
     return [_row(record, prompt, answer, target, rejected, images, id, system, instruction) for record in read_records(path)]
 
 
 def load_rows(config: DatasetConfig, key: str = "data.train") -> list[Row]:
-    """The rows a run file asks for. `key` is the section, for messages; ids are unique, images decode, and there is at least
-    one row."""
+    """Load and check the rows a run file configures: unique ids, images that decode, at least one row. `key` is the config
+    section, for messages."""
     function = registry.load_dotted(config.name, key) if "." in config.name else registry.load("datasets", config.name)
     options = registry.checked_options(function, config.options, f"{key}.options.", given=1)
     found = _made(function, config, options, key)[: config.max_rows]
@@ -71,7 +71,7 @@ def _row(
 
 
 def _made(function: Callable[..., Iterable[Row]], config: DatasetConfig, options: Mapping[str, Any], key: str) -> list[Row]:
-    """What the function gives; PluginError with the place where it failed."""
+    """Call the data set function; PluginError with the file and line where it failed."""
     try:
         return list(function(None if config.path is None else Path(config.path), **options))
     except RlcoreError:
@@ -82,7 +82,7 @@ def _made(function: Callable[..., Iterable[Row]], config: DatasetConfig, options
 
 
 def _check_unshown(record: Record, messages: Sequence[Any], images: str | None) -> None:
-    """ConfigError for a row without images whose prompt seems to show one: it would be read as text."""
+    """ConfigError for a row without images whose prompt holds `<image>`: it would be read as text."""
     texts = [message.get("content") for message in messages if isinstance(message, dict)]
     column = images or next((name for name in ("images", "image") if record.values.get(name)), None)
     if column is None or not any(isinstance(text, str) and PLACEHOLDER in text for text in texts):
@@ -95,7 +95,7 @@ def _check_unshown(record: Record, messages: Sequence[Any], images: str | None) 
 
 
 def _check_row(row: Any, what: str) -> None:
-    """ConfigError for what a data set of one's own may make and no run can use; files are checked where they are read."""
+    """ConfigError for unusable rows of a custom data set; files are checked where they are read."""
     if not isinstance(row, Row):
         raise ConfigError(f"{what} gave a {type(row).__name__}; a data set is a list of rlcore.types.Row")
     texts = {"id": row.id, "answer": row.answer, "target": row.target, "rejected": row.rejected}

@@ -1,1 +1,1 @@
-"""What is wrong with a machine or a backend: doctor and conformance."""
+"""Diagnosis of a machine (doctor) and of a backend (conformance)."""

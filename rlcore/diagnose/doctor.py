@@ -1,4 +1,4 @@
-"""`rlcore doctor`: what stands between this machine and a run, before torch is imported; and which backend is at home here."""
+"""`rlcore doctor`: check this machine before torch is imported, and choose the backend for its devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TORCH = Trial("import torch", "import torch; print(torch.__version__)", "python 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and how it came to be chosen."""
+    """A backend, and why it was chosen."""
 
     name: str
     devices: Devices
@@ -26,9 +26,9 @@ class Choice:
 
 
 def choose(name: str = "auto") -> Choice:
-    """What `--backend auto` is here: of the backends whose devices are seen, the one of highest precedence. Imports no torch.
+    """Resolve `--backend auto` to the backend of highest precedence whose devices are seen. Imports no torch.
 
-    Any other name is itself. PluginError where nothing of that name is installed.
+    Any other name stays itself. PluginError if no such backend is installed, or auto sees no devices.
     """
     if name != "auto":
         registry.check("doctors", name, "--backend")
@@ -44,7 +44,7 @@ def choose(name: str = "auto") -> Choice:
 
 
 def examine(name: str, environment: Mapping[str, str] = os.environ) -> Iterator[CheckResult]:
-    """Everything that concerns a backend, as it is looked at; torch last, and in processes of its own."""
+    """Yield the results of all checks of a backend; torch comes last, in processes of its own."""
     doctor = _doctor(name)
     yield host.python(doctor.versions.get("Python", ""))
     yield from doctor.check_results()
@@ -70,7 +70,7 @@ def _trials(doctor: Doctor) -> Iterator[CheckResult]:
 
 
 def _explained(failed: CheckResult) -> CheckResult:
-    """torch imports what is installed as an extension of it; when that fails, torch fails."""
+    """Explain a failed import: torch imports its installed extensions, and fails if one of them does."""
     if "TORCH_DEVICE_BACKEND_AUTOLOAD" not in failed.seen:
         return failed
     remedy = (
@@ -85,7 +85,7 @@ def failed(results: Sequence[CheckResult]) -> bool:
 
 
 def as_json(choice: Choice, results: Sequence[CheckResult]) -> str:
-    """One object; `ok` is false where the exit status is 1."""
+    """One JSON object; `ok` is false where the exit status is 1."""
     whole = {
         "backend": choice.name, "why": choice.why, "devices": choice.devices.count, "ok": not failed(results),
         "checks": [asdict(result) for result in results],
@@ -94,7 +94,7 @@ def as_json(choice: Choice, results: Sequence[CheckResult]) -> str:
 
 
 def line(result: CheckResult) -> str:
-    """One aligned line; the remedy of what is wrong on a second."""
+    """One aligned line; the remedy of a warning or failure on a second."""
     first = f"{result.verdict:8} {result.what:16} {result.seen}"
     return f"{first}\n{'':9}-> {result.remedy}" if result.verdict in ("warning", "failure") else first
 
@@ -105,7 +105,7 @@ def closing(results: Sequence[CheckResult]) -> str:
 
 
 def table() -> str:
-    """The versions that belong together, as Markdown: a column a backend, from its requirements file and its plugin."""
+    """Markdown table of the versions that belong together: one column per backend, from its requirements file and plugin."""
     names = sorted(registry.names("doctors"), key=lambda name: _doctor(name).precedence)
     columns = {name: _column(_doctor(name)) for name in names}
     rows = sorted({row for column in columns.values() for row in column}, key=str.lower)

@@ -1,4 +1,4 @@
-"""What every device needs of a machine, each as a Finding. Imports nothing of the stack that it looks at."""
+"""Checks of the host that every device needs. Imports nothing of the stack that it checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_pins(file: Traversable) -> dict[str, Requirement]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package; None without it. Nothing is imported."""
+    """Version of a package; None if it is not installed. Imports nothing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ def python(wanted: str) -> CheckResult:
 
 
 def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[CheckResult]:
-    """The installed versions against the pins: one result for each decisive package, one for all the others together."""
+    """Check the installed versions against the pins: one result per decisive package, one for all the others together."""
     pins = read_pins(file)
     found = {name: installed(name) for name in pins}
     for name in decisive:
@@ -64,7 +64,7 @@ def packages(file: Traversable, decisive: Sequence[str]) -> Iterator[CheckResult
 
 
 def own_requirements() -> CheckResult:
-    """What rlcore itself asks for, on every device."""
+    """Check rlcore's own requirements, the same for every device."""
     declared = map(Requirement, metadata.requires("rlcore") or ())
     asked = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
     found = {one.name: installed(one.name) for one in asked}
@@ -76,7 +76,7 @@ def own_requirements() -> CheckResult:
 
 
 def apex() -> CheckResult:
-    """Whose apex this is: the one of PyPI is an unrelated toolkit for Pyramid, and installing it runs its setup."""
+    """Check which apex this is: PyPI's is an unrelated toolkit for Pyramid, and installing it runs its setup."""
     spec, version = importlib.util.find_spec("apex"), installed("apex")
     if spec is None and version is None:
         return CheckResult("apex", "absent", "only backend.options.optimizer: apex needs it")
@@ -90,7 +90,7 @@ def apex() -> CheckResult:
 
 
 def shared_memory(folder: Path = SHM) -> CheckResult:
-    """Ray's objects and the exchange between processes live there; Docker gives 64 MiB unless asked."""
+    """Check /dev/shm, which holds Ray's objects and the exchange between processes; Docker's default is 64 MiB."""
     remedy = "docker run --shm-size=16g (or --ipc=host); elsewhere: mount -o remount,size=16g /dev/shm"
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         return CheckResult("shared memory", "failure", f"{folder} is not there, or not writable", remedy)
@@ -104,10 +104,10 @@ def shared_memory(folder: Path = SHM) -> CheckResult:
 
 
 def limits() -> Iterator[CheckResult]:
-    """Of what a process may have, the soft limits."""
+    """Check the soft resource limits of a process."""
     yield _limit("open files", resource.RLIMIT_NOFILE, 1024, 8192, "ulimit -n 65536, or docker run --ulimit nofile=65536:65536")
     yield _limit("processes", resource.RLIMIT_NPROC, 512, 4096, "ulimit -u 65536, or docker run --ulimit nproc=65536:65536")
-    if list(Path("/sys/class/infiniband").glob("*")):  # its cards register memory, which must stay in place
+    if list(Path("/sys/class/infiniband").glob("*")):  # InfiniBand cards register memory, which must stay locked
         remedy = "ulimit -l unlimited, or docker run --ulimit memlock=-1:-1"
         yield _limit("locked memory", resource.RLIMIT_MEMLOCK, 0, resource.RLIM_INFINITY, remedy)
 
@@ -123,7 +123,7 @@ def _limit(what: str, kind: int, least: int, wanted: int, remedy: str) -> CheckR
 
 
 def compiler(environment: Mapping[str, str]) -> CheckResult:
-    """A C++ compiler that has its own headers: packages without wheels for this machine are built with it."""
+    """Check for a C++ compiler with its headers: packages without wheels for this machine are built with it."""
     command = shlex.split(environment.get("CXX") or "g++")
     remedy = "apt-get install g++ (or the distribution's like; CXX names another); only packages built from source need it"
     if shutil.which(command[0]) is None:

@@ -1,1 +1,1 @@
-"""Ranks, and what passes between them: sharded weights, sequence slices, weight broadcasts, fingerprints."""
+"""Ranks and their communication: sharded weights, sequence slices, weight broadcasts, fingerprints."""

@@ -1,4 +1,4 @@
-"""Work of known sizes, dealt so that no one has much more of it than another."""
+"""Load balancing of items of known sizes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 
 def over_ranks(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which items each rank takes, in order: the largest first, each to the rank with the least so far.
+    """Assign items to ranks, largest first, each to the rank with the least so far; returns each rank's items, in order.
 
-    No rank has more than the mean and one item's size.
+    No rank gets more than the mean plus one item's size.
     """
     order = sorted(range(len(sizes)), key=lambda item: -sizes[item])
     return [sorted(order[place] for place in share) for share in spread([sizes[item] for item in order], ranks)]
 
 
 def spread(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """The items in `count` bins, each in its turn into the one that holds least."""
+    """Put the items, in order, each into the least loaded of `count` bins."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, number) for number in range(count)]
     for item, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Weights between pools: named tensors from the first process of a group to all others, a bucket at a time.
+"""Weight broadcast between pools: named tensors from the first process of a group to all others, one bucket at a time.
 
 A bucket is three messages: two sizes, a header (JSON: name, dtype, shape, fingerprint of each tensor) and the tensors' bytes.
 """
@@ -22,10 +22,10 @@ Entry = tuple[str, str, Sequence[int], int]  # name, dtype, shape, hash
 
 
 class WeightBroadcast:
-    """One end. Holds one bucket, or one tensor that is larger."""
+    """One end of the broadcast. Holds one bucket, or one larger tensor."""
 
     def __init__(self, group: Any, device: torch.device, bucket_bytes: int) -> None:
-        """`group` broadcasts (torch.distributed.ProcessGroup)."""
+        """`group`: has `broadcast`, like torch.distributed.ProcessGroup."""
         self._group, self._device, self._room = group, device, bucket_bytes
 
     def send(self, weights: NamedTensors) -> None:
@@ -43,7 +43,7 @@ class WeightBroadcast:
         self._share(torch.zeros(2, dtype=torch.int64, device=self._device))
 
     def receive(self) -> NamedTensors:
-        """What is being sent. RunError names a tensor that is not what the sender read."""
+        """Yield the tensors being sent. RunError names one whose fingerprint is not the sender's."""
         while (sizes := self._share(torch.empty(2, dtype=torch.int64, device=self._device)).tolist())[0]:
             header, content = (self._share(torch.empty(size, dtype=torch.uint8, device=self._device)) for size in sizes)
             start = 0

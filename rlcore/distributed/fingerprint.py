@@ -1,4 +1,4 @@
-"""Did the weights arrive, and is all else as it was? Fingerprints of tensors, and what is said when two of them disagree."""
+"""Tensor fingerprints: verify that weights arrived and that everything else is unchanged, and report mismatches."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rlcore.errors import RunError
 
 Fingerprint = tuple[str, tuple[int, ...], int]  # dtype, shape, hash of every byte
 
-_COLUMNS = 4096  # 64-bit words a hashed row
-_ROWS = 32  # rows a block: 1 MiB, so that the shifted copy stays in a processor's cache
-_DEVICE_ROWS = 1024  # where no such cache is, but every call costs a launch
+_COLUMNS = 4096  # 64-bit words per hashed row
+_ROWS = 32  # rows per block: 1 MiB, so that the shifted copy stays in the CPU cache
+_DEVICE_ROWS = 1024  # on accelerators: no such cache, but every call costs a kernel launch
 _ROW_MULTIPLIER = 0x1E3779B97F4A7C15  # odd, as all multipliers here: no change of one word can vanish modulo 2**64
 _NAMED = 3  # tensors an error message names
-_DEPTH = 4  # containers and objects that are looked into below a layer's attribute
+_DEPTH = 4  # nesting levels of containers and objects searched below a layer's attribute
 _REGISTERED = frozenset(vars(nn.Module()))  # attributes that torch itself gives a module: its parameters, buffers, hooks
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Dtype, shape and a 64-bit hash that reads every byte and its place: swapped elements or rows change it.
+    """Dtype, shape and a 64-bit hash of every byte and its position: swapped elements or rows change it.
 
-    The hash is a sum of 64-bit words, each times an odd number that belongs to its place, modulo 2**64. A sum cannot depend on
-    how many threads add it up, and it costs about one pass over memory. It guards against accidents, not against an adversary.
+    The hash is the sum of 64-bit words, each times an odd multiplier of its position, modulo 2**64. A sum does not depend on
+    the number of threads, and it costs about one pass over memory. It guards against accidents, not against an adversary.
     """
     words = _words(tensor.detach())
     whole = words.numel() // _COLUMNS * _COLUMNS
@@ -46,7 +46,7 @@ def compare(
     tied: Mapping[str, str] | None = None,
     same: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
-    """Nothing when both sides agree, else RunError naming the first tensors that are missing, unexpected or different.
+    """Check that both sides agree; RunError names the first tensors that are missing, unexpected or different.
 
     `tied` maps a name to the one it shares storage with (lm_head.weight to the embedding); a side that leaves the name out is
     taken to mean its partner. `same` compares two fingerprints, for holders that can only prove equality by other means.
@@ -66,26 +66,25 @@ def compare(
 
 
 class Constants:
-    """What a model computes with besides its weights: no update sends it, so none may change it, and no sleep.
+    """A model's tensors besides its weights: no update sends them, so neither an update nor a sleep may change them.
 
-    Buffers are held to what they were when the model had been loaded. Tensors that a layer holds without having registered
-    them (in attributes, and in containers and plain objects there) may be scratch of sampling: they are held to what they were
-    before the update or sleep, and over an update only where the layer does not make them from its weights. A tensor that
-    shares memory with a weight has to go on doing so. All of these have been lost in silence. vLLM's reload wrote over a buffer
-    that no checkpoint has (vLLM #44371, KL to the trainer 0.008 -> 1.52) and over one that shares memory (vLLM #42481); a sleep
-    that gives up weights gave up more than anybody brought back (NeMo-RL #2631; attributes in vllm-ascend #13012, tensors of
-    plain objects in #13352).
+    Buffers must equal those of the loaded model. Tensors that a layer holds unregistered (in attributes, and in containers and
+    plain objects there) may be scratch of sampling: they must equal those before the update or sleep, and over an update only
+    where the layer does not derive them from its weights. A tensor that shares memory with a weight must keep doing so. All of
+    these have been lost silently. vLLM's reload overwrote a buffer that no checkpoint has (vLLM #44371, KL to the trainer
+    0.008 -> 1.52) and one that shares memory (vLLM #42481); a sleep that discards weights discarded more than was restored
+    (NeMo-RL #2631; attributes in vllm-ascend #13012, tensors of plain objects in #13352).
     """
 
     def __init__(
         self, model: nn.Module, varying: Iterable[Tensor] = (), derives: Callable[[Any], bool] | None = None
     ) -> None:  # fmt: skip
-        """`varying`: tensors that sampling writes. `derives` says of a layer, or of an object that one holds, whether it may
-        make tensors from weights; by default a layer with parameters of its own."""
+        """`varying`: tensors that sampling writes. `derives`: whether a layer, or an object that one holds, may derive tensors
+        from weights; by default a layer with parameters of its own."""
         self._model, self._derives = model, derives or holds_weights
         storages = {_storage(tensor) for tensor in varying}
         everything = list(self._held())
-        first = {id(one.tensor): (name, one) for name, one in reversed(everything)}  # of several names of a tensor
+        first = {id(one.tensor): (name, one) for name, one in reversed(everything)}  # a tensor's first name
         held = {name: one for name, one in reversed(first.values()) if _storage(one.tensor) not in storages}
         made = {id(one.tensor) for _, one in everything if one.derived}
         self._attributes = {name for name, one in held.items() if not one.registered}
@@ -94,13 +93,13 @@ class Constants:
         self._noted: dict[str, Any] | None = None
 
     def note(self) -> None:
-        """Before an update or a sleep. What was noted before one that has not ended well stays."""
+        """Record unregistered tensors before an update or a sleep. A record that no check has cleared is kept."""
         if self._noted is None:
             self._noted = self._read(self._attributes)
 
     def check(self, event: str, remedy: str, updated: bool = False, given_up: bool = False) -> None:
-        """RunError names what is not as it was. In an update (`updated`) layers may have made tensors anew; when a sleep has
-        given up all weights (`given_up`), buffers alone can be there before the next update."""
+        """RunError names the tensors that changed or are gone. In an update (`updated`) layers may have derived tensors anew;
+        when a sleep has discarded all weights (`given_up`), only buffers can exist before the next update."""
         before = dict(self._loaded)
         if self._noted and not given_up:
             before |= {name: reading for name, reading in self._noted.items() if not (updated and name in self._derived)}
@@ -134,11 +133,11 @@ def holds_weights(holder: Any) -> bool:
 
 
 class _Held(NamedTuple):
-    """A tensor of a model that is no parameter."""
+    """A tensor of a model that is not a parameter."""
 
     tensor: Tensor
     registered: bool = False
-    derived: bool = False  # may be made from weights
+    derived: bool = False  # may be derived from weights
 
 
 def _attributes(model: nn.Module, derives: Callable[[Any], bool]) -> Iterator[tuple[str, _Held]]:
@@ -154,14 +153,14 @@ def _attributes(model: nn.Module, derives: Callable[[Any], bool]) -> Iterator[tu
 def _below(
     value: Any, derives: Callable[[Any], bool], depth: int, memory: dict[tuple[int, int], list[tuple[str, _Held]]]
 ) -> list[tuple[str, _Held]]:
-    """The tensors in a value, each with its path there. Layers have their own turn."""
+    """The tensors inside a value, each with its path. Nested layers are skipped: `_attributes` visits every layer."""
     if isinstance(value, Tensor):
         return [("", _Held(value))]
     parts = _parts(value) if depth else ()
     if not parts:
         return []
     if (id(value), depth) not in memory:
-        memory[id(value), depth] = []  # while it is being looked into
+        memory[id(value), depth] = []  # ends cycles while its parts are searched
         made = derives(value)
         memory[id(value), depth] = [
             (key + path, held._replace(derived=held.derived or made))
@@ -181,7 +180,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 
 def _reading(tensor: Tensor, owners: Mapping[int, str]) -> Any:
-    """What must not change: the bytes, or which part of which weight they are."""
+    """The value that must not change: the fingerprint, or for a view of a weight, which part of which weight."""
     if tensor.is_meta:
         return "meta", tensor.dtype, tensor.shape
     if owner := owners.get(_storage(tensor)):
@@ -190,12 +189,12 @@ def _reading(tensor: Tensor, owners: Mapping[int, str]) -> Any:
 
 
 def _storage(tensor: Tensor) -> int:
-    """The same for all tensors that share memory, also while it is away."""
+    """Identity of a tensor's storage, shared by its views; valid while the memory is offloaded too."""
     return tensor.untyped_storage()._cdata
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bytes as int64, with zeros at the end of the last word."""
+    """The bytes as int64, the last word padded with zeros."""
     raw = tensor.contiguous().view(-1).view(torch.uint8)
     if raw.numel() % 8 or raw.storage_offset() % 8:
         raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8))
@@ -213,7 +212,7 @@ def _hash_rows(rows: Tensor) -> Tensor:
 
 
 def _weighted(block: Tensor, weights: Tensor) -> Tensor:
-    """[R, C], [C] -> [R]. Only processors have a matrix product of integers."""
+    """[R, C], [C] -> [R]. Only CPUs have an integer matrix product."""
     return block.mv(weights) if block.device.type == "cpu" else (block * weights).sum(1)
 
 

@@ -1,6 +1,6 @@
-"""Weights, gradients and optimizer state dealt over the ranks of a pool (FSDP2, arXiv 2304.11277), and gathered again.
+"""Weights, gradients and optimizer state sharded over the ranks of a pool (FSDP2, arXiv 2304.11277), and their all-gather.
 
-Weights stay float32 and are gathered layer by layer in the compute dtype; gradients are summed in float32, once an optimizer
+Weights stay float32 and are gathered layer by layer in the compute dtype; gradients are reduced in float32, once per optimizer
 step.
 """
 
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeGuard, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -32,23 +32,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the ranks of a pool share a model."""
+    """Settings for sharding a model over the ranks of a pool."""
 
     mesh: DeviceMesh  # [shard], or [replicate, shard]
     compute_dtype: torch.dtype
     offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
-    exchange: Exchange | None = None  # for weights on their way to an engine; None is one collective a bucket
+    exchange: Exchange | None = None  # all-gather for weight sync; None is one collective per bucket
     bucket_bytes: int = BUCKET_BYTES
-    sum_each: bool = False  # gradients are summed after each micro-batch: more traffic, and none is ever whole
+    sum_each: bool = False  # reduce-scatter gradients after each micro-batch: more traffic, no full gradients
 
     @property
     def home(self) -> torch.device:
-        """Where weights are between uses."""
+        """Device that holds the weights between uses."""
         return torch.device("cpu" if self.offload else self.mesh.device_type)
 
     def apply(self, root: nn.Module, blocks: Iterable[nn.Module], whole: nn.Module | None = None) -> None:
-        """Each block's weights are gathered when it runs, and what stands outside of blocks when `root` does. Every rank keeps
-        all of `whole`, a part of `root`."""
+        """Shard `root`: each block's weights are gathered when it runs, those outside of blocks when `root` does. Every rank
+        keeps all of `whole`, a submodule of `root`."""
         low = None if self.compute_dtype == torch.float32 else self.compute_dtype
         precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         pinned = self.mesh.device_type != "cpu"
@@ -59,14 +59,14 @@ class Sharding:
                 module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root,
                 ignored_params=kept,
             )
-            sharded.set_gradient_divide_factor(1.0)  # a sum: the loss is one over all ranks, not a mean of theirs
+            sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean: loss weights span all ranks
             sharded.set_force_sum_reduction_for_comms(True)
 
 
 def read(root: nn.Module, model: nn.Module, hf_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
-    """Memory and values for parameters that are only shapes so far: each rank reads its own rows from the files in `folder`.
+    """Allocate meta tensors and fill the parameters: each rank reads its own rows from the files in `folder`.
 
-    ConfigError names the first that the files do not have.
+    ConfigError names the first parameter that the files lack.
     """
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     stored = Stored(folder)
@@ -84,7 +84,7 @@ class Stored:
         self._files = {name: file for file in files for name in file.keys()}
 
     def rows(self, name: str, like: Tensor) -> Tensor:
-        """What this rank holds of the tensor, in the dtype of the file."""
+        """This rank's rows of the tensor, in the dtype of the file."""
         if name not in self._files:
             raise ConfigError(
                 f"sharding.meta_init: the weights in {self._folder} have no tensor {name}, under which this family's are read"
@@ -98,7 +98,7 @@ class Stored:
 
 
 def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None) -> Iterator[T]:
-    """The rows; the backward pass of the last sends the gradients of all, or that of each its own."""
+    """Iterate over micro-batches, reducing gradients in the backward pass of the last one, or of each with `sum_each`."""
     for number, row in enumerate(rows, start=1):
         if sharding and isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(sharding.sum_each or number == len(rows))
@@ -106,22 +106,22 @@ def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None)
 
 
 def at_rest(module: nn.Module) -> None:
-    """After passes without a backward pass: no weight stays gathered, so that none grows stale."""
+    """Reshard after forward-only passes, so that no gathered weight goes stale."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 class Exchange(Protocol):
-    """How the ranks of a group show each other what they hold."""
+    """All-gather of shards over the ranks of a group."""
 
     def __call__(self, parts: Sequence[Tensor], most: Sequence[int]) -> Sequence[Tensor]:
-        """Of each tensor this rank's elements, and how many the rank with most of them has -> [ranks x most] everyone's, in the
-        order of ranks. They stay as they are until the next call but one."""
+        """All-gather this rank's `parts`; `most` is the largest rank's element count of each -> [ranks x most] each, in rank
+        order. The results stay valid until the next call but one."""
         ...
 
 
 class Collective:
-    """One all-gather for all the parts."""
+    """`Exchange` by one all-gather of all parts."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
@@ -137,8 +137,8 @@ class Collective:
 
 
 def gathered(named: NamedTensors, limit: int = BUCKET_BYTES, exchange: Exchange | None = None) -> NamedTensors:
-    """Whole tensors, in order and one at a time; ranks iterate together. At most `limit` bytes are gathered at once, or one
-    tensor that is larger."""
+    """Yield whole tensors, in order and one at a time; all ranks iterate together. At most `limit` bytes are gathered at once,
+    or one larger tensor."""
     bucket: list[tuple[str, DTensor]] = []
     size = 0
     for name, parameter in named:
@@ -157,28 +157,28 @@ def gathered(named: NamedTensors, limit: int = BUCKET_BYTES, exchange: Exchange 
 
 
 def collected(named: NamedTensors) -> dict[str, Tensor]:
-    """Whole tensors in host memory on the first rank, nothing on the others, which take part."""
+    """Gather whole tensors in host memory on the first rank; the others take part and get none."""
     named = list(named)
     dealt = {name for name, tensor in named if isinstance(tensor, DTensor)}
     return {name: tensor.to("cpu", copy=name in dealt) for name, tensor in gathered(named) if world.first()}
 
 
 def fill(named: Iterable[tuple[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
-    """Each tensor becomes what `whole` has under its name, on every rank its part."""
+    """Copy this rank's part of `whole[name]` into each named tensor."""
     with torch.no_grad():
         for name, tensor in named:
             tensor.copy_(as_dealt(whole[name], tensor))
 
 
 def as_dealt(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, where `like` is dealt over them; it is where `like` is."""
+    """Shard a tensor that every rank has the way `like` is sharded, if it is; the result is on `like`'s device."""
     if not isinstance(like, DTensor):
         return whole.to(like.device)
     dealt = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # on the mesh's device
     return dealt.to(like.device)
 
 
-def _by_rows(tensor: Tensor) -> bool:
+def _by_rows(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor) and tensor.placements[-1] == Shard(0) and not any(
         placement.is_shard() or placement.is_partial() for placement in tensor.placements[:-1]
     )  # fmt: skip

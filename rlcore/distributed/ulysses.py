@@ -1,8 +1,8 @@
 """Ulysses sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): one packed row over a group of ranks.
 
-Every rank of the group is given the same row and runs the layers on its slice of the tokens. Attention sees the row whole: an
-all-to-all trades the slice of all heads for all tokens of some heads, and another trades the result back. Every rank ends
-with all log-probabilities and the same loss; its gradients are its own slice's, and their sum over the group is the row's.
+Every rank of the group gets the same row and runs the layers on its slice of the tokens. Attention sees the whole row: one
+all-to-all trades a slice of all heads for all tokens of some heads, another trades the result back. Every rank ends up with
+all log-probabilities and the same loss; its gradients are its own slice's, and their sum over the group is the row's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]  # as transformers calls
 
 @dataclass(frozen=True)
 class Slice:
-    """The t tokens of a packed row's T that this rank holds. Slices are alike: the last are filled up with tokens that nobody
-    sees and that predict nothing, so that every rank has some and calls every layer."""
+    """This rank's t of a packed row's T tokens. Slices have equal length: the last are padded with tokens that are neither
+    attended to nor targets, so that every rank has some and calls every layer."""
 
     row: int  # T
     group: ProcessGroup | None = None  # None: the row is not shared, and t is T
@@ -54,24 +54,24 @@ class Slice:
         return functional.pad(row, (0, self._fill)).narrow(-1, self.start, self.tokens)
 
     def held(self, places: Tensor) -> Tensor:
-        """Which of these [M] places in T lie here: [m] indices of them."""
+        """[M] places in T -> [m] indices of those that lie in this slice."""
         return ((places >= self.start) & (places < self.start + self.tokens)).nonzero()[:, 0]
 
     def at(self, states: Tensor, places: Tensor) -> Tensor:
-        """[t, D] of this slice -> [m, D], those at the places that lie here."""
+        """[t, D] of this slice -> [m, D], the states at the places that lie in it."""
         return states[(places[self.held(places)] - self.start).to(states.device)]
 
     def all_of(self, values: Tensor, places: Tensor) -> Tensor:
-        """[m], what each rank made of the places that lie in its slice -> [M], on every rank. All go on to the same loss, so
-        a value's gradient is that of one of them: its own rank's."""
+        """[m] values of each rank's slice -> [M], on every rank. All ranks compute the same loss, so a value's gradient is
+        taken from one of them: its own rank."""
         if self.group is None:
             return values
         held = self.held(places).to(values.device)
         return _Sum.apply(values.new_zeros(len(places)).index_copy(0, held, values), self.group)
 
     def dealt(self, sizes: Sequence[int], work: Callable[[Sequence[int]], Sequence[Tensor]]) -> list[Tensor]:
-        """All items' [size, D], on every rank: each does the `work` of its share of them. One without a share does the smallest
-        again: every rank calls every layer."""
+        """Split the items over the ranks, run `work` on each rank's items -> all items' [size, D], on every rank. A rank
+        without items repeats the smallest: every rank calls every layer."""
         shares = over_ranks(sizes, self.ranks)
         counts = [sum(sizes[item] for item in share) for share in shares]
         results = work(shares[self.rank] or [sizes.index(min(sizes))])
@@ -81,8 +81,8 @@ class Slice:
         return [by_item[item] for item in range(len(sizes))]
 
     def by_heads(self, states: Tensor) -> Tensor:
-        """[1, H, t, D], all heads of this slice -> [1, H / ranks, T, D], the rank-th share of the heads of the row. Heads that
-        the ranks do not divide are first repeated until they do."""
+        """[1, H, t, D], all heads of this slice -> [1, H / ranks, T, D], this rank's heads of the whole row. Heads that the
+        ranks do not divide are first repeated until they do."""
         repeats = self.ranks // gcd(self.ranks, states.shape[1])
         heads = states[0].repeat_interleave(repeats, dim=0) if repeats > 1 else states[0]
         shares = heads.unflatten(0, (self.ranks, -1)).transpose(1, 2)  # [ranks, t, H / ranks, D]
@@ -94,8 +94,8 @@ class Slice:
         return self._trade(slices).transpose(0, 1).flatten(1, 2)[None]
 
     def _joined(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """[counts[rank], D] of each rank -> [sum of counts, D], on every rank. Each goes on with the rows that its slice needs,
-        so a row's gradient is the sum of all of theirs."""
+        """All-gather [counts[rank], D] -> [sum of counts, D]. Each rank uses the rows that its slice needs, so a row's gradient
+        is the sum over all ranks."""
         if self.group is None:
             return rows
         return _AllToAll.apply(rows.repeat(self.ranks, 1), [counts[self.rank]] * self.ranks, counts, self.group)
@@ -105,14 +105,14 @@ class Slice:
         return self.ranks * self.tokens - self.row
 
     def _trade(self, parts: Tensor) -> Tensor:
-        """[ranks, ...]: one part for each rank -> one part from each."""
+        """All-to-all [ranks, ...]: one part for each rank -> one part from each."""
         each = [1] * self.ranks
         return _AllToAll.apply(parts, each, each, self.group)
 
 
 def over_slices(attention: Attention) -> Attention:
-    """The same attention for queries, keys and values of one slice, [1, heads, t, D]. `attention` gets whole rows of some
-    heads and need not know; it gives [1, T, heads, D]."""
+    """Wrap `attention` to take queries, keys and values of one slice, [1, heads, t, D]. `attention` itself gets whole rows of
+    some heads and returns [1, T, heads, D]."""
 
     @wraps(attention)
     def sliced(
@@ -130,7 +130,7 @@ def over_slices(attention: Attention) -> Attention:
 
 
 def check_heads(heads: int, ranks: int) -> None:
-    """ConfigError when the query heads of a model cannot be dealt evenly. Its key and value heads can always be."""
+    """ConfigError when the ranks do not divide a model's query heads. Key and value heads can be repeated, so always fit."""
     if heads % ranks:
         divisors = [str(number) for number in range(1, heads + 1) if heads % number == 0]
         raise ConfigError(
@@ -140,7 +140,7 @@ def check_heads(heads: int, ranks: int) -> None:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to and from every rank; gradients go the way back."""
+    """All-to-all of rows; the backward pass is the reverse all-to-all."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, given: list[int], taken: list[int], group: ProcessGroup) -> Tensor:
@@ -150,12 +150,13 @@ class _AllToAll(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
         return _AllToAll.apply(gradient, *ctx.back), None, None, None
 
 
 class _Sum(torch.autograd.Function):
-    """Over the group. All ranks hold the same gradient, of the same loss: each keeps it, and nothing is counted twice."""
+    """All-reduce over the group. All ranks have the same gradient of the same loss: each keeps its own, none counts twice."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
@@ -164,5 +165,6 @@ class _Sum(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grad_outputs
         return gradient, None

@@ -1,4 +1,4 @@
-"""Ranks: what each holds of a tensor, and what they must agree on. Alone, a process holds everything."""
+"""Ranks: process groups, each rank's part of a tensor, agreement on faults. A lone process holds everything."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.distributed.tensor import DTensor
 
 from rlcore.errors import NonFinite
 
-_PATIENCE = timedelta(hours=24)  # the watch decides what hangs, not a timeout that no step may exceed
+_PATIENCE = timedelta(hours=24)  # the watchdog detects hangs; a timeout here would cap every step
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a pool, seen from one of them."""
+    """A process's rank and groups in its pool."""
 
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # [replicate, shard] or [shard]; None is a process alone
-    sequence: distributed.ProcessGroup | None = None  # the ones that work on one packed row together
+    mesh: DeviceMesh | None = None  # [replicate, shard] or [shard]; None for a lone process
+    sequence: distributed.ProcessGroup | None = None  # sequence-parallel group: the ranks that share a packed row
 
 
 ALONE = Ranks()
@@ -31,7 +31,7 @@ ALONE = Ranks()
 def join(
     rank: int, size: int, address: str, collectives: str, device: torch.device, replicas: int, sequence: int
 ) -> Ranks:
-    """Meet the other ranks at `address` (host:port). Neighbours share a sequence."""
+    """Rendezvous with the other ranks at `address` (host:port). Adjacent ranks form a sequence-parallel group."""
     where = f"tcp://{address}"
     distributed.init_process_group(collectives, init_method=where, rank=rank, world_size=size, timeout=_PATIENCE)
     if size == 1:
@@ -39,7 +39,9 @@ def join(
     shape, names = ((replicas, size // replicas), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     groups = [distributed.new_group(list(range(first, first + sequence))) for first in range(0, size, sequence)]
-    return Ranks(rank, size, mesh, groups[rank // sequence] if sequence > 1 else None)
+    mine = groups[rank // sequence]
+    assert isinstance(mine, distributed.ProcessGroup), "every rank is a member of its own group"
+    return Ranks(rank, size, mesh, mine if sequence > 1 else None)
 
 
 def alone() -> bool:
@@ -47,22 +49,22 @@ def alone() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the rank that writes what all have in common."""
+    """Whether this rank is the one that writes shared files."""
     return alone() or distributed.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every rank; they call this together."""
+    """The whole tensor, on every rank; a collective call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """This rank's part of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def agree(fault: NonFinite | None) -> None:
-    """Raises it, on every rank if any has one: none may wait for a rank that has given up."""
+    """Raise NonFinite on every rank if any has a fault: none may wait for a rank that has stopped."""
     found = torch.tensor(float(fault is not None))
     if not alone():
         distributed.all_reduce(found)

@@ -1,4 +1,4 @@
-"""The model that learns: packed rows in, log-probabilities or optimizer steps out."""
+"""The actor: computes log-probabilities of packed rows and takes optimizer steps on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
 
 class TorchActor(TorchReference):
-    """The model that learns."""
+    """The model under training, with its optimizer."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class TorchActor(TorchReference):
         tower: nn.Module | None = None,
         adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
     ) -> None:
-        """`publish_lora`: `weights` gives the low-rank additions alone."""
+        """`publish_lora`: `weights` yields only the LoRA weights."""
         super().__init__(model, family, settings, sharding, source, tower)
         self.objective, self.schedule, self._publish_additions = objective, schedule, publish_lora
         self._sharding = sharding
@@ -47,17 +47,17 @@ class TorchActor(TorchReference):
         self.learner.optimizer.register_step_post_hook(self.working.expire)
 
     def update(self, batch: Batch) -> Metrics:
-        """One optimizer step on each share of the groups."""
+        """Take one optimizer step per minibatch of the schedule; returns their combined metrics."""
         steps = self.schedule.steps(batch, self.objective, self.learner.steps)
         return combined([(self.step(step), step.denominator) for step in steps])
 
     def step(self, batch: Batch) -> StepStatistics:
-        """One optimizer step, of which `batch` is this rank's part."""
+        """Take one optimizer step; `batch` is this rank's part of it."""
         return self.learner.step(batch, self._losses(batch))
 
     def weights(self) -> NamedTensors:
-        """Every parameter once, under its published name and in the compute dtype, low-rank additions added: a tied head is its
-        embedding. No more than a bucket of them is whole at a time."""
+        """Yield every parameter once, under its Hugging Face name and in the compute dtype, with LoRA merged; a tied head is
+        its embedding. At most one bucket is gathered at a time."""
         named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
         published = ((self.family.hf_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
         dealt = self._sharding
@@ -78,7 +78,7 @@ class TorchActor(TorchReference):
         self.learner.load(folder)
 
     def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
-        """Micro-batch by micro-batch: the places in [N] of the tokens that count, and their loss."""
+        """Yield, per micro-batch, the indices in [N] of the tokens that count, and their loss."""
         if not batch.denominator:
             return
         rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
@@ -92,7 +92,7 @@ class TorchActor(TorchReference):
 
 
 class LoraOffReference:
-    """The actor's own model without its low-rank additions."""
+    """Reference log-probabilities from the actor's own model with LoRA switched off."""
 
     def __init__(self, actor: TorchActor) -> None:
         self.actor = actor
@@ -103,7 +103,7 @@ class LoraOffReference:
 
 
 def _view(batch: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> TokenView:
-    """The tokens at `index` of the batch."""
+    """Gather the batch's tokens at `index`, on the device of `logprobs`."""
 
     def here(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[index].to(logprobs.device)

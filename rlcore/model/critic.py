@@ -1,4 +1,4 @@
-"""The value model of PPO: the policy's architecture with one number a token in place of the vocabulary."""
+"""The value model of PPO: the policy's architecture with a scalar head in place of the vocabulary head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlcore.algorithms import aggregation, ppo
-from rlcore.algorithms.objective import Objective, tokens
+from rlcore.algorithms.objective import Reduction, tokens
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
@@ -25,11 +25,11 @@ from rlcore.model.precision import WorkingCopy, hold_frozen
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
 
-OBJECTIVE = Objective(ppo.value_loss, aggregation.token_mean, tokens)
+OBJECTIVE = Reduction(aggregation.token_mean, tokens)
 
 
 class ValueForward(nn.Module):
-    """One pass over a packed row."""
+    """Forward pass of the value model over a packed row."""
 
     def __init__(self, backbone: nn.Module, family: ModelFamily, settings: ForwardSettings) -> None:
         """`backbone` gives the hidden states; its vocabulary head stays unused. Values start at 0."""
@@ -40,15 +40,15 @@ class ValueForward(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, packed: Packed) -> Tensor:
-        """[M]: the value at the place from which each target is predicted."""
+        """[M] values, each at the token that predicts the target."""
         part = Slice(packed.tokens, self.settings.sequence)
         hidden = part.at(self.family.hidden(self.backbone, packed, part), packed.sources)
         values = functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).flatten().clone()
-        return part.all_of(values, packed.sources)  # a clone: FSDP wants no view to come out
+        return part.all_of(values, packed.sources)  # cloned above: an FSDP module must not return a view
 
 
 class TorchCritic:
-    """Says at each response token, before it is drawn, what the response will earn."""
+    """Estimates the expected return before each response token."""
 
     def __init__(
         self, model: nn.Module, family: ModelFamily, settings: ForwardSettings, algorithm: AlgorithmConfig,
@@ -78,12 +78,12 @@ class TorchCritic:
         return result
 
     def update(self, batch: Batch) -> Metrics:
-        """One optimizer step on each share of the groups, towards `batch.returns`."""
+        """Take one optimizer step per minibatch of the schedule, towards `batch.returns`; returns their combined metrics."""
         steps = self.schedule.steps(batch, OBJECTIVE, self.learner.steps)
         return named(combined([(self.step(step), step.denominator) for step in steps]))
 
     def step(self, batch: Batch) -> StepStatistics:
-        """One optimizer step, of which `batch` is this rank's part."""
+        """Take one optimizer step; `batch` is this rank's part of it."""
         return self.learner.step(batch, self._losses(batch))
 
     def save(self, folder: Path) -> None:
@@ -110,5 +110,5 @@ class TorchCritic:
 
 
 def named(metrics: Metrics) -> Metrics:
-    """As the run reports them."""
+    """Prefix metric names with `critic/` unless they have a prefix."""
     return {name if "/" in name else f"critic/{name}": value for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""One forward pass over a packed row, the same for actor, reference and critic."""
+"""Forward pass over a packed row, and its settings, shared by actor, reference and critic."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from rlcore.types import Packed
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """How a model is run, the same for actor, reference and critic."""
+    """Forward-pass settings, shared by actor, reference and critic."""
 
     device: torch.device
     compute_dtype: torch.dtype
-    max_tokens: int  # a packed row never holds more
+    max_tokens: int  # cap of a packed row
     temperature: float  # log-probabilities are those of logits / temperature, the distribution that was sampled
-    sequence: ProcessGroup | None = None  # the ranks that share each packed row; all of them are given the same
-    beat: Callable[[], None] = no_heartbeat  # at every packed row
-    tile_bytes: int = TILE_BYTES  # of logits at a time
+    sequence: ProcessGroup | None = None  # sequence-parallel group, whose ranks share each packed row and all get it whole
+    beat: Callable[[], None] = no_heartbeat  # heartbeat, called for every packed row
+    tile_bytes: int = TILE_BYTES  # logits computed at a time
 
 
 class Forward(nn.Module):
-    """One pass over a packed row. Everything that reads weights happens inside it, where sharded ones are whole."""
+    """Forward pass over a packed row. All reads of weights happen inside it, where FSDP has gathered sharded ones."""
 
     def __init__(self, model: nn.Module, family: ModelFamily, settings: ForwardSettings) -> None:
         super().__init__()
         self.model, self.family, self.settings = model, family, settings
 
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """[M] log-probabilities and, unless nobody asks, [M] entropies of the row's targets, float32."""
+        """[M] log-probabilities and [M] entropies of the row's targets, float32; without `entropy`, zeros in their place."""
         self.settings.beat()
         part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
         hidden = part.at(self.family.hidden(self.model, packed, part), sources)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, or an installed source that makes one. Imports nothing heavy."""
+"""Resolve a model to its folder: a Hugging Face folder, or one made by an installed source. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its
 
 
 def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
-    """The folder of `config.path`, complete. What a source makes is kept in `cache` under a name that holds its options.
+    """Resolve `config.path` to a complete model folder. A source's model is cached in `cache` under a hash of its options.
 
-    ConfigError, in the name of the run file's `section`, when the path is neither a folder nor a source, lacks a part, or an
-    option is wrong.
+    ConfigError, naming the run file's `section`, when the path is neither a folder nor a source, the folder is incomplete, or
+    an option is wrong.
     """
     folder = Path(config.path).expanduser()
     sources = registry.names("models")
@@ -44,7 +44,7 @@ def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
 
 
 def family_of(folder: Path, config: ModelConfig) -> ModelFamily:
-    """The adapter of the model family, from `config.family` or the folder's model_type; ConfigError lists the families."""
+    """The model family, from `config.family` or the folder's model_type; ConfigError lists the families."""
     families = registry.names("families")
     kind = model_type(folder) if config.family == "auto" else config.family
     if kind not in families:
@@ -70,12 +70,12 @@ def model_type(folder: Path, section: str = "model") -> str:
 
 
 def context_length(folder: Path) -> int | None:
-    """The positions that the folder's text model has, where its config.json says."""
+    """Maximum positions of the folder's text model, if its config.json gives them."""
     return _text_config(folder).get("max_position_embeddings")
 
 
 def query_heads(folder: Path) -> int | None:
-    """The same of its attention's query heads."""
+    """Number of query heads of the folder's text model, if its config.json gives it."""
     return _text_config(folder).get("num_attention_heads")
 
 
@@ -95,14 +95,14 @@ def _made(config: ModelConfig, cache: Path, section: str) -> Path:
 
 
 def _fingerprint(source: Source, options: Mapping[str, Any]) -> str:
-    """Of the options and of the code that makes the model: an upgrade never serves what an older version made."""
+    """Hash of the options and of the source's code, so that an upgrade never serves a model made by an older version."""
     code = Path(inspect.getfile(inspect.unwrap(source))).read_bytes()
     values = json.dumps(options, sort_keys=True, default=str).encode()
     return hashlib.sha256(code + values).hexdigest()[:12]
 
 
 def _make(source: Source, options: Mapping[str, Any], folder: Path) -> None:
-    """Makes it beside its place and moves it there, so that a folder that is there is whole, whoever else is making it."""
+    """Make the model in a temporary folder and rename it: an existing folder is complete, even if others make it too."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_BYTES = 4 * 2**20  # of float32 logits at a time; what a device is best at is its backend's to say
-_NOTHING = -1e30  # the highest of no logits, finite so that 0 times it is 0
+TILE_BYTES = 4 * 2**20  # float32 logits computed at a time; a backend may give another size
+_NOTHING = -1e30  # initial running maximum, finite so that 0 times it is 0
 
 
 def token_logprobs(
@@ -32,8 +32,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, tile_bytes: int, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Of all words so far: `highest`, their highest logit; `total`, the sum of exp(logit - highest); `moment`, that of the
-        same times (logit - highest)."""
+        """Running over the vocabulary: `highest`, the largest logit; `total`, the sum of exp(logit - highest); `moment`, the
+        sum of exp(logit - highest) * (logit - highest)."""
         highest = hidden.new_full((len(targets),), _NOTHING, dtype=torch.float32)
         chosen, total, moment = (torch.zeros_like(highest) for _ in range(3))
         for rows, words, logits in _tiles(hidden, weight, temperature, tile_bytes):
@@ -55,7 +55,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return (chosen - highest) - total.log(), spread
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grad_outputs
         hidden, weight, targets, highest, total, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(total)
@@ -66,7 +67,7 @@ class _TokenLogprobs(torch.autograd.Function):
             sums = torch.promote_types(weight.dtype, torch.float32)  # a weight may come in the compute dtype
             grad_weight = torch.zeros_like(weight, dtype=sums).index_add_(0, targets, (upstream * hidden).to(sums))
         factor = upstream / total[:, None] if grad_entropy is None else total[:, None].reciprocal()
-        pulled = (factor * hidden).to(hidden.dtype)  # what a word gets of a token, were exp(logit - highest) 1
+        pulled = (factor * hidden).to(hidden.dtype)  # a token's gradient on a word, up to the factor exp(logit - highest)
         for rows, words, logits in _tiles(hidden, weight, ctx.temperature, ctx.tile_bytes):
             odds = logits.sub_(highest[rows, None])
             if grad_entropy is None:
@@ -83,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, weight: Tensor, temperature: float, tile_bytes: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The tokens and words of each tile, and its logits in float32, which the caller may overwrite."""
+    """Yield each tile's token and vocabulary slices and its float32 logits, which the caller may overwrite."""
     side = max(1, int((tile_bytes / 4) ** 0.5))
     tokens = min(len(hidden), side)
     words = max(1, tile_bytes // 4 // max(tokens, 1))

@@ -1,6 +1,6 @@
-"""Low-rank additions to frozen weights (LoRA, Hu et al., arXiv 2106.09685), by the peft library.
+"""LoRA: low-rank updates of frozen weights (Hu et al., arXiv 2106.09685), by the peft library.
 
-The model stays the family's own class with its layers wrapped, so every forward pass is the one of full training.
+The model keeps the family's own class with its layers wrapped, so the forward pass is that of full training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rlcore.config.sections import LoraConfig
 from rlcore.distributed.fsdp import collected, fill
 from rlcore.errors import ConfigError
 
-_NAME = "default"  # of peft's only adapter here
+_NAME = "default"  # peft's name of the only adapter here
 _WRAPPED = ".base_layer"
 
 
 def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str] = ()) -> Any:
-    """`model` with additions on its linear layers that `targets` names, everything else frozen. Layers that are `frozen`
-    already and the one whose weight is `skip`, the head, have none. ConfigError lists what there is when none has such a name.
+    """Attach LoRA to the linear layers that `targets` names and freeze everything else. Layers already `frozen` and the head,
+    whose weight is `skip`, get none. ConfigError lists the layers there are when none has such a name.
     """
     import peft
 
@@ -36,7 +36,12 @@ def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str]
     if not wanted:
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear if name not in frozen}))
         raise ConfigError(f"model.lora.targets: no linear layer that learns is called {config.targets}; the model has {ends}")
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - peft takes fractions too
+        target_modules=wanted,
+        lora_dropout=0.0,
+    )
     model.requires_grad_(False)
     return peft.inject_adapter_in_model(settings, model, adapter_name=_NAME)
 
@@ -46,7 +51,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under the name it has without additions, with them added. One at a time."""
+    """Yield every weight with LoRA merged, under its name in the model without LoRA, one at a time."""
     layers = dict(_wrapped(model))
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -60,15 +65,15 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of every layer that has them."""
+    """Yield `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of every LoRA layer."""
     named = model.named_parameters()
     return ((name.replace(f".{_NAME}", ""), parameter) for name, parameter in named if ".lora_" in name)
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before training. What learns goes on asking for gradients: FSDP2 settles a layer's gradient dtype by
-    what asks for them at its first forward pass, and peft's own switch would leave nothing (pytorch #186998)."""
+    """Run the model without LoRA. LoRA weights keep requires_grad: FSDP2 takes a layer's gradient dtype from the parameters
+    that require gradients at its first forward pass, and peft's own switch would leave none (pytorch #186998)."""
     layers = [layer for _, layer in _wrapped(model)]
     for layer in layers:
         layer._disable_adapters = True
@@ -80,7 +85,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_merged(model: Any, folder: Path) -> None:
-    """A Hugging Face folder that knows nothing of additions, written by the first rank."""
+    """Save a plain Hugging Face folder, LoRA merged; the first rank writes it."""
     weights = collected((name, tensor.float()) for name, tensor in merged(model))  # frozen ones may be held in bf16
     if weights:
         tied = getattr(model, "_tied_weights_keys", None) or {}
@@ -89,7 +94,7 @@ def save_merged(model: Any, folder: Path) -> None:
 
 
 def save_lora(model: nn.Module, folder: Path) -> None:
-    """additions.safetensors, if there are any."""
+    """Save the LoRA weights, if there are any, as additions.safetensors."""
     if has_lora(model) and (tensors := collected(additions(model))):
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "additions.safetensors")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from rlcore.errors import NonFinite
 from rlcore.types import Batch, Metrics, TokenLoss
 
 ADAMW = partial(torch.optim.AdamW, fused=True)
-_NAMED = 10  # tokens or parameters that a report names
+_NAMED = 10  # most tokens or parameters named in an error
 
 
 class Learner:
-    """AdamW on the float32 weights of a model that ask for gradients."""
+    """AdamW on the trainable float32 weights of a model."""
 
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, total_steps: int, adamw: Callable[..., torch.optim.Optimizer] = ADAMW
@@ -38,11 +38,12 @@ class Learner:
         )
 
     def step(self, batch: Batch, losses: Iterable[tuple[Tensor, TokenLoss]]) -> StepStatistics:
-        """`losses`: micro-batch by micro-batch, where its tokens stand in [N], and their loss. NonFinite, on every rank, leaves
-        the weights as they were."""
+        """`losses`: per micro-batch, the indices of its tokens in [N], and their loss. NonFinite is raised on every rank and
+        leaves the weights unchanged."""
         statistics, wrong = StepStatistics(), None
         for index, result in losses:
             wrong = wrong or _loss_fault(batch, index, result)
+            assert batch.loss_weights is not None, "MinibatchSchedule.steps sets them"
             (result.loss * batch.loss_weights[index].to(result.loss.device)).sum().backward()
             statistics.add(result)
         norm = world.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)).item()
@@ -79,9 +80,9 @@ class Learner:
 
 
 def combined(steps: Sequence[tuple[StepStatistics, float]]) -> Metrics:
-    """Merges optimizer steps, each with its denominator: means, maxima and effective sample sizes over all they saw together,
-    so that what no update changes does not depend on the number of minibatches; `grad_norm` is the mean over the steps that
-    had something to learn from, `lr` the last one."""
+    """Merge optimizer steps, each with its denominator: means, maxima and effective sample sizes over all their tokens, so that
+    a quantity that updates do not change is independent of the number of minibatches; `grad_norm` is the mean over the steps
+    with a nonzero denominator, `lr` that of the last."""
     total = StepStatistics()
     for statistics, _ in steps:
         total += statistics
@@ -91,13 +92,13 @@ def combined(steps: Sequence[tuple[StepStatistics, float]]) -> Metrics:
 
 
 class StepStatistics:
-    """What one optimizer step reports, gathered micro-batch by micro-batch and rank by rank."""
+    """Metrics of one optimizer step, accumulated over micro-batches and ranks."""
 
     def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.weights: Counter[str] = Counter()  # number, sum and sum of squares of each effective sample
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.weights: defaultdict[str, float] = defaultdict(float)  # n, sum, sum of squares per effective sample size
         self.highest: dict[str, float] = {}
-        self.common: Metrics = {}  # the same on every rank
+        self.common: Metrics = {}  # identical on every rank
 
     def add(self, result: TokenLoss) -> None:
         for name, values in result.means.items():
@@ -111,7 +112,7 @@ class StepStatistics:
                 self.weights[f"{name} {kind}"] += part
 
     def __iadd__(self, other: StepStatistics) -> StepStatistics:
-        """With what another rank, or another step, saw."""
+        """Merge the statistics of another rank or another step."""
         for name, value in other.highest.items():
             self._raise(name, value)
         for mine, theirs in ((self.sums, other.sums), (self.weights, other.weights)):
@@ -136,7 +137,7 @@ class StepStatistics:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """Of optimizer step 0, 1, ...: rises linearly over the warm-up, then stays, or falls to min_lr at the last step."""
+    """Learning rate of optimizer step 0, 1, ...: linear warm-up, then constant or a decay to min_lr at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -147,7 +148,7 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
 
 
 def _loss_fault(batch: Batch, index: Tensor, result: TokenLoss) -> NonFinite | None:
-    """Names the samples whose loss, or anything it is made of, is not a number, if there are any."""
+    """Return NonFinite naming the tokens whose loss, or a metric reported with it, is not finite, if there are any."""
     quantities: Mapping[str, Tensor] = {"loss": result.loss, **result.means, **result.maxima}
     stacked = torch.stack([values.detach().float() for values in quantities.values()])
     if stacked.isfinite().all():
@@ -165,7 +166,7 @@ def _loss_fault(batch: Batch, index: Tensor, result: TokenLoss) -> NonFinite | N
 
 
 def _token(batch: Batch, place: int, quantities: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A token of the batch in words."""
+    """Describe a token of the batch for an error report."""
     sample = int(batch.sequence[place])
     owners = [(group.prompt.row.id, number) for group in batch.groups for number in range(len(group.samples))]
     start = int(batch.lengths[:sample].sum())

@@ -20,7 +20,7 @@ from rlcore.distributed.balance import over_ranks, spread
 from rlcore.errors import ConfigError
 from rlcore.types import Batch, Packed, Segment
 
-Shapes = Sequence[tuple[int, Sequence[int]]]  # of groups: prompt tokens, and response tokens of each sample
+Shapes = Sequence[tuple[int, Sequence[int]]]  # per group: prompt tokens, and response tokens of each sample
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Piece:
 
 
 def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
-    """Micro-batches for groups of these shapes, none above `cap` forwarded tokens.
+    """Plan micro-batches of at most `cap` forwarded tokens for groups of these shapes.
 
-    As few as first-fit-decreasing finds, then spread evenly over that many where the cap allows.
+    As few as first-fit-decreasing finds, then balanced over that many where the cap allows.
     ConfigError names a sample that exceeds the cap by itself.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _split(index, *group, cap, names)]
@@ -47,7 +47,7 @@ def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[l
 
 
 def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
-    """The pieces as one row."""
+    """Build one packed row from the pieces."""
     axes = max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1)
     segments: list[Segment] = []
     input_ids, targets, sources, index = _Row(), _Row(), _Row(), _Row()
@@ -81,14 +81,14 @@ def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
 
 
 def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
-    """The whole batch as packed rows, and rows without a target until there are `batch.rows`."""
+    """Pack the whole batch; rows without targets are appended until there are `batch.rows`."""
     rows = [pack(batch, pieces) for pieces in planned(batch, cap, whole_groups)]
     return rows + [_IDLE] * (batch.rows - len(rows))
 
 
 def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Piece]]:
-    """`plan` of a batch, made once for all passes over the same samples. With `whole_groups`, ConfigError names a group that
-    does not fit into one micro-batch."""
+    """`plan` for a batch, cached for all passes over the same samples. With `whole_groups`, ConfigError names a group that does
+    not fit into one micro-batch."""
     shapes, names = _shapes(batch), _names(batch)
     rows = _planned(shapes, cap, names)
     if whole_groups:
@@ -97,7 +97,8 @@ def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Pie
 
 
 def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
-    """Each rank's groups, and where their tokens stand in [N]. All ranks make the same number of forward passes."""
+    """Split a batch across ranks by token count: each rank's groups, and their tokens' indices in [N]. All ranks run equally
+    many forward passes."""
     prompts = [len(group.prompt.token_ids) for group in batch.groups]
     shares = over_ranks([prompt + size for prompt, size in zip(prompts, batch.sizes, strict=True)], ranks)
     parts = [batch.select(share) for share in shares]
@@ -105,7 +106,7 @@ def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list
     return [(replace(part, rows=rows), batch.places(share)) for part, share in zip(parts, shares, strict=True)]
 
 
-@lru_cache(maxsize=512)  # parts of one step on that many ranks
+@lru_cache(maxsize=512)  # enough for one step on that many ranks
 def _planned(shapes: tuple[tuple[int, tuple[int, ...]], ...], cap: int, names: tuple[str, ...]) -> list[list[Piece]]:
     return plan(shapes, cap, names)
 
@@ -170,7 +171,7 @@ def _size(pieces: Sequence[Piece]) -> int:
 
 
 class _Row:
-    """Numbers of a packed row, as they come."""
+    """Integers of a packed row, appended part by part."""
 
     def __init__(self) -> None:
         self._parts: list[NDArray[np.integer]] = []
@@ -184,7 +185,7 @@ class _Row:
         self._length += sum(map(len, parts))
 
     def tensor(self) -> Tensor:
-        """int64."""
+        """Concatenate the parts to int64."""
         return torch.from_numpy(np.concatenate(self._parts, dtype=np.int64))
 
 

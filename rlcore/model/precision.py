@@ -1,9 +1,9 @@
-"""One precision recipe, the same in every placement (mixed-precision training, arXiv 1710.03740).
+"""Mixed-precision training (arXiv 1710.03740), the same in every placement.
 
-Weights that learn, their gradients and moments are float32; a model runs on copies of them in the compute dtype, made once an
-optimizer step. Weights that do not learn are held in the compute dtype. Activations are in the compute dtype; norms, softmax,
-rotary tables, log-probabilities, losses and sums of gradients in float32. Where weights are dealt over ranks, FSDP2 makes the
-copies as it gathers them (`sharding.py`), with the same numbers.
+Trainable weights, their gradients and moments are float32; a model runs on copies of them in the compute dtype, made once per
+optimizer step. Frozen weights are held in the compute dtype. Activations are in the compute dtype; norms, softmax, rotary
+tables, log-probabilities, losses and sums of gradients in float32. Where weights are sharded, FSDP2 makes the copies as it
+gathers them (`distributed/fsdp.py`), with the same numbers.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from torch import Tensor, nn
 
 
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights that do not learn become `dtype`."""
+    """Convert frozen weights to `dtype`."""
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
 
 
 class WorkingCopy:
-    """What a model runs on in the place of weights that are kept in another dtype.
+    """Compute-dtype copies of weights that are kept in another dtype, for forward and backward passes.
 
-    Backward passes add the gradients of the copies up on the weights themselves, in float32.
+    Backward accumulates the copies' gradients on the weights themselves, in float32.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, made_elsewhere: bool = False) -> None:
-        """`made_elsewhere`: FSDP2 makes the copies, and there is nothing to do here."""
+        """`made_elsewhere`: FSDP2 makes the copies, and this object does nothing."""
         self._weights = [] if made_elsewhere else [weight for weight in model.parameters() if weight.dtype != dtype]
         numbers = {weight: number for number, weight in enumerate(self._weights)}
         self._dtype = dtype
         self._copies: list[nn.Parameter] = []
         self._places = [
             (module._parameters, name, numbers[weight]) for module in model.modules()
-            for name, weight in module._parameters.items() if weight in numbers
+            for name, weight in module._parameters.items() if weight is not None and weight in numbers
         ]  # fmt: skip
-        self._made: Any = None  # of which state of the weights
+        self._made: Any = None  # state of the weights that the copies were made from
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Passes of the model inside run on the copies, which are made anew if a weight has changed since: a fused optimizer
-        leaves no trace of that on a tensor, and calls `expire`."""
+        """Run the model on the copies, refreshed if a weight has changed since. A fused optimizer does not bump a tensor's
+        version, so it calls `expire`."""
         self._refresh()
         self._put(self._copies)
         try:
@@ -53,11 +53,11 @@ class WorkingCopy:
             self._put(self._weights)
 
     def expire(self, *_: object) -> None:
-        """The weights have changed."""
+        """Mark the copies stale: the weights have changed."""
         self._made = None
 
     def tensors(self) -> Sequence[Tensor]:
-        """The copies there are: they hold memory of the device."""
+        """The existing copies, which occupy device memory."""
         return self._copies
 
     def _put(self, weights: Sequence[nn.Parameter]) -> None:
@@ -72,7 +72,7 @@ class WorkingCopy:
         if not self._copies:
             self._copies = [self._copy(weight) for weight in self._weights]
         elif self._weights:
-            torch._foreach_copy_(self._copies, self._weights)
+            torch._foreach_copy_([*self._copies], [*self._weights])  # pyright: ignore[reportPrivateImportUsage]
         self._made = state
 
     def _copy(self, weight: nn.Parameter) -> nn.Parameter:
@@ -95,7 +95,7 @@ def _added_to(weight: nn.Parameter) -> Callable[[Tensor], None]:
 
 
 def lookup(weight: Tensor, token_ids: Tensor) -> Tensor:
-    """[V, D], [T] -> [T, D], the rows of an embedding. The gradient of a token that occurs many times is summed in float32."""
+    """Embedding lookup [V, D], [T] -> [T, D]. The gradient of a token that occurs many times is summed in float32."""
     return _Lookup.apply(weight, token_ids)
 
 
@@ -107,14 +107,14 @@ class _Lookup(torch.autograd.Function):
         return weight[token_ids]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (token_ids,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient,), (token_ids,) = grad_outputs, ctx.saved_tensors
         sums = torch.ops.aten.embedding_dense_backward(gradient.float(), token_ids, ctx.words, -1, False)
         return sums.to(gradient.dtype), None
 
 
 def wide_tables(model: nn.Module) -> nn.Module:
-    """The model, whose rotary tables are float32 whatever its hidden states are. transformers rounds them to the hidden states'
+    """Make the model's rotary tables float32 whatever its hidden states are. transformers rounds them to the hidden states'
     dtype, which it reads off its first argument alone; at position 1,000 a bf16 angle's sine is off by up to 0.004."""
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "inv_freq"):
@@ -124,6 +124,6 @@ def wide_tables(model: nn.Module) -> nn.Module:
 
 def _as_float32(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     states, *others = arguments
-    if isinstance(states, Tensor) and states.is_floating_point():  # older vision towers' tables are asked for by length
+    if isinstance(states, Tensor) and states.is_floating_point():  # older vision towers request tables by length
         return states.new_empty(0, dtype=torch.float32), *others
     return arguments

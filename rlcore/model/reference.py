@@ -1,4 +1,4 @@
-"""A frozen model that gives log-probabilities."""
+"""The reference: a frozen model that computes log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlcore.types import Batch
 
 
 class TorchReference:
-    """A model that gives log-probabilities."""
+    """Computes log-probabilities of a model; the actor derives from it."""
 
     def __init__(
         self, model: nn.Module, family: ModelFamily, settings: ForwardSettings, sharding: Sharding | None = None,
         source: Path | None = None, tower: nn.Module | None = None,
     ) -> None:
-        """`sharding` deals the weights over the ranks, which then call everything here together, except those of `tower`, the
-        vision encoder's, which stay whole on each. Weights that are only shapes yet come from `source`."""
+        """`sharding` shards the weights over the ranks, which then call everything here together; those of `tower`, the vision
+        encoder's, stay whole on each. Meta tensors are filled from `source`."""
         self.model, self.family, self.settings = model, family, settings
         self.forward = Forward(model, family, settings)
         hold_frozen(model, settings.compute_dtype)

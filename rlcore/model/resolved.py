@@ -27,7 +27,7 @@ EMULATED = (
 
 
 class ResolvedModel:
-    """The model that is trained, and how it is run: what every role on this device is made from."""
+    """The model under training and its forward settings; every role on this device is built from it."""
 
     def __init__(self, config: RunConfig, backend: Backend) -> None:
         self.config, self.backend = config, backend
@@ -51,17 +51,17 @@ class ResolvedModel:
         )
 
     def load(self, folder: Path) -> torch.nn.Module:
-        """The model with the weights of `folder`, in float32 on the device."""
+        """Load the model with the weights of `folder`, in float32 on the device."""
         return self.family.load(folder, torch.float32).to(self.settings.device)
 
     def critic_folder(self) -> Path:
-        """Of the model that the critic starts from."""
+        """Folder of the model that the critic starts from."""
         settings = self.config.critic
         assert settings is not None
         return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE, "critic")
 
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
-        """`model` with what the run file says of training it: frozen parts, low-rank additions, checkpointed layers."""
+        """Apply the run file's training settings to `model`: frozen parts, LoRA, gradient checkpointing."""
         config = self.config.model
         tower = self.family.vision_tower(model)
         for part in config.freeze:
@@ -75,17 +75,17 @@ class ResolvedModel:
         return model
 
     def encoder_tower(self, model: torch.nn.Module) -> torch.nn.Module | None:
-        """The vision tower of `model`, where it does not learn and one reads the images for all."""
+        """The vision tower of `model` if it is frozen, so that one encoder embeds the images for all roles; else None."""
         return self.family.vision_tower(model) if self.config.model.images_are_read_once else None
 
     @property
     def additions(self) -> LoraConfig | None:
-        """Set where the engine is sent low-rank additions alone."""
+        """LoRA settings if only LoRA weights are sent to the engine, else None."""
         settings = self.config.model.lora
         return settings if settings and settings.sync == "adapter" else None
 
     def _tower_folder(self) -> Path | None:
-        """Of the model whose vision tower takes the place of the policy's own."""
+        """Folder of the model whose vision tower replaces the policy's own, if set."""
         if self.config.vision.path is None:
             return None
         folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision")
@@ -93,7 +93,7 @@ class ResolvedModel:
         return folder
 
     def _freeze(self, model: torch.nn.Module, part: str, tower: torch.nn.Module | None) -> None:
-        """ConfigError when nothing of the model is called so."""
+        """Freeze the weights under `part`; ConfigError when the model has none."""
         if part == "vision" and tower is not None:
             tower.requires_grad_(False)
             return
@@ -112,7 +112,7 @@ class ResolvedModel:
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:
-    """Layers none of whose weights learn."""
+    """Names of the layers whose weights are all frozen."""
     return {
         name for name, layer in model.named_modules()
         if (weights := list(layer.parameters(recurse=False))) and not any(weight.requires_grad for weight in weights)
@@ -120,7 +120,7 @@ def _frozen(model: torch.nn.Module) -> set[str]:
 
 
 def _checkpoint_layers(model: Any) -> None:
-    """Only the checkpointed layers themselves are told that they train: dropout below them stays off."""
+    """Enable gradient checkpointing. Only the checkpointed layers themselves are set to training: dropout below stays off."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # after the backend has made it importable
 
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,6 +1,6 @@
-"""The vision encoder: a role beside the actor that reads each image of a step once, for everybody who comes after it.
+"""The vision encoder: a role beside the actor that embeds each image of a step once, for all roles after it.
 
-Its tower does not learn, so what it gives at the start of a step still holds at the end. MindSpeed-RL calls the reuse
+Its tower is frozen, so embeddings made at the start of a step are valid until its end. MindSpeed-RL calls the reuse
 `reuse_image_embeds`, and the encoder with weights and a batch size of its own `colocate_actor_and_vit`.
 """
 
@@ -26,14 +26,14 @@ _OF_TRAINING = ("dtype", "initializer_range")  # entries of a tower's configurat
 
 
 class VisionEncoder:
-    """A vision tower that does not learn, shared with the actor's model where both are in one process."""
+    """A frozen vision tower, shared with the actor's model where both are in one process."""
 
     def __init__(self, tower: nn.Module, family: VisionModelFamily, settings: ForwardSettings, images_per_batch: int) -> None:
         self.tower, self.family, self.settings, self.images_per_batch = tower, family, settings, images_per_batch
         hold_frozen(tower, settings.compute_dtype)
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts in order, with `image_embeds` [tokens, D], in host memory, in place of pixel_values."""
+        """Replace pixel_values by `image_embeds` [tokens, D] in host memory; prompts stay in order."""
         read = self.read([prompt.vision for prompt in prompts])
         return [
             prompt if vision is None else replace(prompt, vision=vision) for prompt, vision in zip(prompts, read, strict=True)
@@ -41,12 +41,12 @@ class VisionEncoder:
 
     @torch.no_grad()
     def read(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
-        """The same for the images of each prompt alone."""
+        """`embed` for the prompts' `vision` fields alone."""
         images = self._images_of(visions)
         return [None if vision is None else _embedded(vision, images) for vision in visions]
 
     def _images_of(self, visions: Iterable[Vision | None]) -> Iterator[Tensor]:
-        """[tokens, D] of every image in order; the tower sees `images_per_batch` of them at a time."""
+        """Yield [tokens, D] of every image in order; the tower runs on `images_per_batch` of them at a time."""
         images = (image for vision in visions if vision is not None for image in _images(vision))
         while batch := list(islice(images, self.images_per_batch)):
             pixels, grids = zip(*batch, strict=True)
@@ -57,8 +57,8 @@ class VisionEncoder:
 
 
 def check_tower(policy_folder: Path, folder: Path) -> None:
-    """ConfigError when the tower of the model in `folder` cannot take the place of that in `policy_folder`: another family, or
-    built otherwise in something that the shapes of its weights may not show, such as heads."""
+    """Check that the tower in `folder` can replace that in `policy_folder`. ConfigError for another family, or a configuration
+    that differs in something that weight shapes may not show, such as heads."""
     from transformers import AutoConfig
 
     families = [model_type(policy_folder), model_type(folder, "vision")]
@@ -78,8 +78,8 @@ def check_tower(policy_folder: Path, folder: Path) -> None:
 
 
 def replace_tower(model: nn.Module, family: ModelFamily, folder: Path, section: str = "vision") -> None:
-    """Copies the vision tower's weights in `folder`, which need hold no others, into `model`, where no rank has less than all
-    of them. ConfigError, in the name of the run file's `section`, names one that is missing there or has another shape."""
+    """Copy the vision tower's weights from `folder`, which may hold only these, into `model`, whose tower is whole on every
+    rank. ConfigError, naming the run file's `section`, for a weight that is missing there or has another shape."""
     tower = family.vision_tower(model)
     assert tower is not None, "`check_tower` comes first"
     places = _named(model, tower, family)
@@ -89,7 +89,7 @@ def replace_tower(model: nn.Module, family: ModelFamily, folder: Path, section: 
 
 
 def lone_tower(family: ModelFamily, policy_folder: Path, folder: Path | None, device: torch.device) -> nn.Module:
-    """The vision tower of the model in `policy_folder` without the model, its weights from `folder` if there is one."""
+    """Load only the vision tower of the model in `policy_folder`, with the weights of `folder` if given."""
     model = family.meta_model(policy_folder, torch.float32)
     tower = family.vision_tower(model)
     if tower is None:
@@ -106,13 +106,13 @@ def _images(vision: Vision) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _embedded(vision: Vision, images: Iterator[Tensor]) -> Vision:
-    """As many of the next images as the prompt has, in memory of their own: prompts travel."""
+    """Take the prompt's images from the iterator, copied to memory of their own: prompts are sent between processes."""
     grids = vision["image_grid_thw"]
     return {"image_embeds": torch.cat(list(islice(images, len(grids)))).cpu(), "image_grid_thw": grids}
 
 
 def _named(model: nn.Module, tower: nn.Module, family: ModelFamily) -> dict[str, nn.Parameter]:
-    """The tower's weights under their published names."""
+    """The tower's weights by Hugging Face name."""
     inside = {id(parameter) for parameter in tower.parameters()}
     return {family.hf_name(name): value for name, value in model.named_parameters() if id(value) in inside}
 
@@ -120,7 +120,7 @@ def _named(model: nn.Module, tower: nn.Module, family: ModelFamily) -> dict[str,
 def _stored(
     folder: Path, shapes: Mapping[str, torch.Size], family: ModelFamily, section: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of these names, one at a time. ConfigError names one that the folder lacks, or holds in another shape."""
+    """Yield the tensors named in `shapes`, one at a time. ConfigError names one that is missing or has another shape."""
     missing = set(shapes)
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

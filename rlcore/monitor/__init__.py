@@ -1,1 +1,1 @@
-"""What a run measures and says: clock, metrics, console, files."""
+"""Monitoring of a run: clock, heartbeat, metrics, console, files."""

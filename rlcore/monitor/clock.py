@@ -28,7 +28,7 @@ class Clock:
     """Collects spans of this process."""
 
     def __init__(self, heartbeat: Heartbeat | None = None, finish: Callable[[], object] = lambda: None) -> None:
-        """`heartbeat`: is told of the stages; `finish` waits for what a device still does, which belongs to the span."""
+        """`heartbeat`: notified of the stages; `finish`: synchronizes the device, whose pending work belongs to the span."""
         self.spans: list[Span] = []
         self.heartbeat, self._finish = heartbeat or Heartbeat(), finish
 
@@ -50,12 +50,12 @@ class Clock:
 
 
 def timings(spans: Sequence[Span], start: float, end: float, beside: Sequence[Span] = ()) -> Metrics:
-    """`timing/*` in seconds of an iteration from `start` to `end`; `beside` are spans of another one that lie in this one too.
+    """Compute `timing/*`, in seconds, of an iteration from `start` to `end`; `beside`: spans of another one that overlap it.
 
     `timing/<stage>`: the slowest worker's total. `timing/all`: the iteration without checkpointing and evaluation.
     `timing/non_overlap_<stage>`: the part of that stage that no other stage covers. `timing/other`: `all` minus the union
-    of all spans, never negative. Of a stage that began in the iteration before, as sampling ahead does, `timing/<stage>` is the
-    whole, and the other two are what lies in this one, where the sampling for the next one covers time as well.
+    of all spans, never negative. If a stage began in the previous iteration, as sampling ahead does, `timing/<stage>` counts
+    all of it, the other two only its part in this iteration, where sampling for the next one covers time as well.
     """
     outside = [span for span in spans if span.stage in OUTSIDE_ITERATION]
     inside = [_from(start, span) for span in spans if span.stage not in OUTSIDE_ITERATION]
@@ -76,7 +76,7 @@ def timings(spans: Sequence[Span], start: float, end: float, beside: Sequence[Sp
 
 
 def _from(start: float, span: Span) -> Span:
-    """What lies after `start`."""
+    """Clip the span to its part after `start`."""
     return replace(span, start=max(span.start, start), end=max(span.end, start))
 
 

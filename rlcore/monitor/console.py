@@ -1,4 +1,4 @@
-"""What a run says on the console: one line a step, a bar, and samples to read."""
+"""Console output of a run: one line per step, a progress bar, and samples to read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Console:
             self.bar.update(steps)
 
     def show(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> None:
-        """The best sample of each of the first groups, in full."""
+        """Print the best sample of each of the first groups, in full."""
         for group, group_scores in list(zip(groups, scores, strict=True))[: self.samples]:
             best = max(range(len(group_scores)), key=lambda i: _order(group_scores[i]))
             text = group.samples[best].text.strip().replace("\n", "\n    | ")
@@ -51,7 +51,7 @@ class Console:
 
 
 def grpo_line(number: int, steps: int, row: Metrics) -> str:
-    """Step, reward, what the update did, and where the time went."""
+    """Format a step's number, score, update metrics and stage times."""
     parts = [f"step {number}/{steps}", f"score {row['grpo/score/mean']:.3f}" if "grpo/score/mean" in row else "no score"]
     if "eval/score" in row:
         parts.append(f"eval {row['eval/score']:.3f}")

@@ -1,8 +1,8 @@
-"""What a process shows of itself while it works, and how others on its node read it, whatever state it is in.
+"""Heartbeat and stacks of a process, and how others on its node read them, whatever state it is in.
 
-The pulse is in a file that the process shares, its stacks come at a signal which the interpreter answers below Python
-(faulthandler). So both can be had of a process that hangs in a collective, or in code that never lets go of the interpreter.
-Both files have no name and are opened by /proc/PID/fd (Linux): nothing is left behind, however the process ends.
+The heartbeat is in a shared file; the stacks are dumped on a signal that the interpreter handles below Python (faulthandler).
+So both can be read from a process that hangs in a collective, or in code that never releases the GIL.
+Both files are unnamed and opened by /proc/PID/fd (Linux): nothing is left behind, however the process ends.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_RECORD = 512  # bytes of a shared pulse
-_ANSWER = 5.0  # seconds that a process has to show its stacks
+_RECORD = 512  # bytes of a shared heartbeat
+_ANSWER = 5.0  # seconds a process has to dump its stacks
 _POLL = 0.1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a process is doing, seen at one moment; times are seconds before it."""
+    """Progress of a process at one moment; times are seconds before it."""
 
     stage: str  # empty between stages
-    began: float  # the stage, or the wait for one
+    began: float  # the stage, or idling
     moved: float
     beats: int
 
@@ -40,20 +40,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a process."""
+    """Observed state of a process."""
 
     who: str
     where: str
-    progress: Progress | None = None  # None: nothing is known
+    progress: Progress | None = None  # None: unknown
     stacks: str = ""  # as faulthandler writes them
-    trouble: str = ""  # why something is not known
+    trouble: str = ""  # why something is unknown
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process shows its pulse and its stacks."""
+    """Where to read the heartbeat and the stacks of a process."""
 
-    who: str  # as messages call it
+    who: str  # name in messages
     node: str
     pid: int
     heartbeat: int  # file descriptors of that process
@@ -64,14 +64,14 @@ class Place:
 
 
 def no_heartbeat() -> None:
-    """The beat that nobody listens to."""
+    """Do nothing: the beat of code without a heartbeat."""
 
 
 class Heartbeat:
-    """Counts what this process does. Any of its threads may beat."""
+    """Counts the progress of this process. Any of its threads may beat."""
 
     def __init__(self, shared: BinaryIO | None = None) -> None:
-        """`shared`: an unbuffered file in which other processes read it."""
+        """`shared`: an unbuffered file from which other processes read it."""
         self._shared, self._beats = shared, 0
         self._open: list[tuple[str, float]] = []  # stages and when they began
         self.beat()
@@ -88,7 +88,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """Something moved."""
+        """Record progress."""
         self._beats, self._moved = self._beats + 1, time.monotonic()
         if self._shared is not None:
             os.pwrite(self._shared.fileno(), json.dumps(self._moments()).ljust(_RECORD).encode(), 0)
@@ -97,20 +97,20 @@ class Heartbeat:
         return _progress(*self._moments())
 
     def _moments(self) -> tuple[str, float, float, int]:
-        """Stage, when it began and when something moved, on the clock that a node's processes share; beats."""
+        """Stage, its start and the last beat on the clock that a node's processes share, number of beats."""
         stages = list(self._open)
         return ", ".join(name for name, _ in stages)[:200], stages[0][1] if stages else self._moved, self._moved, self._beats
 
 
 def publish(who: str, node: str) -> tuple[Heartbeat, Place]:
-    """A pulse that others can read; from now on the process shows its stacks at SIGUSR1."""
+    """Create a heartbeat that others can read; from now on the process dumps its stacks at SIGUSR1."""
     heartbeat, stacks = (tempfile.TemporaryFile(buffering=0) for _ in range(2))
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=False)
     return Heartbeat(heartbeat), Place(who, node, os.getpid(), heartbeat.fileno(), stacks.fileno())
 
 
 def observe(place: Place, with_stacks: bool) -> Condition:
-    """What a process of this node is doing; its stacks cost it a signal."""
+    """Observe a process of this node; `with_stacks` sends it a signal."""
     progress, stacks, trouble = None, "", ""
     try:
         progress = _progress(*json.loads(Path(f"/proc/{place.pid}/fd/{place.heartbeat}").read_bytes()))
@@ -124,7 +124,7 @@ def observe(place: Place, with_stacks: bool) -> Condition:
 
 
 def own_stacks() -> str:
-    """Of this process, without the thread that asks."""
+    """Stacks of this process, without the calling thread."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -138,7 +138,7 @@ def _progress(stage: str, began: float, moved: float, beats: int) -> Progress:
 
 
 def _stacks_of(place: Place) -> str:
-    """Empty when it does not answer."""
+    """Request the stacks of a process; empty if it does not answer."""
     with open(f"/proc/{place.pid}/fd/{place.stacks}", "rb") as file:
         before = size = file.seek(0, os.SEEK_END)
         os.kill(place.pid, signal.SIGUSR1)
@@ -153,6 +153,6 @@ def _stacks_of(place: Place) -> str:
 
 
 def _state(pid: int) -> str:
-    """Running, sleeping, stopped, ..., as the kernel says."""
+    """Process state as the kernel reports it: running, sleeping, stopped, ..."""
     found = re.search(r"^State:\s*\S+ \((.+)\)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else "unknown to the kernel"

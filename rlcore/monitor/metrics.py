@@ -9,9 +9,9 @@ from rlcore.types import Group, Metrics, Receipt
 
 
 def throughput(groups: Sequence[Group], timing: Metrics, devices: int) -> Metrics:
-    """Tokens a second. `e2e_tps`, `update_tps`, `vllm_tps`: prompt and response tokens of all samples, a device, over
-    `timing/all`, `update`, `rollout`. `decode_tps`: response tokens a device over `rollout`. `tps_throughput`: all tokens over
-    `timing/all`, the whole cluster."""
+    """Tokens per second. `e2e_tps`, `update_tps`, `vllm_tps`: prompt and response tokens of all samples, per device, over
+    `timing/all`, `update`, `rollout`. `decode_tps`: response tokens per device over `rollout`. `tps_throughput`: all tokens
+    of the whole cluster over `timing/all`."""
     response = sum(len(sample.token_ids) for group in groups for sample in group.samples)
     tokens = response + sum(len(group.prompt.token_ids) * len(group.samples) for group in groups)
     rates = {
@@ -27,7 +27,7 @@ def throughput(groups: Sequence[Group], timing: Metrics, devices: int) -> Metric
 
 
 def spread(name: str, values: Iterable[float]) -> Metrics:
-    """`name/mean`, `name/max`, `name/min`; nothing of no values."""
+    """`name/mean`, `name/max`, `name/min`; empty without values."""
     values = list(values)
     if not values:
         return {}
@@ -45,13 +45,13 @@ def lengths(groups: Sequence[Group]) -> Metrics:
 
 
 def images(groups: Sequence[Group]) -> Metrics:
-    """`vision/images_encoded`: the images of all prompts, each of which the vision encoder has read once."""
+    """`vision/images_encoded`: images of all prompts, each of which the vision encoder has read once."""
     shown = [group.prompt.vision for group in groups if group.prompt.vision is not None]
     return {"vision/images_encoded": float(sum(len(vision["image_grid_thw"]) for vision in shown))}
 
 
 def sync(receipt: Receipt) -> Metrics:
-    """`sync/{bytes,seconds,check_seconds}` of a weight update, the last being the share spent on its receipt."""
+    """`sync/{bytes,seconds,check_seconds}` of a weight sync, the last being the part spent on its receipt."""
     return {
         "sync/bytes": float(receipt.bytes), "sync/seconds": receipt.seconds, "sync/check_seconds": receipt.check_seconds,
     }  # fmt: skip

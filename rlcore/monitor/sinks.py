@@ -1,4 +1,4 @@
-"""Where the numbers and samples of a run go: metrics.jsonl, samples.jsonl, TensorBoard."""
+"""Writers of a run's metrics and samples: metrics.jsonl, samples.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlcore.types import Metrics
 
 
 class Sinks:
-    """Writes each step's metrics to `metrics.jsonl`, the samples to `samples.jsonl`, and both means to TensorBoard."""
+    """Writes each step's metrics to `metrics.jsonl` and TensorBoard, and the samples to `samples.jsonl`."""
 
     def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0) -> None:
-        """`first_step` is the first that will be written: what an interrupted run wrote from there on is dropped."""
+        """`first_step`: the first step to be written; lines that an interrupted run wrote from there on are dropped."""
         self.folder = folder
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_before(folder / name, first_step)
@@ -30,7 +30,7 @@ class Sinks:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
     def write(self, step: int, metrics: Metrics, samples: Iterable[Mapping[str, Any]] = ()) -> None:
-        """RunError when there is no room."""
+        """Write a step's metrics and samples; RunError if the disk is full or writing fails otherwise."""
         with self._writing(f"step {step}"):
             self.samples.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
             self.samples.flush()

@@ -1,4 +1,4 @@
-"""The reward of Geometry3K runs: mostly the answer, partly the form."""
+"""Geometry3K reward: accuracy plus format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def geo3k(
     response: str, answer: str, fields: Mapping[str, Any], *, accuracy: Literal["math_verify", "math"] = "math_verify",
     accuracy_weight: Weight = 0.9, format_weight: Weight = 0.1, prompt: str = "",
 ) -> float:
-    """accuracy_weight for a right answer in the last box, plus format_weight for `<think>...</think>...\\boxed{...}`.
+    """Score accuracy_weight for a right answer in the last box, plus format_weight for `<think>...</think>...\\boxed{...}`.
 
-    The tag counts as opened where the prompt ends with it, as chat templates of thinking models have it. The rule and its
+    The tag counts as opened where the prompt ends with it, as in chat templates of thinking models. The rule and its
     0.9 / 0.1 follow ChatLearn's and EasyR1's geo3k rewards; TimeoutError as `math_verify`.
     """
     opened = OPEN if prompt.rstrip().endswith(OPEN) else ""

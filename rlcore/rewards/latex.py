@@ -1,6 +1,6 @@
-"""Answers as LaTeX text: one spelling of what is written in several ways, and a value apart from its unit.
+"""Normalize LaTeX answers: one spelling for equivalent notations, and the value separated from its unit.
 
-No value is changed or lost here: what is not understood is left as it stands.
+No value is changed or lost: unrecognized text stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SPELLINGS = {
 }  # fmt: skip
 _NO_BREAK = r"\\[,;: ]|~"
 _SPACE = rf"(?:{_NO_BREAK}| )"
-THOUSANDS = rf"[1-9]\d{{0,2}}(?:(?:,\\!|\{{,\}}|,|{_NO_BREAK})\d{{3}})+(?!\d)"  # in running text a space is none of them
+THOUSANDS = rf"[1-9]\d{{0,2}}(?:(?:,\\!|\{{,\}}|,|{_NO_BREAK})\d{{3}})+(?!\d)"  # no plain space: running text
 _GROUPED = re.compile(rf"(?<![\d.,])[1-9]\d{{0,2}}(?:(?:,\\!|\{{,\}}|,|{_SPACE})\d{{3}})+(?![\d,]|{_SPACE}\d)")
 _ARGUMENT = r"\s*(\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|[^\s{}\\])"
 _TEXT = r"\\(?:text|mbox|operatorname)(?:bf|it|rm|sf|normal)?\s*\{|\\math(?:rm|bf|it|sf)\s*\{"
@@ -34,7 +34,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"^\\text\{\s*([-+]?\d[^{}]*)\}$", r"\1"),
     (rf"\\[dtc]?frac(?![A-Za-z]){_ARGUMENT}{_ARGUMENT}", lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}"),
     (r"\\sqrt\s*(\\[A-Za-z]+|[^\s{}\\\[(])", r"\\sqrt{\1}"),
-    (r"\^(\d)(?=\d)", r"^{\1}"),  # LaTeX raises one character
+    (r"\^(\d)(?=\d)", r"^{\1}"),  # in LaTeX ^ takes one character
     (rf"\s*(?:{_DEGREE})|(?<=\d)\s+degrees?(?![a-z])", lambda found: DEGREE),
     (rf"\s*(?:{_PERCENT})", r"\\%"),
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w.])", r"\1\\cdot 10^{\2}"),
@@ -57,21 +57,21 @@ UNITS = {
     )
     for name in names.split()
 }  # fmt: skip
-_WORDS = {*UNITS, "unit", "pm", "am"} - {"m", "g", "l", "s", "h", "in", "min"}  # units even without \text{} around
+_WORDS = {*UNITS, "unit", "pm", "am"} - {"m", "g", "l", "s", "h", "in", "min"}  # recognized as units without \text{} too
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An answer's value as cleaned LaTeX, and what stood behind it."""
+    """An answer's value as cleaned LaTeX, and its unit."""
 
     value: str
-    unit: str = ""  # in the singular, small letters, no dots
-    power: int = 1  # of the unit
+    unit: str = ""  # singular, lower case, no dots
+    power: int = 1  # exponent of the unit
     percent: bool = False
 
 
 def measured(text: str, grouped: bool = True) -> Measured:
-    """The cleaned text, taken apart where it ends with a unit: `\\text{...}`, a known word, a percent sign."""
+    """Clean the text and split off a unit at its end: `\\text{...}`, a known word, a percent sign."""
     money = "dollar" if r"\$" in text else ""
     text = clean(text, grouped)
     if text.endswith(r"\%"):
@@ -86,8 +86,8 @@ def measured(text: str, grouped: bool = True) -> Measured:
 
 
 def clean(text: str, grouped: bool = True) -> str:
-    """Without dollars, sizing and a final dot; fractions, roots, texts, degrees and percents spelled in one way; powers of ten
-    written out, numbers in other bases in base ten. grouped: thousands without separators, else each comma is a list's."""
+    """Remove dollars, sizing and a final dot; unify the spelling of fractions, roots, texts, degrees and percents; write out
+    powers of ten; convert other bases to ten. grouped: remove thousands separators, else every comma separates a list."""
     for written, read in _SPELLINGS.items():
         text = text.replace(written, read)
     text = text.replace(r"\$", "").replace("$", "").strip().removesuffix(".").strip()
@@ -99,17 +99,17 @@ def clean(text: str, grouped: bool = True) -> str:
 
 
 def separates(text: str) -> bool:
-    """Whether a comma between digits may be one of a list as well as one of thousands: 100,200."""
+    """Whether a comma between digits is ambiguous, a list separator or a thousands separator: 100,200."""
     return bool(re.search(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d)", text))
 
 
 def exact(text: str) -> str:
-    """Decimal numbers as fractions: a float would round them."""
+    """Rewrite decimal numbers as fractions: a float would round them."""
     return _DECIMAL.sub(lambda found: rf"\frac{{{found[1]}{found[2]}}}{{1{'0' * len(found[2])}}}", text)
 
 
 def words(text: str) -> str:
-    """What a text says: without \\text{}, spaces, capitals, a final dot, parentheses around a word."""
+    """Normalize words: without \\text{}, extra spaces, capitals, a final dot, parentheses around a word."""
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(rf"(?:{_SPACE}|\s)+", " ", text).casefold().strip(" .")
     return text[1:-1] if re.fullmatch(r"\(\w+\)", text) else text
@@ -121,7 +121,7 @@ def _unit(text: str, power: str | None = None) -> tuple[str, int]:
     found = re.fullmatch(r"(square |sq |cubic )?(.*?)(?:\^\{?(\d)\}?)?", text)
     kind, name, inside = found.groups() if found else (None, text, None)
     name = name if name in UNITS else name.removesuffix("s")
-    return name, int(power or inside or {"square ": 2, "sq ": 2, "cubic ": 3}.get(kind, 1))
+    return name, int(power or inside or {"square ": 2, "sq ": 2, "cubic ": 3}.get(kind or "", 1))
 
 
 def _in_base_ten(found: re.Match[str]) -> str:

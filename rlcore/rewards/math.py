@@ -45,9 +45,9 @@ def gsm8k(
 ) -> float:
     """1.0 when the response's number equals the answer's, else 0.0; how the number is written does not matter.
 
-    It is read from the `final_answer`, else (flexible) it is the last number of the text. strict wants nothing beside it;
-    flexible takes words and units, and compares an expression as `math_verify` does. ValueError when the answer is no number
-    (nor several between commas), TimeoutError as `math_verify`.
+    It is read from the `final_answer`, else (flexible) it is the text's last number. strict allows nothing beside the number;
+    flexible allows words and units, and compares expressions as `math_verify` does. ValueError when the answer is not a number
+    (nor several between commas), TimeoutError as in `math_verify`.
     """
     expected, given = number(answer), final_answer(response)
     if expected is None and None in map(number, answer.split(",")):
@@ -63,7 +63,7 @@ def gsm8k(
 
 
 def final_answer(response: str) -> str | None:
-    """What the `last_box` holds, else what stands behind the last `####`; None without either."""
+    """Content of the `last_box`, else the text after the last `####`; None without either."""
     box = last_box(response)
     if box is not None:
         return box
@@ -72,9 +72,9 @@ def final_answer(response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    """The content of the last \\boxed, \\fbox or \\framebox, however it is spaced; None without one.
+    """Content of the last \\boxed, \\fbox or \\framebox, with any spacing; None without one.
 
-    The empty text, which equals nothing, when it never closes: an earlier box is not the answer.
+    Empty, which equals nothing, when it never closes: an earlier box is not the answer.
     """
     boxes = list(_ANY_BOX.finditer(response))
     if not boxes:
@@ -84,7 +84,7 @@ def last_box(response: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} or \\fbox{...} by MATH's rule; of `\\boxed x`, what stands before the next `$`.
+    """Content of the last \\boxed{...} or \\fbox{...} by MATH's rule; of `\\boxed x`, the text up to the next `$`.
 
     None without a box, or when the last one never closes. Escaped braces do not count.
     """
@@ -96,7 +96,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def strip_string(text: str) -> str:
-    """A LaTeX answer without what does not change its value, after the MATH data set's normalization.
+    """Normalize a LaTeX answer by the MATH data set's rule.
 
     Removed: line breaks, thin spaces, sizing, degrees, dollars, percent signs, a unit at the end, `x =` before, spaces.
     Unified: tfrac, dfrac and frac; \\sqrt3, \\frac12 and a/b with and without braces; .5 and 0.5 as \\frac{1}{2}.
@@ -118,7 +118,7 @@ def strip_string(text: str) -> str:
 
 
 def _balanced(text: str, start: int) -> str | None:
-    """What stands between the brace opened just before `start` and its partner."""
+    """Text between the brace opened just before `start` and its partner; None when it never closes."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)

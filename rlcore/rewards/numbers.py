@@ -1,4 +1,4 @@
-"""Numbers as people and models write them, as exact values."""
+"""Parse numbers as people and models write them, into exact values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from rlcore.rewards.latex import THOUSANDS, clean
 
-_LONGEST = 200  # characters: a longer one is not a number to anybody
+_LONGEST = 200  # characters; longer texts are not parsed
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _WRITTEN = re.compile(
     rf"([-+]?)\s*(?:(?P<value>{_DECIMAL})(?:\s*\\(?:cdot|times)\s*10\^\{{?(?P<power>[-+]?\d{{1,3}})\}}?|/(?P<over>\d+))?"
@@ -21,9 +21,9 @@ _FOUND = re.compile(
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a text that is one number: a decimal, a fraction, a mixed one, a power of ten; else None.
+    """Value of a text that is one number: a decimal, a fraction, a mixed number, a power of ten; else None.
 
-    Separators of thousands, a dollar or percent sign and a final dot do not matter.
+    Thousands separators, a dollar or percent sign and a final dot are ignored.
     """
     if len(text) > _LONGEST:
         return None
@@ -32,14 +32,14 @@ def number(text: str) -> Fraction | None:
 
 
 def only_number(text: str) -> Fraction | None:
-    """The one number beside words and units; None where there are several, or other mathematics."""
+    """The only number beside words and units; None where there are several, or other mathematics."""
     if len(text) > _LONGEST:
         return None
     return number(_WORDS.sub("|", clean(text)).lstrip("|:, ").rstrip("|:., "))
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a running text."""
+    """The last number in running text."""
     found = _FOUND.findall(text.replace("\u2212", "-"))
     return number(found[-1]) if found else None
 

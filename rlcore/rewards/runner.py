@@ -1,4 +1,4 @@
-"""Runs the reward functions of a run file over groups. A failure is a status with its reason, never a silent 0."""
+"""Run the reward functions of a run file over groups. A failure is a status with its reason, never a silent 0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlcore.config.sections import RewardConfig
 from rlcore.errors import ConfigError
 from rlcore.types import Group, Prompt, Sample, Score
 
-RewardFunction = Callable[..., float]  # (response, answer, fields), and prompt=text where it has such a parameter
+RewardFunction = Callable[..., float]  # (response, answer, fields), and prompt=text if it has that parameter
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Term:
     name: str
     weight: float
     function: RewardFunction
-    wants_prompt: bool = False  # as the model was given it, a keyword argument
+    wants_prompt: bool = False  # the prompt text as a keyword argument
 
 
 class RewardFunctions:
-    """The weighted sum of the run file's rewards, in this process. ConfigError for unknown names, options and repeats."""
+    """Weighted sum of the run file's rewards, in this process. ConfigError for unknown names, options and repeats."""
 
     def __init__(self, configs: Sequence[RewardConfig]) -> None:
         self.terms = [_term(config, f"reward.{index}") for index, config in enumerate(configs)]
@@ -40,7 +40,7 @@ class RewardFunctions:
                 raise ConfigError(f"reward.{index}.name: {name!r} is already reward.{names.index(name)}; list each reward once")
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One score a sample, in order. Status "timeout" where a function raised TimeoutError, "error" for all else."""
+        """One score per sample, in order. Status "timeout" where a function raised TimeoutError, "error" for all else."""
         return [[self._score(sample, group.prompt) for sample in group.samples] for group in groups]
 
     def _score(self, sample: Sample, prompt: Prompt) -> Score:
@@ -49,7 +49,7 @@ class RewardFunctions:
             given = {"prompt": prompt.text} if term.wants_prompt else {}
             try:
                 parts[term.name] = _number(term.function(sample.text, row.answer, row.fields, **given))
-            except BdbQuit:  # who looks into a reward has had enough
+            except BdbQuit:  # the user quit the debugger inside a reward
                 raise
             except Exception as error:
                 status = "timeout" if isinstance(error, TimeoutError) else "error"

@@ -1,11 +1,12 @@
-"""Whether two answers are the same mathematics: by their texts, as exact constants, else by sympy through math-verify.
+"""Symbolic equality of answers: by their texts, as exact constants, else by sympy through math-verify.
 
-That can take forever: rewards ask through `rlcore.rewards.bounded`, which has a clock.
+It may never return: rewards call it through `rlcore.rewards.bounded`, which has a time limit.
 """
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -19,13 +20,13 @@ from rlcore.rewards.numbers import number
 
 _SPELLING = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_TEXT_ONLY = re.compile(r"(?<![\w.])[\d.]+_|\d:0|'|\\prime")  # digits that a base does not have, times of day, derivatives
+_TEXT_ONLY = re.compile(r"(?<![\w.])[\d.]+_|\d:0|'|\\prime")  # digits invalid in their base, times of day, derivatives
 _COMPLEX = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
-_DIGITS = 50  # that equal constants have in common
+_DIGITS = 50  # significant digits in which equal constants agree
 
 
 def equal(given: str, answer: str) -> bool:
-    """Whether what a box holds equals the answer. A text that says nothing, spaces or a lone sign, equals nothing."""
+    """Whether a box's content equals the answer. Text without content, spaces or a lone sign, equals nothing."""
     readings = (True, False) if separates(given) and separates(answer) else (True,)
     sides = product(_sides(given), _sides(answer), readings)
     return any(_equal(measured(left, grouped), measured(right, grouped)) for left, right, grouped in sides)
@@ -33,7 +34,7 @@ def equal(given: str, answer: str) -> bool:
 
 def says(response: str, answer: str) -> bool:
     """Whether the expression that math-verify finds in a response without a box equals the answer."""
-    found = [_exact(one) for one in parse(response, parsing_timeout=None)[:1] if not isinstance(one, str)]
+    found = [_exact(one) for one in parse(response, parsing_timeout=0)[:1] if not isinstance(one, str)]
     found += [100 * one for one in found if isinstance(one, Mul) and one.has(UnevaluatedExpr) and one.args[0].is_Integer]  # 42%
     return any(_same(left, right) for left, right in product(found, _parsed(measured(answer).value)))
 
@@ -47,25 +48,25 @@ def _equal(given: Measured, answer: Measured) -> bool:
     return _values_equal(value, answer.value)
 
 
-def _scale(given: Measured, answer: Measured) -> Rational | None:
-    """What the given value is multiplied with to be in the answer's unit: 1 where one has none, None where they do not fit."""
+def _scale(given: Measured, answer: Measured) -> Fraction | None:
+    """Factor from the given value's unit to the answer's: 1 where one has none, None where they are incompatible."""
     if not (_measures(given.unit) and _measures(answer.unit)):
-        return Rational(1)
+        return Fraction(1)
     if given.power != answer.power:
         return None
     if given.unit == answer.unit or "unit" in (given.unit, answer.unit):
-        return Rational(1)
+        return Fraction(1)
     (kind, size), (wanted, unit) = UNITS.get(given.unit, (given.unit, 1)), UNITS.get(answer.unit, (answer.unit, 1))
-    return Rational(size / unit) ** given.power if kind == wanted else None
+    return Fraction(size / unit) ** given.power if kind == wanted else None
 
 
 def _measures(unit: str) -> bool:
-    """Not so of words for what is counted."""
+    """Whether the word is a unit of measurement, not a noun for counted things."""
     return unit in (*UNITS, "unit", "am", "pm") or "/" in unit or " per " in unit
 
 
 def _percent(given: Measured, answer: Measured) -> bool:
-    """50% is 0.5, and 50 where the sign was left out; 0.5% is not 0.5."""
+    """Compare a percentage with a plain number: 50% is 0.5, and 50 where the sign was left out; 0.5% is not 0.5."""
     share, other = (given.value, answer.value) if given.percent else (answer.value, given.value)
     dropped = not re.fullmatch(r"-?0?\.\d+", share) and _values_equal(share, other)
     return dropped or _values_equal(rf"\frac{{{share}}}{{100}}", other)
@@ -85,7 +86,7 @@ def _values_equal(given: str, answer: str) -> bool:
 
 
 def _angles(text: str) -> list[str]:
-    """The text with its degrees left out, and in radians; under a trigonometric function only the latter."""
+    """Readings of the degrees in a text: dropped, and in radians; under a trigonometric function only radians."""
     if DEGREE not in text:
         return [text]
     radians = re.sub(rf"([\d.]+|\}}|\))\s*{re.escape(DEGREE)}", r"\1\\cdot \\frac{\\pi}{180}", text)
@@ -93,29 +94,29 @@ def _angles(text: str) -> list[str]:
 
 
 def _sides(text: str) -> list[str]:
-    """What `exact \\approx rounded` gives as its answer: both, but a plain number is no more than a step to its rounding."""
+    """Candidate answers of `exact \\approx rounded`: both; a plain number before \\approx is only a step to its rounding."""
     first, *others = re.split(r"\\approx|\\doteq|\\simeq", text)
     if not others:
         return [text]
     return [others[-1]] if re.fullmatch(r"\s*-?[\d.]*\s*", first) else [first, others[-1]]
 
 
-@lru_cache(maxsize=256)  # the answers of a group's prompt
+@lru_cache(maxsize=256)  # a group shares its answer
 def _parsed(text: str) -> list[Any]:
-    """The text as sympy objects, one for each reading of its degrees; none where it is no mathematics."""
+    """Parse to sympy objects, one per reading of the degrees; empty where the text is not mathematics."""
     found = []
     for reading in _angles(exact(text)):
         spelled = normalize_latex(reading, _SPELLING)
         real = not _COMPLEX.search(spelled)
         try:
             found.append(_exact(latex2sympy(spelled, is_real=real, convert_degrees=False, normalization_config=None)))
-        except Exception:  # antlr, sympy and their glue raise what they like at what is no mathematics
+        except Exception:  # antlr and sympy may raise anything on text that is not mathematics
             continue
     return found
 
 
 def _exact(value: Any) -> Any:
-    """The same with floats as the decimal numbers that they were written as, and i as the imaginary unit."""
+    """Replace floats by the exact decimals they were written as, and the symbol i by the imaginary unit."""
     if not hasattr(value, "xreplace"):
         return value
     floats = {number: Rational(str(number)) for number in value.atoms(Float)}
@@ -123,7 +124,7 @@ def _exact(value: Any) -> Any:
 
 
 def _same(given: Any, answer: Any) -> bool:
-    """math-verify's answer, but exact for constants, alone and in lists, where its own rounds."""
+    """math-verify's verdict, but exact for constants, alone and in lists, where it rounds."""
     if _constant(given) and _constant(answer):
         return _constants_equal(given, answer)
     try:
@@ -138,7 +139,7 @@ def _constant(value: Any) -> bool:
 
 
 def _constants_equal(left: Expr, right: Expr) -> bool:
-    """To 50 digits, of the larger one: 1/2005! is not 0."""
+    """Equality to 50 digits relative to the larger one: 1/2005! is not 0."""
     left, right = left.doit(), right.doit()
     if left == right:
         return left.is_finite is not False or left.is_infinite is True
@@ -153,16 +154,16 @@ def _constants_equal(left: Expr, right: Expr) -> bool:
 def _elements(value: Any) -> list[Any]:
     if isinstance(value, Interval):
         return [value.start, value.end]
-    return list(value.args) if isinstance(value, FiniteSet | Tuple) else list(value) if isinstance(value, MatrixBase) else []
+    return list(value.args) if isinstance(value, FiniteSet | Tuple) else value.flat() if isinstance(value, MatrixBase) else []
 
 
 def _elements_equal(left: list[Any], right: list[Any]) -> bool:
-    """Whether as many constants of one are in the other; lists with other elements pass."""
+    """Whether both have the same constants; lists with other elements pass."""
     if len(left) != len(right) or not all(map(_constant, [*left, *right])):
         return True
     return all(any(_constants_equal(one, other) for other in right) for one in left)
 
 
 def prepare() -> None:
-    """Build what the first comparison of a process builds: parsers and caches."""
+    """Warm up: build the parsers and caches of a process's first comparison."""
     equal(r"\frac{\sqrt{2}x}{2}", r"\frac{x}{\sqrt{2}}")

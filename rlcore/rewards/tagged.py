@@ -15,9 +15,9 @@ OPEN, CLOSE = "<answer>", "</answer>"
 def tagged_answer(
     response: str, answer: str, fields: Mapping[str, Any], *, format_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
 ) -> float:
-    """1.0 when the last <answer>...</answer> holds the answer: the same text, or the same number.
+    """Score 1.0 when the last <answer>...</answer> holds the answer, as equal text or equal number.
 
-    format_weight is the part of the score given for exactly one pair of tags, whatever it holds.
+    format_weight is the part of the score for exactly one pair of tags, whatever they hold.
     """
     close = response.rfind(CLOSE)
     start = response.rfind(OPEN, 0, close) if close >= 0 else -1

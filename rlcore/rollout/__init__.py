@@ -1,1 +1,1 @@
-"""The rollout engine of the core itself: plain torch."""
+"""The core's own rollout engine, in plain torch."""

@@ -1,4 +1,4 @@
-"""The plain-torch sampler: slow, needs no engine, and the yardstick for engines."""
+"""The plain-torch sampler: slow, needs no engine, and the reference for engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, NamedTensors, Prompt, Receipt, Sample, Sampling
 
-_ROWS = 256  # sequences continued at a time
+_ROWS = 256  # sequences decoded at a time
 _ATTENTION = "rlcore_cached"
 _REMEDY = "something in this process writes to the sampler's model: an adapter, a hook or a debugger"
 
@@ -44,13 +44,13 @@ def build(
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
 ) -> TorchRollout:
-    """A sampler with its own copy of the weights, so that what it serves changes at `load_weights` only."""
+    """Build a sampler with its own copy of the weights, which changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
     return TorchRollout(_load(folder, dtype).to(backend.device(0)), family, max_tokens, lora, beat)
 
 
 class TorchRollout:
-    """Serves one model; prompts of one length are continued together.
+    """Samples from one model; prompts of equal length are decoded together.
 
     Log-probabilities are of the distribution drawn from: after temperature, top_p and top_k.
     """
@@ -71,8 +71,8 @@ class TorchRollout:
         self._constants = Constants(self._model, _remade(self._model))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group a prompt. Each prompt has a seed of its own, so a call repeats, and other prompts change a log-probability
-        by rounding at most."""
+        """One group per prompt. Each prompt has its own seed, so a call is repeatable, and other prompts change
+        log-probabilities by rounding at most."""
         groups = dict(self.stream(prompts, sampling))
         return [groups[place] for place in range(len(prompts))]
 
@@ -90,7 +90,7 @@ class TorchRollout:
         self._parked.pause()
 
     def resume(self) -> None:
-        """RunError names what did not come back as it was."""
+        """Restore the weights; RunError names tensors that changed or are gone."""
         self._parked.resume()
         self._constants.check("waking the engine", _REMEDY)
         self._asleep = False
@@ -104,7 +104,7 @@ class TorchRollout:
         started, size = time.perf_counter(), 0
         self._constants.note()
         checking = time.perf_counter() - started
-        self.version = None  # until what arrived has been proved
+        self.version = None  # until the received weights are verified
         if self._lora:
             weights = self._make_room(dict(weights), self._lora)
         held, sent = self._weights(), {}
@@ -129,7 +129,7 @@ class TorchRollout:
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
 
     def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
-        """The same, once the model has a place for each."""
+        """Attach LoRA layers for the received weights if the model has none; returns the weights."""
         if not low_rank.has_lora(self._model):
             layers = sorted({name.rpartition(".lora_")[0] for name in additions})
             places = [name for name, _ in self._model.named_modules() if self._adapter.hf_name(name) in layers]
@@ -137,14 +137,14 @@ class TorchRollout:
         return additions.items()
 
     def _weights(self) -> dict[str, Tensor]:
-        """What is served, under the names that an actor sends."""
+        """The served tensors, under the names that an actor sends."""
         if self._lora:
             return {self._adapter.hf_name(name): tensor for name, tensor in low_rank.additions(self._model)}
         named = self._model.state_dict(keep_vars=True).items()
         return {self._adapter.hf_name(name): tensor for name, tensor in named}
 
     def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
-        """Fingerprints of everything served, and which names share storage with which."""
+        """Fingerprints of all served tensors, and each tied name's owner."""
         owners: dict[int, str] = {}
         held, tied = {}, {}
         for name, tensor in self._weights().items():
@@ -157,7 +157,7 @@ class TorchRollout:
     def _groups(self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling) -> list[Group]:
         generators = [torch.Generator().manual_seed(_seed(sampling.seed, sampling.first + place)) for place in places]
         steps = list(self._steps(prompts, sampling, generators))
-        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # of [S, R], one a prompt
+        token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # [S, R], split by prompt
         logprobs = torch.stack([values for _, values in steps], dim=1).split(sampling.samples)
         return [
             Group(prompt, [self._sample(*sample) for sample in zip(*drawn, strict=True)])
@@ -167,16 +167,17 @@ class TorchRollout:
     def _steps(
         self, prompts: Sequence[Prompt], sampling: Sampling, generators: Sequence[torch.Generator]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token and log-probability [prompts x samples] of each step, until every sample has stopped."""
+        """Yield tokens and log-probabilities [prompts x samples] of each step, until every sample has stopped."""
         logits, cache = _joined([self._read(prompt) for prompt in prompts])
         cache.batch_repeat_interleave(sampling.samples)
         logits = logits.repeat_interleave(sampling.samples, dim=0)
         positions = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(sampling.samples)
         running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         room = self._max_tokens - len(prompts[0].token_ids)
+        tokens: Tensor | None = None
         for step in range(min(sampling.max_new_tokens, room)):
-            if step:
-                logits = self._continue(tokens, cache, positions + step - 1)  # noqa: F821 - of the step before
+            if tokens is not None:
+                logits = self._continue(tokens, cache, positions + step - 1)
             tokens, logprobs = draw(logits, sampling, generators)
             self._beat()
             yield tokens, logprobs
@@ -185,7 +186,7 @@ class TorchRollout:
                 return
 
     def _read(self, prompt: Prompt) -> tuple[Tensor, Any]:
-        """Logits [1, V] after the prompt, and the key-value cache of one sequence."""
+        """Prefill a prompt -> logits [1, V] after it, and its key-value cache."""
         device, positions = self._model.device, prompt.position_ids
         positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
         output = self._model(
@@ -197,7 +198,7 @@ class TorchRollout:
         return output.logits[:, -1], output.past_key_values
 
     def _continue(self, tokens: Tensor, cache: Any, positions: Tensor) -> Tensor:
-        """tokens [S] at positions [S] -> logits [S, V] after them."""
+        """Decode one step: tokens [S] at positions [S] -> logits [S, V] after them."""
         positions = positions.to(tokens.device)[:, None]
         if self._model.config.get_text_config().rope_parameters.get("mrope_section"):
             positions = positions.expand(3, -1, -1)
@@ -209,12 +210,12 @@ class TorchRollout:
         length = int(stops[0]) + 1 if len(stops) else len(token_ids)
         tokens, values = token_ids[:length].int().cpu().numpy(), logprobs[:length].clone().cpu().numpy()
         finish = "stop" if len(stops) else "length"
-        return Sample(tokens, values, self._adapter.decode(tokens.tolist()), finish, self.version)
+        return Sample(tokens, values, self._adapter.decode(tokens.tolist()), finish, holding(self.version))
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """[S, V] -> token [S] and its log-probability [S] float32, an equal share of the rows from each generator. Temperature 0
-    takes the likeliest token."""
+    """logits [S, V] -> tokens [S] and their log-probabilities [S] float32; each generator draws an equal share of the rows.
+    Temperature 0 is greedy."""
     logits = logits.float() / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
@@ -228,7 +229,7 @@ def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generato
 
 
 def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Everything but the `top_k` likeliest tokens, and then but the likeliest that make up `top_p`, at -inf."""
+    """Set logits outside the `top_k` likeliest, then those outside the `top_p` nucleus, to -inf."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -239,7 +240,7 @@ def _truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _alike(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
-    """The places of prompts of the same length, at most so many at a time."""
+    """Yield the indices of prompts of equal length, at most `most` at a time."""
     by_length: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt.token_ids), []).append(place)
@@ -248,7 +249,7 @@ def _alike(prompts: Sequence[Prompt], most: int) -> Iterator[list[int]]:
 
 
 def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """Logits [1, V] and the cache of each of several prompts of one length, as one."""
+    """Concatenate logits [1, V] and caches of prompts of equal length into one batch."""
     logits, caches = zip(*read, strict=True)
     for first, *others in zip(*(cache.layers for cache in caches), strict=True):
         first.keys = torch.cat([first.keys, *(layer.keys for layer in others)])
@@ -257,7 +258,7 @@ def _joined(read: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
 
 
 def folded(seed: int) -> int:
-    """32 bits, all that torch's generator of a processor reads of a seed; what stands above them counts too."""
+    """Fold a seed into 32 bits, all that torch's CPU generator reads, so that the upper bits count too."""
     return (seed ^ seed >> 32) % 2**32
 
 
@@ -266,14 +267,14 @@ def _seed(seed: int, place: int) -> int:
 
 
 def _remade(model: nn.Module) -> Iterator[Tensor]:
-    """Tables of positions that transformers computes anew in the forward pass, for as long a sequence as it has seen."""
+    """Rotary tables that transformers recomputes in the forward pass, for the longest sequence it has seen."""
     for layer in model.modules():
         if any(kind in str(getattr(layer, "rope_type", "")) for kind in ("dynamic", "longrope")):
             yield from layer.buffers(recurse=False)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    """A copy with the framework's own attention: the packed one of training knows no key-value cache."""
+    """Load a copy with the framework's own attention: the packed one of training has no key-value cache."""
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -286,8 +287,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:
-    """In the dtype of the layer: float32 tables have turned queries and keys, and the cache has made its values alike."""
+    """SDPA in the layer's dtype: float32 rotary tables widened queries and keys, and the cache its values to match."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    states = (each.to(next(module.parameters()).dtype) for each in (query, key, value))
-    return sdpa_attention_forward(module, *states, *others, **options)
+    query, key, value = (each.to(next(module.parameters()).dtype) for each in (query, key, value))
+    return sdpa_attention_forward(module, query, key, value, *others, **options)

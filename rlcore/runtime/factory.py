@@ -1,4 +1,4 @@
-"""What a worker is made of."""
+"""Builds the rollout engine of a worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlcore.protocols import Rollout
 
 
 def start_rollout(resolved: ResolvedModel, beat: Callable[[], None]) -> Rollout:
-    """The engine that the run file or the backend chooses, started; weights reach it by `load_weights`."""
+    """Start the engine that the run file or the backend chooses; it gets its weights by `load_weights`."""
     config, backend = resolved.config, resolved.backend
     name = backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
     sampling = {"rollout": config.rollout} | ({"evaluation": config.evaluation} if config.evaluation else {})

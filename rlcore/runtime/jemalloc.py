@@ -1,8 +1,8 @@
-"""jemalloc, where it is this process's malloc: what it holds of the system, and giving back what it holds for nothing.
+"""jemalloc as this process's malloc: its memory statistics, and returning freed pages to the system.
 
-It comes in by LD_PRELOAD, before a process starts: `preload` finds it for a launcher, and what has started looks for it with
-`of_malloc`. Names and units are those of jemalloc's manual (jemalloc.net, MALLCTL NAMESPACE; 5.0 or newer). Linux.
-`python -m rlcore.runtime.jemalloc` says what a process started like it has.
+LD_PRELOAD loads it before a process starts: `preload` finds it for a launcher, `of_malloc` detects it in a running process.
+Names and units are those of jemalloc's manual (jemalloc.net, MALLCTL NAMESPACE; 5.0 or newer). Linux.
+`python -m rlcore.runtime.jemalloc` prints the jemalloc that a process of this environment has.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from typing import Any
 from rlcore.errors import ConfigError
 
 INSTALL = "apt install libjemalloc2 (Debian, Ubuntu) or dnf install jemalloc (openEuler)"
-PREFIXES = ("", "je_", "_rjem_")  # a distribution's build, its own default where malloc is taken, that of Rust programs
+PREFIXES = ("", "je_", "_rjem_")  # distribution builds; jemalloc's default where malloc is taken; Rust programs
 CONSEQUENCE = "memory that processes free may stay with them"
-CONFIGURATION = "background_thread:true"  # pages go back though a process only waits: 10 s after they were freed
+CONFIGURATION = "background_thread:true"  # returns pages 10 s after they were freed, even in an idle process
 _ALL = 4096  # MALLCTL_ARENAS_ALL
-_PROBE = 2**20  # bytes; more than a call from Python allocates beside
+_PROBE = 2**20  # bytes; more than the Python call itself allocates
 _TRIAL_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Bytes."""
+    """Memory statistics in bytes."""
 
     allocated: int  # by the program
-    active: int  # in pages that hold some of it
-    resident: int  # in memory: active pages, jemalloc's own data, and freed pages that it keeps
-    retained: int  # addresses it keeps, whose pages the system has back
+    active: int  # in pages with allocations
+    resident: int  # in physical memory: active pages, jemalloc's own data, and freed pages that it keeps
+    retained: int  # address space it keeps after returning the pages
 
 
 @dataclass(frozen=True)
 class Decay:
-    """Milliseconds that freed pages are kept before the system may take them, and then before it must; -1 is for ever."""
+    """Milliseconds until the system may reclaim freed pages (dirty), and from then until it gets them (muzzy); -1 is never."""
 
     dirty: int
     muzzy: int
 
 
 class Jemalloc:
-    """One that is loaded in this process, whether or not it is its malloc. OSError for names that its build lacks."""
+    """A jemalloc loaded in this process, whether or not it is its malloc. OSError for names that its build lacks."""
 
     def __init__(self, mallctl: Any, prefix: str) -> None:
-        """mallctl: the C function; prefix: what stands before its name."""
+        """mallctl: the C function; prefix: of its symbol name."""
         size = ctypes.c_size_t
         mallctl.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(size), ctypes.c_void_p, size]
         mallctl.restype = ctypes.c_int
@@ -67,22 +67,22 @@ class Jemalloc:
 
     @property
     def serves_malloc(self) -> bool:
-        """Whether what malloc gives is its own: a prefixed build leaves malloc alone, and so does one that is loaded late."""
+        """Whether it is the process's malloc: a prefixed build leaves malloc alone, and so does one that is loaded late."""
         process = ctypes.CDLL(None)
         process.malloc.restype, process.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         try:
             before = self._read("thread.allocated", ctypes.c_uint64)
-            process.free(process.malloc(_PROBE))  # arenas.lookup would know it by its address, but dies of a stranger's (5.3.0)
+            process.free(process.malloc(_PROBE))  # arenas.lookup would tell by address, but crashes on a foreign one (5.3.0)
             return bool(self._read("thread.allocated", ctypes.c_uint64) - before >= _PROBE)
-        except FileNotFoundError:  # a build that counts nothing
+        except FileNotFoundError:  # built without statistics
             return False
 
     @property
     def background_thread(self) -> bool:
-        """Gives back what was freed long enough ago, also while the program frees nothing more."""
+        """Whether a thread returns pages after their decay time, also while the program frees nothing more."""
         try:
             return bool(self._read("background_thread", ctypes.c_bool))
-        except FileNotFoundError:  # a build without
+        except FileNotFoundError:  # built without it
             return False
 
     @background_thread.setter
@@ -91,31 +91,31 @@ class Jemalloc:
 
     @property
     def decay(self) -> Decay:
-        """Of arenas that are made from now on."""
+        """Decay times of arenas created from now on."""
         return Decay(*(self._read(f"arenas.{kind}_decay_ms", ctypes.c_ssize_t) for kind in ("dirty", "muzzy")))
 
     @decay.setter
     def decay(self, decay: Decay) -> None:
-        """Of these and those that are there. One for blocks of many MiB gives back at once unless it is told otherwise."""
+        """Also set those of existing arenas. The arena for blocks of many MiB returns pages at once unless told otherwise."""
         arenas = (f"arena.{number}" for number in range(self._read("arenas.narenas", ctypes.c_uint)))
         for arena in ("arenas", *(arena for arena in arenas if self._read(f"{arena}.initialized", ctypes.c_bool))):
             self._call(f"{arena}.dirty_decay_ms", new=ctypes.c_ssize_t(decay.dirty))
             self._call(f"{arena}.muzzy_decay_ms", new=ctypes.c_ssize_t(decay.muzzy))
 
     def stats(self) -> Stats | None:
-        """Now; None where it was built without statistics."""
+        """Current statistics; None if built without them."""
         if not self._read("config.stats", ctypes.c_bool):
             return None
-        self._call("epoch", new=ctypes.c_uint64(1))  # statistics are of the moment when this was last done
+        self._call("epoch", new=ctypes.c_uint64(1))  # refreshes the statistics
         names = ("allocated", "active", "resident", "retained")
         return Stats(*(self._read(f"stats.{name}", ctypes.c_size_t) for name in names))
 
     def purge(self) -> None:
-        """All freed pages of all arenas go back to the system now. Threads keep small blocks, the caller's excepted."""
+        """Return all freed pages of all arenas to the system now. Other threads keep their caches of small blocks."""
         self._call("thread.tcache.flush")
         if not self.background_thread:
             return self._call(f"arena.{_ALL}.purge")
-        self.background_thread = False  # a purge that meets one of its own does nothing (5.3.0: one in sixty)
+        self.background_thread = False  # a purge during one of its own does nothing (5.3.0: one in sixty)
         try:
             self._call(f"arena.{_ALL}.purge")
         finally:
@@ -135,18 +135,18 @@ class Jemalloc:
 
 
 def loaded() -> Iterator[Jemalloc]:
-    """Every one that shows its symbols to the whole process."""
+    """Every jemalloc whose symbols are global in this process."""
     process = ctypes.CDLL(None)
     return (Jemalloc(process[f"{prefix}mallctl"], prefix) for prefix in PREFIXES if hasattr(process, f"{prefix}mallctl"))
 
 
 def of_malloc() -> Jemalloc | None:
-    """The one that is this process's malloc."""
+    """The jemalloc that is this process's malloc, or None."""
     return next((found for found in loaded() if found.serves_malloc), None)
 
 
 def purge() -> None:
-    """What was freed goes back to the system; nothing is done where malloc is another's."""
+    """Return freed pages to the system; does nothing where malloc is not jemalloc's."""
     if (found := of_malloc()) is not None:
         found.purge()
 
@@ -155,17 +155,17 @@ def purge() -> None:
 
 
 def find(root: Path = Path("/"), machine: str | None = None) -> Path | None:
-    """The library on this machine: one that was built here, else the distribution's."""
+    """Find the library on this machine: one built here, else the distribution's."""
     multiarch = f"usr/lib/{machine or platform.machine()}-linux-gnu"  # Debian, Ubuntu; lib64 is openEuler's and Fedora's
     folders = ("usr/local/lib", "usr/local/lib64", multiarch, "usr/lib64", "usr/lib")
     return next((file for folder in folders if (file := root / folder / "libjemalloc.so.2").is_file()), None)
 
 
 def preload(choice: str, environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Variables for processes to be started under jemalloc, and what to say of it, if anything.
+    """Environment variables that start processes under jemalloc, and a message for the user, or "".
 
-    choice: auto is where it is found, off is never, all else the library's path; ConfigError for one that does not work here.
-    What `environment` preloads already comes first.
+    choice: auto (where it is found), off, or the library's path; ConfigError for a path that does not work here.
+    Libraries that `environment` preloads already come first.
     """
     if choice == "off" or inherited(environment):
         return {}, ""
@@ -181,7 +181,7 @@ def preload(choice: str, environment: Mapping[str, str]) -> tuple[dict[str, str]
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which a process of this environment has jemalloc, for processes that do not inherit by themselves."""
+    """The variables that preload jemalloc in this environment, for processes that do not inherit it."""
     preloaded = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     libraries = [library for library in preloaded if "jemalloc" in Path(library).name]
     if not libraries:
@@ -190,7 +190,7 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _trial(environment: Mapping[str, str]) -> str:
-    """Why a process of this environment has no jemalloc; empty when it has. A build for other page sizes ends every process."""
+    """Why a process of this environment has no jemalloc; "" if it has. A build for other page sizes kills every process."""
     command = [sys.executable, "-m", "rlcore.runtime.jemalloc"]
     try:
         ended = subprocess.run(

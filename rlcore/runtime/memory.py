@@ -1,7 +1,7 @@
-"""Who is on the device: explicit phases, each with what it needs there; the rest may be parked in host memory.
+"""Device-memory manager: each phase lists the parts it needs; other parts may be offloaded to host memory.
 
-A part is parked by its storages: the bytes are copied to the host and the storage shrinks to nothing, so that every tensor,
-view and shard that stands on it stays the object it was.
+A part is offloaded by its storages: the bytes are copied to the host and the storage is resized to 0, so that every tensor,
+view and shard on it remains the same object.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ PHASES: dict[str, frozenset[str]] = {
     "train": frozenset({"parameters", "optimizer"}),
     "save": frozenset({"parameters", "optimizer", "vision"}),
 }
-"""What each phase needs. Gradients live and die inside `train`."""
+"""Parts that each phase needs on the device. Gradients exist only inside `train`."""
 BESIDE = frozenset({"encode"})
-"""Phases that send nobody away: a vision tower is small, and others come and go around it."""
+"""Phases that offload nothing: a vision tower is small, and other parts move in the phases around it."""
 MOVES = {phase: "resharding_to_infer" for phase in ("encode", "infer", "reshard", "send")} | {
     phase: "resharding_to_train" for phase in ("reference", "score", "train", "save")
 }
-"""What moving parts for a phase counts as; moving the reference has stages of its own."""
+"""Timing stage that on- and offloading is charged to, by phase; moving the reference has stages of its own."""
 
 
 class PhaseError(RunError):
-    """Something was asked of a part that is not on the device."""
+    """A part was used while it was off the device."""
 
 
 class Offloadable(Protocol):
     """A part that holds device memory."""
 
     def pause(self) -> None:
-        """Off the device."""
+        """Free the part's device memory."""
         ...
 
     def resume(self) -> None: ...
@@ -57,10 +57,10 @@ class Offloadable(Protocol):
 
 
 class OffloadedTensors:
-    """Tensors that leave the device and come back."""
+    """Tensors that can be offloaded to host memory and back."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], keep: bool = True) -> None:
-        """`tensors` lists what there is now: an optimizer has nothing before its first step. What is not kept comes back as
+        """`tensors` lists the current tensors: an optimizer has none before its first step. Without `keep` they come back as
         zeros."""
         self._tensors, self._keep = tensors, keep
         self._away: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
@@ -83,10 +83,10 @@ class OffloadedTensors:
         return sum(tensor.nbytes for tensor in self._held())
 
     def _held(self) -> list[Tensor]:
-        """The bytes of each storage, once: tied weights share one."""
+        """Byte tensor of each storage, once: tied weights share one."""
         tensors = [part(tensor) for tensor in self._tensors()]
         for tensor in tensors:
-            if not tensor.untyped_storage().resizable():  # a file that was mapped into memory
+            if not tensor.untyped_storage().resizable():  # a memory-mapped file
                 tensor.data = tensor.data.clone()
         storages = [tensor.untyped_storage() for tensor in tensors]
         return list({storage.data_ptr(): bytes_of(storage) for storage in storages if storage.nbytes()}.values())
@@ -97,17 +97,17 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 class MemoryManager:
-    """The parts of one process, and which of them are on its device."""
+    """Moves the parts of one process between its device and host memory."""
 
     def __init__(self, clock: Clock, parked: Collection[str]) -> None:
-        """`parked`: the parts that leave the device while no phase needs them."""
+        """`parked`: the parts to offload while no phase needs them."""
         self._clock, self._parked = clock, frozenset(parked)
         self._parts: dict[str, Offloadable] = {}
         self._away: set[str] = set()
         self._most: dict[str, int] = {}
 
     def register(self, name: str, part: Offloadable | None) -> None:
-        """A new part, on the device; None forgets one."""
+        """Add a part, which is on the device; None removes it."""
         self._parts.pop(name, None)
         self._away.discard(name)
         if part is not None:
@@ -115,7 +115,7 @@ class MemoryManager:
 
     @contextmanager
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
-        """On the device is what the phase needs; `stage` times what is done meanwhile, without the moves."""
+        """Offload and onload parts for the phase; `stage` times the body, without the moves."""
         needs, move = PHASES[name], MOVES[name]
         leaving = set() if name in BESIDE else self._parts.keys() & self._parked - needs - self._away
         for one in sorted(leaving):
@@ -129,31 +129,31 @@ class MemoryManager:
             self._away.discard(one)
         if leaving or coming:
             with self._clock.span(move):
-                jemalloc.purge()  # after both: what came may stand where what left was
+                jemalloc.purge()  # after both moves: onloaded tensors may reuse the freed pages
         with self._clock.span(stage) if stage else nullcontext():
             yield
         self.note(name)
 
     def note(self, phase: str, extra: int = 0) -> None:
-        """`extra` bytes are there besides the parts."""
+        """Record the device bytes of a phase; `extra` are held besides the parts."""
         held = extra + sum(part.device_bytes() for part in self._parts.values())
         self._most[phase] = max(self._most.get(phase, 0), held)
 
     def memory(self) -> Metrics:
-        """`memory/<phase>`: the most that the parts held on the device in that phase since the last call, GiB."""
+        """`memory/<phase>`: peak device memory of the parts in that phase since the last call, GiB."""
         most, self._most = self._most, {}
         return {f"memory/{phase}": held / 2**30 for phase, held in most.items()}
 
 
 def awake(asleep: bool, what: str) -> None:
-    """PhaseError for an engine that is asked while it is off the device."""
+    """Raise PhaseError if an engine is called while off the device."""
     if asleep:
         raise PhaseError(f"{what} was asked of an engine that is paused; resume it first")
 
 
 def holding(version: int | None) -> int:
-    """The version of an engine's weights; PhaseError when it is asked for samples after a pause that gave them up, or an update
-    that failed."""
+    """Version of an engine's weights; PhaseError when samples are requested after a pause that discarded them or a failed
+    update."""
     if version is None:
         raise PhaseError(
             "sampling was asked of an engine that gave up its weights when it was paused, or whose last update failed;"
@@ -163,8 +163,8 @@ def holding(version: int | None) -> int:
 
 
 def memory(device: torch.device | None = None) -> Metrics:
-    """`memory/peak_rss_gib`: the most memory this process has held so far. `memory/peak_device_gib`: the most that torch has
-    held on a device with memory of its own. `memory/host_*`: what its malloc holds now, where that is jemalloc. All GiB."""
+    """`memory/peak_rss_gib`: peak resident memory of this process. `memory/peak_device_gib`: peak memory torch allocated on a
+    device with memory of its own. `memory/host_*`: current jemalloc statistics, where it is malloc. All GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     metrics = {"memory/peak_rss_gib": peak / 2**20}
     if device is not None and device.type != "cpu":

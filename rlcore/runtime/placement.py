@@ -1,12 +1,13 @@
-"""Where the roles of a run are: pools of workers, and roles that deal a batch over a pool and join what comes back.
+"""Placement of a run's roles: pools of workers, and roles that split a batch over a pool and join the results.
 
-One pool with every role is the integrated worker; several are disaggregated; one whose only worker is this process is local.
+One pool with every role is colocated (the integrated worker); several are disaggregated; one of this process alone is local.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ _PINGS = 5
 
 
 class Placement:
-    """The roles of a run, and the weights that pass between them."""
+    """The roles of a run, and the weight sync between them."""
 
     def __init__(
         self, config: RunConfig, pools: Mapping[str, Pool], close: Callable[[], None] = lambda: None,
         store: Store | None = None,
     ) -> None:  # fmt: skip
-        """`pools`: of each role, and of rewards if they have one; `close` ends their workers; `store`: that of all pools."""
+        """`pools`: by role, and of `reward` if it has one; `close` ends their workers; `store`: shared by all pools."""
         self._store = store or Store()
         self.config, self._of, self._close = config, pools, close
         self.pools = list(dict.fromkeys(pool for role, pool in pools.items() if role != "reward"))
@@ -44,7 +45,7 @@ class Placement:
 
     @property
     def compares_elsewhere(self) -> bool:
-        """Whether reference and actor can work at a time."""
+        """Whether reference and actor can run concurrently."""
         return self._of["reference"] is not self._of["actor"]
 
     @property
@@ -61,7 +62,7 @@ class Placement:
         self._of["rollout"].all(Worker.start_engine)
 
     def load(self, command: str, folder: Path | None = None) -> None:
-        """Models of a command (`grpo`, `sft`, `dpo`), from `folder` or what the run starts from."""
+        """Load the models of a command (`grpo`, `sft`, `dpo`), from `folder` or the run's initial model."""
         task, cap = training_task(command, self.config), self.config.train.max_tokens_per_microbatch
         results([member.call(Worker.load, command, folder) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
@@ -70,20 +71,20 @@ class Placement:
         self.critic = PooledCritic(self.actor) if command == "grpo" and self.config.critic else None
 
     def sync_weights(self) -> Receipt:
-        """Make the engines serve the actor's weights, if they do not already; the receipt of the weights they serve."""
+        """Make the engines serve the actor's weights, if they do not already; returns the receipt of the weights they serve."""
         if self.receipt is None or set(self._of["rollout"].all(Worker.served)) != {self.version}:
             self.receipt = max(self._synced(), key=lambda receipt: receipt.seconds)
         return self.receipt
 
     def update(self, batch: Batch) -> Metrics:
-        """All optimizer steps of this batch: a new version of the weights."""
+        """Run all optimizer steps of this batch, which make a new version of the weights."""
         result = self.critic.update(batch) if self.critic else {}
         result |= self.actor.update(batch)
         self.version += 1
         return result
 
     def spans(self) -> list[Span]:
-        """What every worker did since the last call, on this process's clock."""
+        """Spans of every worker since the last call, on this process's clock."""
         members = list(self._late)
         return [
             replace(span, start=span.start + self._late[member], end=span.end + self._late[member], worker=number)
@@ -92,22 +93,23 @@ class Placement:
         ]
 
     def traffic(self) -> Metrics:
-        """`placement/bytes`: pickled between this process and the workers since the last call. See `Store.bytes`."""
+        """`placement/bytes`: bytes pickled between this process and the workers since the last call. See `Store.bytes`."""
         return {"placement/bytes": float(self._store.bytes())}
 
     def memory(self) -> Metrics:
-        """Of the worker that holds most."""
+        """Memory metrics, each from the worker where it is largest."""
         reports = self._all(AnyWorker.memory)
         names = dict.fromkeys(name for report in reports for name in report)
         return {name: max(report.get(name, 0.0) for report in reports) for name in names}
 
     def _synced(self) -> list[Receipt]:
-        """Of every engine."""
+        """Sync the weights; returns the receipt of every engine."""
         actor, rollout = self._of["actor"], self._of["rollout"]
         if actor is rollout:
             return rollout.all(Worker.sync, self.version)
-        sent = [member.call(Worker.send) for member in actor.members]
-        return results([*sent, *(member.call(Worker.receive, self.version) for member in rollout.members)])[len(sent) :]
+        calls: list[Future[Any]] = [member.call(Worker.send) for member in actor.members]
+        calls += [member.call(Worker.receive, self.version) for member in rollout.members]
+        return results(calls)[len(actor.members) :]
 
     def _all(self, method: Callable[[Any], R]) -> list[R]:
         return results([member.call(method) for member in self._late])
@@ -120,13 +122,13 @@ def local(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
 
 
 def start(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
-    """The workers that the run file asks for, watched."""
+    """Start the workers that the run file asks for, under the watchdog."""
     open_pools: Callable[[ResolvedModel, Watchdog], Placement] = registry.load("placements", resolved.config.placement.kind)
     return open_pools(resolved, watchdog)
 
 
 def _clock_difference(member: Member) -> float:
-    """What to add to the member's clock to have this process's: that of the quickest answer."""
+    """Seconds to add to the member's clock to get this process's, from the fastest of several pings."""
     pings = []
     for _ in range(_PINGS):
         asked = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Pools: identical workers, one a device, and how calls and batches are dealt over them."""
+"""Pools of identical workers, one per device, and how calls and batches are split over them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class AnyWorker(Protocol):
-    """What workers of every kind report."""
+    """Reports common to workers of every kind."""
 
     def now(self) -> float: ...
 
@@ -36,15 +36,15 @@ class AnyWorker(Protocol):
 
 
 class Member(Protocol):
-    """One worker, wherever it runs. A call names the method, `member.call(Worker.load, ...)`, and runs that of the member's own
+    """One worker, local or remote. A call names the method, `member.call(Worker.load, ...)`, and runs that of the member's own
     class."""
 
     def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Starts the method; calls to one member run in order."""
+        """Start the method; calls to one member run in order."""
         ...
 
     def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        """Starts a method that yields; what it yields, as it does where the worker is in another process."""
+        """Start a generator method and yield its items; from another process, as they come."""
         ...
 
 
@@ -64,51 +64,51 @@ class Here:
         return future
 
     def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        """All at once: whoever consumes it would only hold up this process's own work."""
+        """Run to the end first: the consumer would only hold up this process's own work."""
         with self.worker.heartbeat.stage(method.__name__):
             return iter(list(getattr(self.worker, method.__name__)(*args, **kwargs)))
 
 
 class Store:
-    """Where a value is put that several workers read, or one reads several times, so that it is sent once. Workers in this
-    process need none: what they are given they have."""
+    """Holds values that several workers read, or one reads several times, so that each is sent once. This one, for workers
+    in this process, passes them through."""
 
     def put(self, value: T) -> T:
-        """What stands for the value in what workers are sent; they see the value."""
+        """Store a value; returns a reference to send in its place, which workers see as the value."""
         return value
 
     def group(self, group: Group) -> Group:
-        """The same for a group, as models read it: put once, however often it is asked for."""
+        """Store a group as models read it, once however often it is requested; returns the reference."""
         return group
 
     def bytes(self) -> int:
-        """Pickled between this process and its workers since the last call: the arguments of every call, once for each worker,
-        every answer, and what was put here or by a worker, once however many read it."""
+        """Bytes pickled between this process and its workers since the last call: the arguments of every call, once per worker,
+        every answer, and every value stored here or by a worker, once however many read it."""
         return 0
 
 
 class Pool:
-    """Identical workers, one a device. Neighbours, `sequence` at a time, get the same part of a batch."""
+    """Identical workers, one per device. Each `sequence` adjacent workers get the same part of a batch."""
 
     def __init__(self, members: Sequence[Member], sequence: int = 1, store: Store | None = None) -> None:
         self.members, self.sequence, self.store = members, sequence, store or Store()
 
     def all(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> list[R]:
-        """Every member's answer to the same call."""
+        """Call the method on every member; results in order."""
         return results([member.call(method, *args, **kwargs) for member in self.members])
 
     def parts(self, method: Callable[[Any, T], R], parts: Sequence[T], neighbours: int) -> list[R]:
-        """Sends part i to `neighbours` adjacent workers; one result for each part."""
+        """Send part i to `neighbours` adjacent workers; one result per part."""
         sent = self.shared(parts, neighbours)
         calls = [member.call(method, sent[number // neighbours]) for number, member in enumerate(self.members)]
         return results(calls)[::neighbours]
 
     def shared(self, parts: Sequence[T], readers: int) -> Sequence[T]:
-        """The parts as they are sent to that many workers each."""
+        """Store the parts if several workers read each."""
         return [self.store.put(part) for part in parts] if readers > 1 else parts
 
     def dealt(self, method: Callable[[Any, Batch], Tensor], batch: Batch, cap: int) -> Tensor:
-        """[N] of a method that maps the tokens of a batch to one number a token."""
+        """Split a batch over the pool for a method that returns one number per token; joined to [N]."""
         tokens = Batch(batch.groups, batch.rollout_logprobs, batch.loss_mask)
         parts, places = zip(*deal(tokens, len(self.members) // self.sequence, cap), strict=True)
         result = torch.empty(len(batch.loss_mask))
@@ -120,7 +120,7 @@ class Pool:
         self, method: Callable[[Any, Sequence[Batch]], list[StepStatistics]], steps: Sequence[Batch], cap: int,
         whole_groups: bool,
     ) -> Metrics:  # fmt: skip
-        """Optimizer steps of which each rank takes its part; what they report together."""
+        """Run optimizer steps, each split over the ranks; returns their combined metrics."""
         dealt = [deal(step, len(self.members) // self.sequence, cap, whole_groups) for step in steps]
         ranks = [self._sent([part for part, _ in parts]) for parts in zip(*dealt, strict=True)]
         statistics_of_ranks = self.parts(method, ranks, self.sequence)
@@ -128,12 +128,12 @@ class Pool:
         return combined([(_joined(one), step.denominator) for step, one in zip(steps, of_steps, strict=True)])
 
     def _sent(self, parts: Sequence[Batch]) -> list[Batch]:
-        """Their groups travel once."""
+        """Replace the groups by references, so that each is sent once."""
         return [replace(part, groups=[self.store.group(group) for group in part.groups]) for part in parts]
 
 
 def even(count: int, parts: int) -> list[range]:
-    """Splits range(count) into `parts` contiguous ranges whose lengths differ by one at most."""
+    """Split range(count) into `parts` contiguous ranges whose lengths differ by one at most."""
     return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
@@ -149,7 +149,7 @@ def results(futures: Sequence[Future[R]]) -> list[R]:
 
 
 def merged(streams: Sequence[Iterator[T]]) -> Iterator[T]:
-    """What each yields, as it comes."""
+    """Yield the items of all streams as they arrive."""
     arrived: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
 
     def drain(stream: Iterator[T]) -> None:
@@ -181,5 +181,5 @@ def _joined(statistics_of_ranks: Sequence[StepStatistics]) -> StepStatistics:
 
 
 def _unexplained(future: Future[Any]) -> bool:
-    """Whether it failed with something that may have its cause in another worker, such as a connection that broke."""
+    """Whether it failed with an error that another worker may have caused, such as a broken connection."""
     return future.exception() is not None and not isinstance(future.exception(), RlcoreError)

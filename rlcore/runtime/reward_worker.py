@@ -13,7 +13,7 @@ from rlcore.types import Group, Metrics, Score
 
 
 class RewardWorker:
-    """Holds no device."""
+    """Scores groups; holds no device."""
 
     def __init__(self, configs: Sequence[RewardConfig]) -> None:
         self.rewards, self.clock = RewardFunctions(configs), Clock()
@@ -26,7 +26,7 @@ class RewardWorker:
         return time.perf_counter()
 
     def spans(self) -> list[Span]:
-        """Since the last call, on this process's clock."""
+        """Spans since the last call, on this process's clock."""
         return self.clock.take()
 
     def memory(self) -> Metrics:

@@ -1,4 +1,4 @@
-"""The roles of a run as the trainer calls them: each deals a batch over its pool and joins what comes back."""
+"""The roles of a run as the trainer calls them: each splits a batch over its pool and joins the results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PooledActor(PooledReference):
         return self.pool.stepped(Worker.update, steps, self.cap, goal.whole_groups)
 
     def save(self, folder: Path) -> None:
-        """The critic's state too, if there is one."""
+        """Save the actor's state, and the critic's if there is one."""
         self.pool.all(Worker.save, folder)
 
     def load(self, folder: Path) -> None:
@@ -64,7 +64,7 @@ class PooledCritic:
 
 class Scorer(Protocol):
     def begin(self, group: Group) -> Future[list[Score]]:
-        """Of the group's samples, in order."""
+        """Start scoring; one score per sample of the group, in order."""
         ...
 
 
@@ -82,13 +82,13 @@ class InlineReward:
 
 
 class PooledReward:
-    """Workers take turns."""
+    """Scores groups on the reward workers, round-robin."""
 
     def __init__(self, pool: Pool) -> None:
         self._turns = cycle(pool.members)
 
     def begin(self, group: Group) -> Future[list[Score]]:
-        """Without what only models read."""
+        """Score a copy without images, vision inputs and position ids, which only models read."""
         row = replace(group.prompt.row, images=())
         bare = replace(group.prompt, row=row, vision=None, position_ids=None)
         return next(self._turns).call(RewardWorker.score, replace(group, prompt=bare))
@@ -99,7 +99,7 @@ class PooledEncoder:
         self.pool = pool
 
     def embed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Each worker reads the images of as many prompts as the others, give or take one."""
+        """Encode the prompts' images; prompts are split evenly over the workers."""
         visions = [prompt.vision for prompt in prompts]
         parts = [visions[share.start : share.stop] for share in even(len(visions), len(self.pool.members))]
         read = [vision for part in self.pool.parts(Worker.embed, parts, neighbours=1) for vision in part]
@@ -108,7 +108,7 @@ class PooledEncoder:
 
 class PooledRollout:
     def __init__(self, pool: Pool, devices: int) -> None:
-        """`devices` of one engine."""
+        """`devices`: per engine."""
         self.pool, self.devices = pool, devices
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -116,8 +116,7 @@ class PooledRollout:
         return [groups[place] for place in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """Groups of every engine as they are finished. Each engine takes as many prompts as the others, give or take one; a
-        prompt's seed is that of its place here."""
+        """Yield (prompt index, group) as engines finish; prompts are split evenly, and a prompt's seed follows its index."""
         prompts = [self._kept(prompt) for prompt in prompts]
         read = [prompt.for_models() for prompt in prompts]
         shares = even(len(prompts), len(self.pool.members) // self.devices)
@@ -130,7 +129,7 @@ class PooledRollout:
         yield from ((place, Group(prompts[place], samples)) for place, samples in merged(calls))
 
     def _kept(self, prompt: Prompt) -> Prompt:
-        """With pixels that the actor will read too, put where it finds them. Embeddings are there."""
+        """Store pixel values, since the actor reads them too. Embeddings are in the store already."""
         if prompt.vision is None or "pixel_values" not in prompt.vision:
             return prompt
         return replace(prompt, vision={**prompt.vision, "pixel_values": self.pool.store.put(prompt.vision["pixel_values"])})

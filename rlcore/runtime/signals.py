@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: leave at once where nothing is lost, otherwise as soon as the step in hand is finished."""
+"""Ctrl-C and SIGTERM: exit at once where nothing is lost, otherwise as soon as the current step is finished."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 class Interruption:
     """While entered, both signals raise KeyboardInterrupt, except between `hold` and `release`: there the first one waits
-    for `release`, and a second one abandons the step. One that is raised where nobody can catch it (in a destructor or a
+    for `release`, and a second one abandons the step. One that is raised where nothing can catch it (in a destructor or a
     callback, Python prints it and goes on) is raised again by `release`."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def hold(self) -> None:
-        """From here on a half-done step would be lost."""
+        """Defer interrupts: from here on a half-done step would be lost."""
         self._held = True
 
     def release(self) -> None:
@@ -35,8 +35,8 @@ class Interruption:
             raise KeyboardInterrupt
 
     def each(self, steps: Iterable[int], step: Callable[[int], object], keep: Callable[[], object]) -> None:
-        """Every step, one after the other. An interrupt that comes between two, or waits for the end of one, has what is done
-        `keep`ed first."""
+        """Run the steps in order. An interrupt between two steps, or deferred to the end of one, calls `keep` before it
+        propagates."""
         try:
             for number in steps:
                 self.release()

@@ -1,4 +1,4 @@
-"""Watches a run: when nothing has moved for too long, says who waits for whom and ends it."""
+"""Watchdog of a run: after too long without progress, reports which process waits for which and ends the run."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from types import FrameType
 from rlcore.errors import RunError
 from rlcore.monitor.heartbeat import Condition, Heartbeat, own_stacks
 
-GRACE = 30.0  # seconds for a run that is told to end
+GRACE = 30.0  # seconds a run has to end before it is killed
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 _COLLECTIVE = re.compile(r"/torch/distributed/(?!elastic/)")
 _DEBUGGER = (("/pdb.py", "interaction"), ("/pydevd.py", "_do_wait_suspend"), ("/pydevd.py", "_wait_for_attach"))
 
 
 class Stalled(BaseException):
-    """Raised in the main thread. No Exception: what forgives a reward its errors must not forgive this.
+    """Raised in the main thread. Not an Exception, so that handlers of reward errors do not swallow it.
 
-    It ends every wait that Python knows of (locks, futures, sleep); a wait in foreign code may ignore it, and is killed.
+    It ends every wait in Python (locks, futures, sleep); a wait in native code may ignore it, and is killed.
     """
 
 
 class Watchdog:
-    """While entered, in the main thread, a stall ends what it does with a RunError, and with a report in the run folder."""
+    """While entered, turns a stall into a RunError in the main thread, and a report in the run folder."""
 
     def __init__(self, limit: float, folder: Path, grace: float = GRACE) -> None:
-        """`limit`: seconds without movement, 0 is never. `folder`: gets the report, if it is there by then. `grace`: seconds in
-        which the run must end before it is killed."""
+        """`limit`: seconds without progress, 0 is never. `folder`: gets the report, if it exists by then. `grace`: seconds the
+        run has to end before it is killed."""
         self.limit, self.folder, self.grace = limit, folder, grace
         self.heartbeat = Heartbeat()  # of this process
-        self.workers: Callable[[bool], Sequence[Condition]] = lambda with_stacks: ()  # the other processes
+        self.workers: Callable[[bool], Sequence[Condition]] = lambda with_stacks: ()  # of the other processes
         self._message = ""
         self._over, self._ending = threading.Event(), threading.Lock()
 
@@ -55,7 +55,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         if self.limit:
-            with self._ending:  # a signal that is on its way finds its handler
+            with self._ending:  # a signal in flight still finds its handler
                 signal.signal(signal.SIGUSR2, self._before)
             faulthandler.cancel_dump_traceback_later()
         if kind is Stalled:
@@ -63,7 +63,7 @@ class Watchdog:
 
     @property
     def interval(self) -> float:
-        """Seconds from one look to the next."""
+        """Seconds between checks."""
         return min(30.0, self.limit / 10)
 
     def conditions(self, with_stacks: bool) -> list[Condition]:
@@ -74,7 +74,7 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             self._look_on()
-        finally:  # no thread, no time to keep
+        finally:  # without this thread, nothing restarts the timer
             faulthandler.cancel_dump_traceback_later()
 
     def _look_on(self) -> None:
@@ -86,10 +86,10 @@ class Watchdog:
             report = Report(self.limit, self.conditions(with_stacks=True))
             if not report.held:
                 return self._end(report)
-            still = Stillness(time.monotonic())  # somebody looks at it: the time starts again
+            still = Stillness(time.monotonic())  # a debugger holds a process: start over
 
     def _arm(self) -> None:
-        """If not even this thread runs any more, the interpreter itself writes the stacks and ends the process."""
+        """Restart faulthandler's timer: if this thread stops running too, the interpreter dumps the stacks and exits."""
         faulthandler.dump_traceback_later(self.limit + self.interval + self.grace, exit=True, file=2)
 
     def _end(self, report: Report) -> None:
@@ -111,7 +111,7 @@ class Watchdog:
 
     def _write(self, report: Report) -> Path | None:
         path = self.folder / f"stall-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        with contextlib.suppress(OSError):  # the run has no folder yet, or no disk: stderr has all of it then
+        with contextlib.suppress(OSError):  # no run folder yet, or no disk space: stderr gets all of it then
             path.write_text(report.full, encoding="utf-8")
             return path
         return None
@@ -122,13 +122,13 @@ class Watchdog:
 
 
 class Stillness:
-    """How long no process has moved."""
+    """Measures how long no process has made progress."""
 
     def __init__(self, now: float) -> None:
         self._since, self._beats = now, dict[str, int]()
 
     def seconds(self, conditions: Iterable[Condition], now: float) -> float:
-        """At `now`. A process of which nothing is known has not moved."""
+        """Seconds without progress at `now`. A process without a known heartbeat has made none."""
         beats = {one.who: one.progress.beats for one in conditions if one.progress}
         if any(self._beats.get(who) != count for who, count in beats.items()):
             self._since = now
@@ -147,7 +147,7 @@ class Frame:
 
 
 class Report:
-    """Who waits for whom."""
+    """Report of a stall: which process waits for which."""
 
     def __init__(self, limit: float, conditions: Sequence[Condition]) -> None:
         """`conditions`: the controller's first."""
@@ -165,7 +165,7 @@ class Report:
 
     @property
     def waits(self) -> str:
-        """One sentence. A worker that is idle has answered; one in a collective waits for those that are not in it."""
+        """One sentence. An idle worker has answered its call; one in a collective waits for those outside it."""
         missing = [one for one in self.workers if one.trouble or one.progress is None or one.progress.stage]
         together = [one for one in missing if _collective(one)]
         absent = [one for one in self.workers if one not in together]
@@ -182,27 +182,27 @@ class Report:
 
     @property
     def full(self) -> str:
-        """With every stack, most recent call first."""
+        """Headline, table and every stack, most recent call first."""
         stacks = [f"== {one.who}, {one.where}\n{one.stacks}" for one in self.conditions if one.stacks]
         return "\n".join([f"{self.headline}\n", self.table, "", *stacks])
 
 
 def _told(conditions: Sequence[Condition]) -> str:
-    """With what one does; of several, the names."""
+    """Names of the processes; of a single one, also its activity."""
     return ", ".join(f"{one.who} ({_doing(one)})" if len(conditions) == 1 else one.who for one in conditions)
 
 
 def _doing(one: Condition) -> str:
-    """In a few words: the stage, since when, and where in the code."""
+    """Describe a process: its stage, for how long, and where in the code."""
     if one.progress is None:
         return one.trouble
     threads = _threads(one.stacks)
-    at = f", at {_own(threads[-1])}" if threads and threads[-1] else ""  # the main thread is the last
+    at = f", at {_own(threads[-1])}" if threads and threads[-1] else ""  # the main thread comes last
     return f"{one.progress}{', in a collective' if _collective(one) else ''}{at}{f'; {one.trouble}' if one.trouble else ''}"
 
 
 def _threads(stacks: str) -> list[list[Frame]]:
-    """Of each thread, the innermost frame first."""
+    """Frames of each thread, innermost first."""
     return [
         [Frame(found["file"], int(found["line"]), found["function"]) for found in _FRAME.finditer(section)]
         for section in stacks.split("\n\n")
@@ -210,7 +210,7 @@ def _threads(stacks: str) -> list[list[Frame]]:
 
 
 def _collective(one: Condition) -> bool:
-    """Whether a thread is in torch.distributed, and not in anything that it calls."""
+    """Whether the innermost frame of a thread, apart from torch internals, is in torch.distributed."""
     innermost = [next((frame for frame in thread if not _of_torch(frame)), None) for thread in _threads(one.stacks)]
     return any(frame is not None and _COLLECTIVE.search(frame.file) for frame in innermost)
 
@@ -220,7 +220,7 @@ def _of_torch(frame: Frame) -> bool:
 
 
 def _own(thread: Sequence[Frame]) -> Frame:
-    """The innermost frame that no installed package owns, or the innermost."""
+    """The innermost frame outside installed packages and the standard library, or the innermost."""
     return next((frame for frame in thread if "-packages/" not in frame.file and "/lib/python" not in frame.file), thread[0])
 
 

@@ -1,4 +1,4 @@
-"""The roles of one process on one device, and the weights that pass between them."""
+"""The roles of one process on one device, and the weight sync between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder, lone_tower, replace_tower
 from rlcore.monitor.clock import Clock, Span
 from rlcore.monitor.heartbeat import Heartbeat
-from rlcore.protocols import Rollout
+from rlcore.protocols import Rollout, VisionModelFamily
 from rlcore.runtime.factory import start_rollout
 from rlcore.runtime.memory import MemoryManager, OffloadedTensors, memory
 from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
@@ -39,14 +39,14 @@ ROLES = ("actor", "reference", "rollout", "vision")
 
 
 class Worker:
-    """The roles of one process on one device. Its methods are what a placement calls, on all ranks of a pool together."""
+    """The roles of one process on one device. A placement calls its methods on all ranks of a pool together."""
 
     def __init__(
         self, resolved: ResolvedModel, roles: Collection[str] = ROLES, heartbeat: Heartbeat | None = None,
         put: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:  # fmt: skip
-        """`heartbeat`: beats at whatever a role finishes. `put`: makes of a tensor what stands for it in an answer, where other
-        workers read it and the controller does not."""
+        """`heartbeat`: beats whenever a role finishes a piece of work. `put`: turns a tensor of an answer into a reference, for
+        answers that other workers read and the controller does not."""
         self._put = put
         self.resolved, self.config, self.roles, self.heartbeat = (
             resolved,
@@ -71,25 +71,25 @@ class Worker:
         self._broadcast: WeightBroadcast | None = None
 
     def join(self, rank: int, size: int, address: str) -> None:
-        """Become one of the ranks that meet at `address` (host:port)."""
+        """Join the process group whose rendezvous is at `address` (host:port)."""
         backend, config = self.resolved.backend, self.config.sharding
         self.ranks = world.join(
             rank, size, address, backend.collectives(), self.resolved.settings.device, config.replicas, config.sequence_parallel
         )
 
     def start_engine(self) -> None:
-        """Weights reach it by `sync`."""
+        """Start the engine; it gets its weights by `sync` or `receive`."""
         if "rollout" in self.roles:
             self.rollout = start_rollout(self.resolved, self.heartbeat.beat)
             self.memory_manager.register("engine", self.rollout)
 
     def load(self, command: str, folder: Path | None = None) -> None:
-        """The models of a command, from `folder` or what the run starts from. The reference stays what it is now."""
+        """Load the models of a command, from `folder` or the run's initial model. The reference keeps these weights."""
         self.encoder = self.actor = self.reference = self.critic = None
         task, trained = training_task(command, self.config), "actor" in self.roles
         compared = task.compared and "reference" in self.roles
         if trained or compared:
-            seed_random_states(self.config.seed)  # on every rank the same
+            seed_random_states(self.config.seed)  # same on every rank
             self._build(task, folder or self.resolved.folder, trained, compared)
         if "vision" in self.roles and self.config.model.images_are_read_once:
             self.encoder = self._encoder()
@@ -104,7 +104,7 @@ class Worker:
         self._register_memory()
 
     def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
-        """A model, and where its weights are still to be read from. Low-rank additions need weights to stand beside."""
+        """A model; of a meta model, also the folder to read its weights from. LoRA needs a loaded base model."""
         resolved = self.resolved
         if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
             return resolved.backend.fuse(resolved.load(folder)), None
@@ -114,7 +114,7 @@ class Worker:
         resolved, sharding = self.resolved, self._sharding()
         model, source = self._model(folder)
         settings = replace(self._settings(), temperature=task.temperature)
-        additions = self.config.model.lora is not None and trained  # without them the model is the reference
+        additions = self.config.model.lora is not None and trained  # with LoRA off, the model is the reference
         tower = resolved.encoder_tower(model)
         fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
         if trained:
@@ -124,23 +124,24 @@ class Worker:
                 adamw=resolved.backend.adamw,
             )  # fmt: skip
         if compared:
-            self.reference = LoraOffReference(self.actor) if additions else TorchReference(
+            self.reference = LoraOffReference(self.actor) if self.actor and additions else TorchReference(
                 fixed.requires_grad_(False), resolved.family, settings, sharding, source, tower
             )  # fmt: skip
         if self.actor and resolved.tower_folder:
             replace_tower(self.actor.model, resolved.family, resolved.tower_folder)
 
     def _encoder(self) -> VisionEncoder:
-        """With the actor's tower, where that is in this process."""
+        """Build the vision encoder, with the actor's tower if that is in this process."""
         resolved = self.resolved
         if self.actor:
             tower = resolved.family.vision_tower(self.actor.model)
         else:
             tower = lone_tower(resolved.family, resolved.folder, resolved.tower_folder, resolved.settings.device)
-        return VisionEncoder(_there(tower), resolved.family, self._settings(), self.config.vision.images_per_batch)
+        family = cast(VisionModelFamily, resolved.family)  # a family whose models have a vision tower implements this protocol
+        return VisionEncoder(_there(tower), family, self._settings(), self.config.vision.images_per_batch)
 
     def _register_memory(self) -> None:
-        """Who holds memory now."""
+        """Register each role's tensors with the memory manager."""
         trained = [role for role in (self.actor, self.critic) if role]
         learners = [role.learner for role in trained]
         fixed = self.reference.forward if isinstance(self.reference, TorchReference) else None
@@ -155,7 +156,7 @@ class Worker:
             )
 
     def embed(self, visions: Sequence[Vision | None]) -> list[Vision | None]:
-        """What the encoder makes of each prompt's images. The embeddings stay where the roles that come after can read them."""
+        """Encode each prompt's images. The embeddings stay where the roles that read them next can get them (`put`)."""
         with self.memory_manager.phase("encode", "image_embeds"):
             read = _there(self.encoder).read(visions)
         return [vision and {**vision, "image_embeds": self._put(vision["image_embeds"])} for vision in read]
@@ -163,8 +164,8 @@ class Worker:
     def generate(
         self, part: tuple[Sequence[Prompt], Sampling], answers: bool = True
     ) -> Iterator[tuple[int, Sequence[Sample]]]:
-        """The samples of each prompt as they are finished, with its place in the whole call. The processes of one engine draw
-        the same; one of them `answers`."""
+        """Yield (index in the whole call, samples) of each prompt as it finishes. All processes of one engine draw the same
+        samples; the one that `answers` yields them."""
         prompts, sampling = part
         with self.memory_manager.phase("infer", "rollout"):
             if prompts:
@@ -173,21 +174,21 @@ class Worker:
                         yield sampling.first + place, group.samples
 
     def served(self) -> int | None:
-        """The version of the weights that the engine of this process holds; None when it has to be sent them again."""
+        """Version of the weights in this process's engine; None if they must be sent again."""
         return _there(self.rollout).version
 
     def sync(self, version: int) -> Receipt:
-        """The engine of this process serves the weights of its actor."""
+        """Load the weights of this process's actor into its engine."""
         with self.memory_manager.phase("reshard", "resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self.actor).weights(), version)
 
     def connect_broadcast(self, rank: int, size: int, address: str) -> None:
-        """One end of what weights travel through to the engines of other pools; rank 0 sends."""
+        """Join the group that broadcasts weights to the engines of other pools; rank 0 sends."""
         group = self.resolved.backend.group(address, rank, size)
         self._broadcast = WeightBroadcast(group, self.resolved.settings.device, self._bucket)
 
     def send(self) -> None:
-        """The actor's weights, gathered by all ranks and sent by the first."""
+        """All-gather the actor's weights on every rank; the first rank sends them."""
         with self.memory_manager.phase("send", "resharding_to_infer"):
             weights = _there(self.actor).weights()
             if world.first():
@@ -197,7 +198,7 @@ class Worker:
                     pass
 
     def receive(self, version: int) -> Receipt:
-        """The engine of this process serves the weights that are being sent."""
+        """Load the weights that are being sent into this process's engine."""
         with self.memory_manager.phase("reshard", "resharding_to_infer"):
             return _there(self.rollout).load_weights(_there(self._broadcast).receive(), version)
 
@@ -215,7 +216,7 @@ class Worker:
             return _there(self.critic).values(batch)
 
     def update(self, steps: Sequence[Batch]) -> list[StepStatistics]:
-        """This rank's part of each optimizer step."""
+        """Run this rank's part of each optimizer step."""
         with self.memory_manager.phase("train", "update"):
             return [_there(self.actor).step(step) for step in steps]
 
@@ -231,7 +232,7 @@ class Worker:
                 self.critic.save(folder / "critic")
 
     def restore(self, folder: Path) -> int:
-        """The number of optimizer steps that the checkpoint has behind it."""
+        """Load a checkpoint; returns its number of optimizer steps."""
         actor = _there(self.actor)
         with self.memory_manager.phase("save"):
             actor.load(folder)
@@ -244,14 +245,14 @@ class Worker:
         return time.perf_counter()
 
     def spans(self) -> list[Span]:
-        """Since the last call, on this process's clock."""
+        """Spans since the last call, on this process's clock."""
         return self.clock.take()
 
     def memory(self) -> Metrics:
         return {**memory(self.resolved.settings.device), **self.memory_manager.memory()}
 
     def _settings(self) -> ForwardSettings:
-        """The policy's, as they are in this process."""
+        """The model's forward settings, with this process's sequence-parallel group and heartbeat."""
         return replace(self.resolved.settings, sequence=self.ranks.sequence, beat=self.heartbeat.beat)
 
     def _sharding(self) -> Sharding | None:
@@ -266,12 +267,12 @@ class Worker:
 
     @property
     def _bucket(self) -> int:
-        """Bytes: half of what may be gathered at once, since two halves take turns."""
+        """Bucket size in bytes: half of what may be gathered at once, since two buckets alternate."""
         return self.config.sharding.bucket_mib * 2**20 // 2
 
 
 def _weights(roles: Sequence[TorchActor | TorchCritic], tower: torch.nn.Module | None) -> Iterator[Tensor]:
-    """And the copies that they run on."""
+    """Parameters of the roles, and the working copies that they run on."""
     for role in roles:
         yield from _tensors(role.forward, tower)
         yield from role.working.tensors()
@@ -288,7 +289,7 @@ def _moments(learners: Sequence[Learner]) -> Iterator[Tensor]:
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes."""
+    """Bytes of the gradients on this rank."""
     weights = (weight for group in optimizer.param_groups for weight in group["params"])
     return sum(world.part(weight.grad).nbytes for weight in weights if weight.grad is not None)
 

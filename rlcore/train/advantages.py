@@ -1,4 +1,4 @@
-"""From scores to advantages."""
+"""Compute advantages from rewards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rlcore.types import AdvantageInputs, Batch, Score
 
 
 def needs_old_logprobs(config: RunConfig) -> bool:
-    """Whether the actor's log-probabilities are wanted before the update gives them anyway."""
+    """Whether old log-probabilities need a forward pass of their own before the update."""
     updates = config.train.minibatches_per_step * config.train.epochs_per_step
     return updates > 1 or (config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "reward")
 
 
 def advantage_inputs(batch: Batch, scores: Sequence[Sequence[Score]], config: RunConfig) -> AdvantageInputs:
-    """What the advantages are made of: scores, less what long responses and distance from the reference cost."""
+    """Rewards, less the overlong penalty, and per-token KL penalties: the input of advantage estimation."""
     algorithm = config.algorithm
     flat = [score for group in scores for score in group]
     valid = torch.tensor([score.value is not None for score in flat])
@@ -38,7 +38,7 @@ def advantage_inputs(batch: Batch, scores: Sequence[Sequence[Score]], config: Ru
 
 
 def with_advantages(batch: Batch, inputs: AdvantageInputs, config: AlgorithmConfig) -> Batch:
-    """The batch with each token's advantage; samples whose reward failed, and truncated ones if so set, leave the loss."""
+    """Add each token's advantage and return; mask out samples whose reward failed and, if mask_truncated, truncated ones."""
     values, returns = advantages(inputs, config)
     counts = inputs.valid
     if config.mask_truncated:

@@ -1,4 +1,4 @@
-"""`rlcore dpo`: preference pairs through the same packed actor; both responses share their prompt's tokens."""
+"""`rlcore dpo`: train the packed actor on preference pairs; both responses share their prompt's tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlcore.types import Batch, Group, Prompt, Row
 def train(
     config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
 ) -> None:
-    """The `dpo` section as a run. `begin` is called before anything is written."""
+    """Run the `dpo` section. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
     saved = latest_checkpoint(folder) if resume else None
@@ -35,7 +35,7 @@ def train(
 
 
 def comparison(session: Session) -> SupervisedTask:
-    """Raises the preferred response of each pair above the rejected one, measured against the reference."""
+    """DPO task: raise each preferred response's log-probability above the rejected one's, relative to the reference."""
     config, source, family = session.config.dpo, session.source, session.resolved.family
     reference, encoder = session.placement.reference, session.placement.encoder
     assert config is not None and reference is not None
@@ -50,16 +50,14 @@ def comparison(session: Session) -> SupervisedTask:
 
 
 def check_pairs(rows: Sequence[Row], resolved: ResolvedModel) -> None:
-    """ConfigError names the first row without a preferred or a rejected response, with one that no model would write, with
-    equal ones, or too long for one pass."""
+    """Raise ConfigError for the first row whose preferred or rejected response is missing or one that no model would write
+    (`response_length`), whose two responses are equal, or which is too long for one forward pass."""
     family, cap = resolved.family, resolved.config.train.max_tokens_per_microbatch
     for row in rows:
-        for name, text in (("preferred", row.target), ("rejected", row.rejected)):
-            if not text or not text.strip():
-                raise ConfigError(f"{row.id}: no {name} response; name the columns in data.train.options (target, rejected)")
+        preferred, rejected = _given(row, "preferred", row.target), _given(row, "rejected", row.rejected)
         if row.target == row.rejected:
             raise ConfigError(f"{row.id}: the preferred and the rejected response are the same; remove the row")
-        named = (("preferred response", row.target), ("rejected response", row.rejected))
+        named = (("preferred response", preferred), ("rejected response", rejected))
         needed = family.prompt_length(row) + sum(response_length(row, text, name, family) - 1 for name, text in named)
         if needed > cap:
             raise ConfigError(
@@ -68,8 +66,14 @@ def check_pairs(rows: Sequence[Row], resolved: ResolvedModel) -> None:
             )
 
 
+def _given(row: Row, name: str, text: str | None) -> str:
+    if not text or not text.strip():
+        raise ConfigError(f"{row.id}: no {name} response; name the columns in data.train.options (target, rejected)")
+    return text
+
+
 def preferences(prompts: Sequence[Prompt], family: ModelFamily) -> list[Group]:
-    """Each prompt with its row's preferred and rejected response."""
+    """Pair each prompt with its row's preferred and rejected response, in that order."""
     return [
         Group(prompt, [written(text, family) for text in (prompt.row.target or "", prompt.row.rejected or "")])
         for prompt in prompts

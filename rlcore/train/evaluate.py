@@ -13,19 +13,19 @@ from rlcore.runtime.roles import Scorer
 from rlcore.train.sampling import sampling, scored_in_order
 from rlcore.types import Group, Metrics, Score
 
-EVALUATION_SEED = 1 << 31  # far from every step's; a host's generators read the lower 32 bits only
+EVALUATION_SEED = 1 << 31  # far from every step's seed; CPU generators read the lower 32 bits only
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out rows, sampled and scored."""
+    """Samples and scores of the held-out rows."""
 
     groups: list[Group]
     scores: list[list[Score]]
-    dropped_long: int  # rows that are left out because their prompt is too long
+    dropped_long: int  # rows dropped because their prompt is too long
 
     def metrics(self) -> Metrics:
-        """`eval/score`: the mean over rows of each row's mean. A failed reward counts in `eval/error`, never as 0."""
+        """`eval/score`: mean over rows of the row's mean score. A failed reward counts in `eval/error`, never as 0."""
         values = [[score.value for score in group if score.value is not None] for group in self.scores]
         rows = [sum(row) / len(row) for row in values if row]
         lengths = [len(sample.token_ids) for group in self.groups for sample in group.samples]
@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def evaluate(placement: Placement, reward: Scorer, held_out: Prompts, config: RunConfig) -> Evaluation:
-    """Every held-out row once, under the evaluation's own sampling."""
+    """Sample and score every held-out row, under the evaluation's own sampling settings."""
     assert config.evaluation is not None
     placement.sync_weights()
     prompts = placement.encoder.embed(held_out) if placement.encoder else held_out
@@ -56,7 +56,7 @@ def held_out_rows(resolved: ResolvedModel) -> Prompts | None:
 
 
 def unread_rows(config: RunConfig) -> str | None:
-    """What is said of held-out rows that nothing asks for; a run may leave its evaluation out for once."""
+    """Warning for data.eval without evaluation; no error, since a run may leave its evaluation out for once."""
     if config.data.eval is None:
         return None
     return "data.eval: no row of it is evaluated, because evaluation is not set; add it (evaluation: {}) or remove data.eval"

@@ -1,4 +1,4 @@
-"""`rlcore grpo`: one iteration (`step`), and what the run carries from one to the next (`GrpoTask`)."""
+"""`rlcore grpo`: one iteration (`step`), and the state carried between iterations (`GrpoTask`)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def step(sample: Sampler, number: int, kl_coef: float, interruption: Interruption) -> Iteration:
-    """Sample, score, compare, update. Weights go first: a broken path fails before any training."""
+    """Sync weights, sample, score, compute log-probabilities, update. A broken weight path fails before any training."""
     sampled = sample(number, synced(sample.placement, sample.clock))
     return learn(sample.placement, sampled, sample.config, kl_coef, sample.clock, interruption)
 
@@ -48,7 +48,7 @@ def learn(
     placement: Placement, sampled: Sampled, config: RunConfig, kl_coef: float, clock: Clock,
     interruption: Interruption,
 ) -> Iteration:
-    """Compare and update."""
+    """Compute reference and old log-probabilities, values and advantages, then update."""
     kept = sampled.kept
     batch = replace(Batch.of(kept.groups), kl_coef=kl_coef)
     compared = compared_with(placement, batch)
@@ -64,12 +64,12 @@ def learn(
     interruption.hold()
     update = placement.update(batch)
     if batch.ref_logprobs is not None and config.algorithm.kl_in == "reward":
-        update["actor/kl_penalty"] = float(inputs.penalties.mean()) / kl_coef  # which a controller keeps above 0
+        update["actor/kl_penalty"] = float(inputs.penalties.mean()) / kl_coef  # the controller keeps kl_coef above 0
     return Iteration(batch, kept.scores, inputs, sampled.replaced, sampled.receipt, update)
 
 
 def compared_with(placement: Placement, batch: Batch) -> Future[Tensor] | None:
-    """The reference's log-probabilities, if there is one; on devices of its own it works while the actor does."""
+    """The reference's log-probabilities, or None without one; on devices of its own it runs concurrently with the actor."""
     reference = placement.reference
     if reference is None:
         return None
@@ -77,7 +77,7 @@ def compared_with(placement: Placement, batch: Batch) -> Future[Tensor] | None:
 
 
 def begun(work: Callable[[], T], name: str, apart: bool = True) -> Future[T]:
-    """`apart`: in a thread of its own; otherwise it is done when this returns."""
+    """Run `work` in a thread if `apart`, otherwise now; returns a Future."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -96,7 +96,7 @@ def begun(work: Callable[[], T], name: str, apart: bool = True) -> Future[T]:
 def train(
     config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
 ) -> None:
-    """The whole run: warm start, evaluation, steps, checkpoints. An interrupt saves the last finished step and leaves.
+    """Run warm start, evaluation, steps and checkpoints. An interrupt saves the last finished step and exits.
 
     `begin` is called when everything has loaded and before anything is written: a run that cannot start leaves no trace.
     """
@@ -115,7 +115,7 @@ def train(
         placement.start_engines()
         session.announce(begin)
         console.warn(left_out("data.eval", held_out, config.data) if held_out else unread_rows(config))
-        if first:
+        if first and warm:
             sft.warm_up(session, warm)
             placement.load("grpo", sft.result(warm))
         task = GrpoTask(session, rewards, held_out)
@@ -123,7 +123,7 @@ def train(
 
 
 class GrpoTask:
-    """GRPO, and what is known between two of its steps."""
+    """GRPO training task, and its state between steps."""
 
     name, log_every = "grpo", 1
 
@@ -135,9 +135,9 @@ class GrpoTask:
         self.reward: Scorer = self.placement.reward or InlineReward(rewards, self.clock)
         self.kl = Controller(self.config.algorithm, self.config.algorithm.kl_coef)
         self.sample = Sampler(self.placement, self.reward, self.source, self.config, self.clock)
-        self.ahead: Future[Sampled] | None = None  # the next step's samples, where they are drawn during this one
-        self.ahead_since = 0.0  # when that was begun
-        self.spans: list[Span] = []  # of the sampling ahead
+        self.ahead: Future[Sampled] | None = None  # the next step's samples, if drawn during this step
+        self.ahead_since = 0.0  # when sampling ahead started
+        self.spans: list[Span] = []  # recorded while sampling ahead
 
     def start(self) -> None:
         self.recorded()
@@ -154,7 +154,7 @@ class GrpoTask:
         return GrpoStep(self, number, iteration, sampled.drawn, began)
 
     def evaluate(self) -> Evaluation:
-        """When the sampling that is under way has ended."""
+        """Evaluate, once any sampling ahead has finished."""
         assert self.held_out is not None
         if self.ahead:
             wait([self.ahead])
@@ -169,11 +169,11 @@ class GrpoTask:
         self.kl = Controller(self.config.algorithm, state["kl_coef"])
 
     def recorded(self) -> list[Span]:
-        """By every process since the last call."""
+        """Spans of every process since the last call."""
         return [*self.clock.take(), *self.placement.spans()]
 
     def timing(self, began: float) -> Metrics:
-        """Of a step, to which its sampling belongs whenever it was done."""
+        """Timing metrics of a step, including its own sampling, even if that ran during the step before."""
         spans = [*self.spans, *self.recorded()]
         outside = [span for span in spans if span.stage in OUTSIDE_ITERATION]
         spans = [span for span in spans if span in outside or not _part_of(outside, span)]
@@ -185,7 +185,7 @@ class GrpoTask:
         return timings(parts[False], began, time.perf_counter(), beside=self.spans)
 
     def _sampled(self, number: int) -> Sampled:
-        """This step's samples; the next step's are begun where they may be one version behind."""
+        """This step's samples; with max_staleness 1, sampling of the next step starts as well."""
         if not self.config.placement.max_staleness:
             return self.sample(number, synced(self.placement, self.clock))
         sampled = (self.ahead or self._begun(number)).result()
@@ -194,14 +194,14 @@ class GrpoTask:
         return sampled
 
     def _begun(self, number: int) -> Future[Sampled]:
-        """Weights first, while nobody samples; then the sampling by itself."""
+        """Sync weights while no sampling runs, then sample in a thread."""
         receipt = synced(self.placement, self.clock)
         return begun(lambda: self.sample(number, receipt), f"sampling of step {number}")
 
 
 @dataclass(frozen=True)
 class GrpoStep:
-    """A finished iteration, and what is reported of it."""
+    """A finished iteration, with its metrics, sample records and console output."""
 
     task: GrpoTask
     number: int
@@ -212,6 +212,7 @@ class GrpoStep:
     def row(self) -> Metrics:
         task, iteration, config = self.task, self.iteration, self.task.config
         batch, inputs = iteration.batch, iteration.inputs
+        assert batch.advantages is not None, "`learn` has set them"
         timing = task.timing(self.began)
         sampled = [*batch.groups, *iteration.replaced.groups]
         return {
@@ -257,7 +258,7 @@ class GrpoStep:
 
 
 def _refuse_unscored(number: int, sampled: Sampled) -> None:
-    """A step that has no score at all has nothing to learn, and neither will the next: the run stops where it is."""
+    """Raise NothingToLearn if every reward of the step failed: the next step's would fail too, so the run stops here."""
     scores = [score for group in [*sampled.kept.scores, *sampled.replaced.scores] for score in group]
     if all(score.value is None for score in scores):
         raise NothingToLearn(
@@ -267,15 +268,15 @@ def _refuse_unscored(number: int, sampled: Sampled) -> None:
 
 
 def _part_of(outside: Sequence[Span], span: Span) -> bool:
-    """Whether an evaluation or a save did it. What is sampled beside a save is for the next step; beside an evaluation, nothing
-    is sampled for a step."""
+    """Whether the span belongs to an evaluation or a checkpoint save. Sampling during a save is for the next step; during an
+    evaluation, no step is sampled."""
     middle = (span.start + span.end) / 2
     within = [one.stage for one in outside if one.start <= middle <= one.end]
     return "evaluate" in within or (bool(within) and span.stage not in STAGES)
 
 
 def _resumed(folder: Path, warm: Path | None) -> Path | None:
-    """The checkpoint that the run goes on from; None when it has not left its warm start."""
+    """The checkpoint to resume from; None if the run is still in its warm start."""
     if warm is not None and newest_checkpoint(warm) and not newest_checkpoint(folder):
         return None
     return latest_checkpoint(folder)

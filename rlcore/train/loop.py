@@ -1,4 +1,4 @@
-"""The loop of every training command: steps, evaluations, checkpoints, and an interrupt at any moment."""
+"""Loop of every training command: steps, evaluations, checkpoints, and interrupts at any moment."""
 
 from __future__ import annotations
 
@@ -24,41 +24,53 @@ from rlcore.types import Metrics
 
 
 class NothingToLearn(RunError):
-    """A step that cannot train, nor could the next one. What is done before it is saved."""
+    """Neither this step nor the next can train. The steps finished before it are saved."""
 
 
 class Step(Protocol):
-    """A finished step, and what is reported of it."""
+    """A finished step, with its metrics, sample records and console output."""
 
-    drawn: int  # prompts, in the whole run up to here
+    @property
+    def drawn(self) -> int:
+        """Prompts drawn in the whole run so far."""
+        ...
 
     def row(self) -> Metrics:
-        """Its line of metrics.jsonl, asked for when its evaluation and its checkpoint are done."""
+        """Line of metrics.jsonl; called after the step's evaluation and checkpoint."""
         ...
 
     def records(self) -> Iterable[Mapping[str, Any]]:
-        """Its lines of samples.jsonl."""
+        """Lines of samples.jsonl."""
         ...
 
     def line(self, row: Metrics) -> str:
-        """Its line on the console."""
+        """Line on the console."""
         ...
 
     def show(self, row: Metrics, console: Console) -> None:
-        """What follows that line: samples and warnings."""
+        """Print samples and warnings after that line."""
         ...
 
 
 class Task(Protocol):
-    """What is trained. `Loop` says when."""
+    """A training task: its steps, evaluation and state. `Loop` schedules them."""
 
-    name: str
-    steps: int
-    log_every: int  # steps from one line on the console to the next
-    source: PromptSource
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def log_every(self) -> int:
+        """Steps between console lines."""
+        ...
+
+    @property
+    def source(self) -> PromptSource: ...
 
     def start(self) -> None:
-        """Called before the first step: what was done up to then is not part of it."""
+        """Called before the first step, to discard what was timed and counted up to then."""
         ...
 
     def step(self, number: int) -> Step: ...
@@ -66,27 +78,27 @@ class Task(Protocol):
     def evaluate(self) -> Evaluation: ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside step, prompts and random states."""
+        """State to checkpoint besides step, prompts and random states."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Loop:
-    """The steps of a task. An interrupt saves the last finished step and leaves."""
+    """Runs the steps of a task. An interrupt saves the last finished step and exits."""
 
     def __init__(
         self, task: Task, session: Session, folder: Path, clock: Clock | None = None, evaluation: EvaluationConfig | None = None
     ) -> None:
-        """`folder`: where numbers and checkpoints go. `clock`: times checkpoints."""
+        """`folder`: for metrics, samples and checkpoints. `clock`: times checkpoints."""
         self.task, self.session, self.folder, self.clock, self.evaluation = task, session, folder, clock, evaluation
         self.actor, self.source, self.console = session.placement.actor, task.source, session.console
         self.done = self.saved = 0  # steps
-        self.drawn = self.source.drawn  # prompts, after step `done`
-        self.random: Mapping[str, Any] = {}  # states, after step `done`
+        self.drawn = self.source.drawn  # prompts drawn, after step `done`
+        self.random: Mapping[str, Any] = {}  # random states, after step `done`
 
     def go(self, saved: Path | None) -> None:
-        """Every step that is not done in the checkpoint `saved`."""
+        """Run the steps after the checkpoint `saved`, or all of them."""
         if saved:
             self._restore(saved)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,12 +155,12 @@ class Loop:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.task.steps)
 
     def _keep(self) -> None:
-        """Saves the last finished step, unless a checkpoint has it."""
+        """Save the last finished step, unless a checkpoint holds it."""
         if self.done > self.saved:
             self._save(random=self.random)
 
     def _save(self, **random: Any) -> None:
-        """`random`: the random states, where those of now are already the next step's."""
+        """`random`: overrides the random states, when the current ones are already the next step's."""
         state = {"step": self.done, "drawn": self.drawn, **self.task.state(), **random}
         save_checkpoint(self.folder, f"step_{self.done:06d}", state, self.actor.save)
         self.saved = self.done

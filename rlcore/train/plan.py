@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, before it does it."""
+"""`rlcore plan`: the prompts, samples, optimizer steps and micro-batches of a run, before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAP = "train.max_tokens_per_microbatch"
 
 
 def read(config: RunConfig, backend: Backend) -> tuple[Prompts, Prompts | None]:
-    """The rows that train and those of the evaluations, as the model reads them."""
+    """Encode the training rows and the evaluation rows."""
     backend.prepare()
     data, family = config.data, family_of(resolve(config.model, MODEL_CACHE), config.model)
 
@@ -75,7 +75,7 @@ def _optimizer_steps(config: RunConfig) -> str:
 
 
 def _data_ranks(config: RunConfig) -> int:
-    """Parts that a batch is dealt into: the actor's devices, less those that share a row."""
+    """Data-parallel ranks: the actor's devices divided by sequence_parallel."""
     devices = next(devices for _, devices, roles in config.pools() if "actor" in roles)
     return devices // config.sharding.sequence_parallel
 

@@ -1,4 +1,4 @@
-"""What is recorded of the samples of a step or an evaluation, and said of rewards that failed."""
+"""Sample records and score metrics of a step or an evaluation, and the warning about failed rewards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlcore.types import AdvantageInputs, Batch, Group, Metrics, Receipt, Score
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one step did."""
+    """Result of one step."""
 
     batch: Batch
     scores: list[list[Score]]  # of the batch's groups
     inputs: AdvantageInputs
-    replaced: Scored  # groups without signal that other prompts took the place of
-    receipt: Receipt  # of the weights that were sampled from, whenever they were sent
+    replaced: Scored  # groups without signal, replaced by other prompts'
+    receipt: Receipt  # of the weights that sampled, even if synced in an earlier step
     update: Metrics
 
 
@@ -32,7 +32,7 @@ class Iteration:
 
 def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
     """`grpo/score/*` over samples that have a value, `reward/<part>` each reward's mean, `reward/{timeout,error}` counts,
-    and the share of groups that have no two scores that differ."""
+    and the share of groups without two different scores."""
     flat = [score for group in scores for score in group]
     valued = [score.value for score in flat if score.value is not None]
     names = dict.fromkeys(name for score in flat for name in score.parts)
@@ -46,8 +46,9 @@ def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
 
 
 def sample_records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str, Any]]:
-    """A line of samples.jsonl for every sample: what it said, what it got, and why it taught nothing, if so."""
+    """Yield a samples.jsonl line per sample: response, score, advantage, and why it was not trained on, if so."""
     batch = iteration.batch
+    assert batch.advantages is not None, "a finished iteration has them"
     values = batch.sample_values(batch.advantages)
     regularized = bool(config.kl_coef or config.entropy_coef)
     mates = [group for group in iteration.scores for _ in group]
@@ -67,7 +68,7 @@ def sample_records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[di
 
 
 def _equal_to(group: Sequence[Score], config: AlgorithmConfig) -> str:
-    """What a reward was compared with when that gave it no advantage."""
+    """Explain an advantage of 0 by the rewards it was compared with."""
     scored = sum(score.value is not None for score in group)
     if dapo.has_signal(group) or config.advantage in ("batch", "gae"):
         return "its reward is the mean of those it is compared with"
@@ -75,7 +76,7 @@ def _equal_to(group: Sequence[Score], config: AlgorithmConfig) -> str:
 
 
 def failures(scores: Sequence[Sequence[Score]], where: str = "") -> str | None:
-    """What is said of rewards that failed, if there are any."""
+    """Warning with the number of failed rewards; None if none failed."""
     flat = [score for group in scores for score in group]
     failed = [score for score in flat if score.value is None]
     if not failed:

@@ -1,4 +1,4 @@
-"""A step's prompts, sampled and scored."""
+"""Sample and score a step's prompts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlcore.runtime.pool import results
 from rlcore.runtime.roles import Scorer
 from rlcore.types import Group, Prompt, Receipt, Sampling, Score
 
-REFILL_SEED = 1 << 24  # from one refill of a step to the next
+REFILL_SEED = 1 << 24  # seed offset between the refills of a step
 STAGES = frozenset({"resharding_to_infer", "data", "image_embeds", "rollout", "reward"})
-"""Of drawing and scoring samples, which for the next step may happen during this one."""
+"""Stages of drawing and scoring samples, which may run for the next step during this one."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Groups and what the reward said of each of their samples."""
+    """Groups and the score of each of their samples."""
 
     groups: list[Group]
     scores: list[list[Score]]
@@ -34,12 +34,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step learns from."""
+    """Scored groups of one step, and the receipt of the weights that sampled them."""
 
     kept: Scored
     replaced: Scored
     receipt: Receipt
-    drawn: int  # prompts, in the whole run up to here
+    drawn: int  # prompts in the whole run so far
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Sampler:
     clock: Clock
 
     def __call__(self, number: int, receipt: Receipt) -> Sampled:
-        """Of step `number`, with the weights of the receipt."""
+        """Sample step `number` with the weights of `receipt`."""
         kept, replaced = collect(self.placement, self.reward, self.source.draw, self.config, number, self.clock)
         return Sampled(kept, replaced, receipt, self.source.drawn)
 
@@ -67,12 +67,12 @@ def collect(
     placement: Placement, reward: Scorer, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
     clock: Clock,
 ) -> tuple[Scored, Scored]:
-    """A step's groups, and those that were replaced because they taught nothing (DAPO's dynamic sampling).
+    """Sample a step's groups and replace those without signal (DAPO's dynamic sampling); returns kept and replaced groups.
 
-    At most algorithm.max_refills times other prompts are drawn for them; what is still missing then stays missing, but a step
-    in which no group at all has signal keeps the last ones.
+    Other prompts are drawn at most algorithm.max_refills times; groups still missing then stay missing, but a step without any
+    group with signal keeps the last ones drawn.
     """
-    kept, replaced = Scored([], []), Scored([], [])
+    kept, replaced, scored = (Scored([], []) for _ in range(3))
     for refill in range(config.algorithm.max_refills + 1):
         with clock.span("data"):
             prompts = draw(config.train.prompts_per_step - len(kept.groups))
@@ -94,7 +94,7 @@ def collect(
 
 
 def scored_in_order(drawn: Iterable[tuple[int, Group]], reward: Scorer) -> Scored:
-    """Each group as it comes, while engines in other processes go on with the rest."""
+    """Start scoring each group as it arrives, while engines in other processes go on; results in prompt order."""
     begun = {place: (group, reward.begin(group)) for place, group in drawn}
     in_order = [begun[place] for place in sorted(begun)]
     return Scored([group for group, _ in in_order], results([scores for _, scores in in_order]))

@@ -1,10 +1,11 @@
-"""What every training command sets up, and takes down however it ends."""
+"""Setup and teardown shared by the training commands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
 from rlcore.checkpoint.state import seed_random_states
 from rlcore.config.schema import RunConfig
@@ -18,7 +19,7 @@ from rlcore.runtime.watchdog import Watchdog
 
 
 class Session:
-    """Signals and the watchdog, the model and its rows, and the workers once they are started."""
+    """Signal handling, watchdog, model, rows, and the workers once started."""
 
     def __init__(self, config: RunConfig, backend: Backend, folder: Path, console: Console) -> None:
         self.config, self.backend, self.folder, self.console = config, backend, folder, console
@@ -33,16 +34,18 @@ class Session:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def start(self) -> Placement:
-        """Starts the workers. Whatever can be refused without them is refused before."""
+        """Start the workers, after every check that can do without them."""
         self.placement = self._stack.enter_context(start(self.resolved, self.watchdog))
         return self.placement
 
     def announce(self, begin: Callable[[], object]) -> None:
-        """Makes the run folder (`begin`), now that everything has loaded, and says what the run starts with."""
+        """Create the run folder (`begin`), now that everything has loaded, and print the model's notice and the warnings."""
         begin()
         self.console.say(self.resolved.notice)
         self.console.warn(self.resolved.caution)

@@ -1,4 +1,4 @@
-"""Supervised training of the same actor on the rows' targets: the warm start of a GRPO run, or `rlcore sft` by itself."""
+"""Supervised fine-tuning of the actor on the rows' targets: the warm start of a GRPO run, or `rlcore sft` by itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlcore.types import Batch, Group, Prompt, Row, Sample
 def train(
     config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object]
 ) -> None:
-    """`rlcore sft`: the `sft` section as a run of its own. `begin` is called before anything is written."""
+    """`rlcore sft`: run the `sft` section by itself. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
     saved = latest_checkpoint(folder) if resume else None
@@ -37,24 +37,25 @@ def train(
 
 
 def warm_up(session: Session, folder: Path) -> None:
-    """The warm start of a GRPO run in a folder of its own, from its own last checkpoint, if it has one."""
+    """Run the warm start of a GRPO run in `folder`, resuming from the newest checkpoint there."""
     source = session.resolved.prompts(session.config.seed)
     Loop(imitation(session, source), session, folder).go(newest_checkpoint(folder))
 
 
 def missing(folder: Path | None, steps: int) -> bool:
-    """Whether a warm start of so many steps is asked for and not done: it is made once a run, then read from its folder."""
+    """Whether a warm start of `steps` is requested and unfinished: it runs once per run, then is read from its folder."""
     saved = newest_checkpoint(folder) if folder else None
     return folder is not None and (saved is None or read_state(saved)["step"] < steps)
 
 
 def result(folder: Path | None) -> Path | None:
-    """The model of a warm start that is done: the run's initial policy and its reference."""
+    """Model folder of a finished warm start: the run's initial policy and reference."""
     return None if folder is None else latest_checkpoint(folder) / "model"
 
 
 def check_targets(rows: Sequence[Row], resolved: ResolvedModel) -> None:
-    """ConfigError names the first row without a target, with one that no model would write, or too long for one pass."""
+    """Raise ConfigError for the first row whose target is missing, one that no model would write (`response_length`), or
+    too long for one forward pass."""
     family, cap = resolved.family, resolved.config.train.max_tokens_per_microbatch
     for row in rows:
         if not row.target or not row.target.strip():
@@ -68,7 +69,7 @@ def check_targets(rows: Sequence[Row], resolved: ResolvedModel) -> None:
 
 
 def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
-    """The tokens of a response to imitate; ConfigError when it repeats what the chat template writes before it, or goes on
+    """Count the tokens of a response to imitate; ConfigError if it repeats what the chat template writes before it, or goes on
     after the end of its turn."""
     check_opening(family.opening(row), text, row.id, what)
     token_ids = family.encode_response(text)
@@ -81,7 +82,7 @@ def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
 
 
 def imitation(session: Session, source: PromptSource) -> SupervisedTask:
-    """Minimizes the mean negative log-probability of the target tokens."""
+    """SFT task: minimize the mean negative log-probability of the target tokens."""
     config, encoder, family = session.config.sft, session.placement.encoder, session.resolved.family
     assert config is not None
 
@@ -93,7 +94,7 @@ def imitation(session: Session, source: PromptSource) -> SupervisedTask:
 
 
 def targets(prompts: Sequence[Prompt], family: ModelFamily) -> list[Group]:
-    """Each prompt with its row's target as the only sample."""
+    """Pair each prompt with its row's target as the only sample."""
     return [Group(prompt, [_target(prompt, family)]) for prompt in prompts]
 
 
@@ -103,6 +104,6 @@ def _target(prompt: Prompt, family: ModelFamily) -> Sample:
 
 
 def written(text: str, family: ModelFamily) -> Sample:
-    """A response that no engine drew."""
+    """Encode a response from the data as a sample, with rollout log-probabilities of 0."""
     token_ids = np.array(family.encode_response(text), np.int32)
     return Sample(token_ids, np.zeros(len(token_ids), np.float32), text, "stop", policy_version=0)

@@ -1,4 +1,4 @@
-"""Training on responses that stand in the data: what sft and dpo share."""
+"""Training on responses given in the data, shared by sft and dpo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlcore.types import Batch, Metrics
 
 @dataclass(frozen=True)
 class SupervisedStep:
-    """The numbers of a step."""
+    """A finished step: its metrics and its console line."""
 
     drawn: int
     numbers: Metrics
@@ -32,23 +32,23 @@ class SupervisedStep:
         return self.text
 
     def show(self, row: Metrics, console: Console) -> None:
-        """Nothing more."""
+        """Print nothing more."""
 
 
 @dataclass(frozen=True)
 class SupervisedTask:
-    """Draws a batch, updates the actor with it. Holds nothing that a checkpoint would need."""
+    """Draws a batch and updates the actor with it. Has no state to checkpoint."""
 
     name: str
     steps: int
     log_every: int
     source: PromptSource
-    batch: Callable[[], Batch]  # the next
+    batch: Callable[[], Batch]  # draws the next one
     shown: tuple[str, ...]  # metrics on the console
     session: Session
 
     def start(self) -> None:
-        """Nothing is timed across steps."""
+        """No timings to discard."""
 
     def step(self, number: int) -> SupervisedStep:
         began = time.perf_counter()
@@ -69,4 +69,4 @@ class SupervisedTask:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing beside what every checkpoint holds."""
+        """No state besides what every checkpoint holds."""

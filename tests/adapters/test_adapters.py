@@ -439,7 +439,7 @@ def test_the_generation_config_is_saved_as_it_came(way, text, models, tmp_path):
     if text is not None:
         (folder / "generation_config.json").write_text(text)
     family = family_of(folder, ModelConfig(path="model"))
-    model = filled(family, folder) if way == "outline" else family.load(folder, torch.float32)
+    model = filled(family, folder) if way == "meta_model" else family.load(folder, torch.float32)
     lora.save_merged(model, tmp_path / "saved")
     family.save_processor(tmp_path / "saved")
     saved = tmp_path / "saved" / "generation_config.json"

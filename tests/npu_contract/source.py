@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NPU_FILES = sorted(ROOT.glob("backends/npu*.py"))
+NPU_FILES = sorted(ROOT.glob("backends/npu/*.py"))
 
 
 @dataclass(frozen=True)

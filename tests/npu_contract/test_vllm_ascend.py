@@ -28,7 +28,7 @@ from rlcore import registry
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.errors import ConfigError
 
-ENGINES = [source.ROOT / f"backends/{name}.py" for name in ("vllm_rollout", "vllm_additions")]
+ENGINES = sorted(source.ROOT.glob("backends/vllm/*.py"))
 ASCEND = Path(vllm_ascend.__file__).parent
 
 

@@ -147,7 +147,7 @@ def test_two_processes_meet_through_hccl(tmp_path):
 
 def test_no_function_of_the_backend_was_left_out():
     """What ran in this process, since the backend was prepared."""
-    files = [file for file in source.NPU_FILES if file.name != "npu_doctor.py"]
+    files = [file for file in source.NPU_FILES if file.name != "doctor.py"]
     trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     functions = {
         (file, node.name) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)

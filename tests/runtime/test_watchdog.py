@@ -27,7 +27,7 @@ import re, sys, time
 from pathlib import Path
 from rlcore.errors import RunError
 from rlcore.monitor.heartbeat import publish
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 
 def sleeps():
     try:
@@ -51,22 +51,22 @@ def looked_at():
 def slow_but_moving():
     for _ in range(30):
         time.sleep(0.1)
-        watch.pulse.beat()
+        watchdog.heartbeat.beat()
 '''
 RUN = HANG + '''
 limit, what, folder = float(sys.argv[1]), globals()[sys.argv[2]], Path(sys.argv[3])
 try:
-    with Watch(limit, folder, grace=2.0) as watch, watch.pulse.stage("reward"):
+    with Watchdog(limit, folder, grace=2.0) as watchdog, watchdog.heartbeat.stage("reward"):
         what()
 except RunError as error:
     print(error)
     sys.exit(error.status)
 '''
 SHOW = HANG + '''
-pulse, place = publish("worker 1", "here")
-with pulse.stage("update"):
-    pulse.beat()
-    print(place.pid, place.pulse, place.stacks, flush=True)
+heartbeat, place = publish("worker 1", "here")
+with heartbeat.stage("update"):
+    heartbeat.beat()
+    print(place.pid, place.heartbeat, place.stacks, flush=True)
     globals()[sys.argv[1]]()
 '''
 
@@ -336,18 +336,18 @@ import ray, torch
 from rlcore.errors import RunError
 from rlcore.runtime.pool import results
 from rlcore.monitor.heartbeat import publish
-from rlcore.runtime.watchdog import Watch
+from rlcore.runtime.watchdog import Watchdog
 from rlcore_backends.ray.observers import Observers
 
 @ray.remote
 class Worker:
     def show(self, rank, file):
         torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-        self.pulse, place = publish(f"worker {rank}", ray.util.get_node_ip_address())
+        self.heartbeat, place = publish(f"worker {rank}", ray.util.get_node_ip_address())
         return ray.get_runtime_context().get_node_id(), place
 
     def update(self, rank):
-        with self.pulse.stage("update"):
+        with self.heartbeat.stage("update"):
             if rank == 1:
                 never_lets_go()
             torch.distributed.all_reduce(torch.ones(1))
@@ -360,8 +360,8 @@ workers, folder, observers = [Worker.remote() for _ in range(2)], Path(sys.argv[
 for node, place in ray.get([worker.show.remote(rank, folder / "meeting") for rank, worker in enumerate(workers)]):
     observers.add(node, place)
 try:
-    with Watch(4.0, folder) as watch:
-        watch.workers = observers.look
+    with Watchdog(4.0, folder) as watchdog:
+        watchdog.workers = observers.look
         try:
             results([worker.update.remote(rank).future() for rank, worker in enumerate(workers)])
         finally:

@@ -16,7 +16,7 @@ from rlcore import registry
 from rlcore.checkpoint.state import load_generator, save_generator
 from rlcore.distributed.fingerprint import fingerprint
 from rlcore.errors import ConfigError
-from rlcore.runtime.memory import Parked
+from rlcore.runtime.memory import OffloadedTensors
 
 NPU = registry.load("backends", "npu")
 HERE = NPU().device(0)
@@ -96,11 +96,11 @@ def test_recomputed_layers_draw_again_what_they_drew():
 
 def test_parked_memory_is_garbage_and_comes_back():
     tensor = numbers(8).to(HERE)
-    parked = Parked(lambda: [tensor])
-    parked.pause()
-    assert parked.device_bytes() == 0 and tensor.isnan().all()
-    parked.resume()
-    assert parked.device_bytes() == 32 and torch.equal(tensor.cpu(), numbers(8))
+    offloaded = OffloadedTensors(lambda: [tensor])
+    offloaded.pause()
+    assert offloaded.device_bytes() == 0 and tensor.isnan().all()
+    offloaded.resume()
+    assert offloaded.device_bytes() == 32 and torch.equal(tensor.cpu(), numbers(8))
 
 
 @pytest.mark.parametrize("size", [3, 4096, 5000, 3_000_000])

@@ -72,9 +72,10 @@ def test_a_failed_sample_is_not_charged_for_its_length():
 def test_an_evaluation_is_the_mean_of_rows_and_counts_failures_apart():
     groups = [group("a", 2, 4), group("b", 3, 3), group("c", 1, 1)]
     scores = [[Score(1.0), FAILED], [Score(0.0), Score(1.0)], [FAILED, Score(None, "timeout")]]
-    row = Evaluation(groups, scores).metrics()
+    row = Evaluation(groups, scores, dropped_long=2).metrics()
     assert row["eval/score"] == pytest.approx((1.0 + 0.5) / 2) and row["eval/error"] == 3
     assert row["eval/rows"] == 3 and row["eval/response_length"] == pytest.approx(14 / 6)
+    assert row["eval/dropped_long"] == 2
 
 
 @pytest.mark.parametrize("masked", [True, False])

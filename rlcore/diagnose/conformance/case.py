@@ -1,4 +1,4 @@
-"""What is measured: two small models with known weights, and a batch for each. The same on every machine and device."""
+"""Test cases: two small models with known weights, and a batch for each; identical on every machine and device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,22 +22,23 @@ from rlcore.distributed.fsdp import Sharding
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loading import model_type
+from rlcore.model.optimizer import ADAMW
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Group, Row, Sample
 
 SOURCES = {"text": "tiny_qwen3", "vision": "tiny_qwen2_5_vl"}
-SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # heads of 64, which every engine has kernels for
+SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # head size 64, which every engine has kernels for
 ALGORITHM = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01)
 OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-4, weight_decay=0.1, max_grad_norm=1e9)
 TEMPERATURE = 0.9
 STEPS = 3
 LONGEST = 12  # tokens of a response
-CAP = 96  # tokens of a packed row: the two groups make several
+CAP = 96  # tokens of a packed row: the two groups make several rows rows
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model folder, how it is read, and groups with everything that a loss looks at."""
+    """A model folder, its family, and a batch with every input of a loss."""
 
     folder: Path
     family: ModelFamily
@@ -44,9 +46,9 @@ class Case:
 
     @property
     def mark(self) -> str:
-        """Of weights and inputs: numbers can only be compared where it is the same."""
+        """Hash of weights and inputs: numbers can only be compared where it is equal."""
         digest = hashlib.sha256()
-        for _, tensor in sorted(load_file(self.folder / "model.safetensors").items()):  # versions name a tower's differently
+        for _, tensor in sorted(load_file(self.folder / "model.safetensors").items()):  # a tower's names vary by version
             digest.update(tensor.numpy().tobytes())
         for numbers in (self.batch.old_logprobs, self.batch.ref_logprobs, self.batch.advantages):
             digest.update(_rounded(numbers))
@@ -59,17 +61,17 @@ class Case:
     def actor(
         self, device: torch.device, dtype: torch.dtype, backend: Backend | None = None, sharding: Sharding | None = None
     ) -> TorchActor:
-        """An actor as a run has it; without a backend nothing but plain torch."""
+        """Build an actor as in a run; without a backend, in plain torch."""
         model = self.family.load(self.folder, torch.float32).to(device)
-        own = {"adamw": backend.adamw} if backend else {}
         return TorchActor(
             backend.fuse(model) if backend else model, self.family, ForwardSettings(device, dtype, CAP, TEMPERATURE),
-            objective(ALGORITHM, LONGEST), OPTIMIZER, MinibatchSchedule(STEPS), sharding=sharding, **own,
+            objective(ALGORITHM, LONGEST), OPTIMIZER, MinibatchSchedule(STEPS), sharding=sharding,
+            adamw=backend.adamw if backend else ADAMW,
         )  # fmt: skip
 
 
 def make(kind: str, folder: Path) -> Case:
-    """One of `SOURCES`, into `folder`."""
+    """Create a case of `SOURCES` in `folder`."""
     registry.load("models", SOURCES[kind])(folder, **SIZES)
     _rewrite(folder / "model.safetensors")
     family = registry.load("families", model_type(folder))(folder)
@@ -77,7 +79,7 @@ def make(kind: str, folder: Path) -> Case:
 
 
 def _rewrite(file: Path) -> None:
-    """Weights that make the model's answers differ, from one generator in the order of names."""
+    """Redraw the weights, from one generator in the order of names, so that the model's outputs vary."""
     random = torch.Generator().manual_seed(0)
 
     def drawn(tensor: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _rewrite(file: Path) -> None:
 
 
 def _batch(family: ModelFamily, with_images: bool) -> Batch:
-    """Two prompts, three and two responses; one of them does not count."""
+    """Two prompts with three and two responses, one of which is masked out."""
     random = torch.Generator().manual_seed(1)
 
     def near(values: Tensor, width: float) -> Tensor:
@@ -100,8 +102,9 @@ def _batch(family: ModelFamily, with_images: bool) -> Batch:
         content = [image, {"type": "text", "text": text}] if with_images else text
         row = Row(f"row {number}", [{"role": "user", "content": content}], images=[_picture(number)] if with_images else [])
         lengths = torch.randint(3, LONGEST + 1, (samples,), generator=random).tolist()
-        ids = [torch.randint(8, 256, (length,), generator=random).tolist() for length in lengths]
-        groups.append(Group(family.encode(row), [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
+        ids = [torch.randint(8, 256, (length,), generator=random).int().numpy() for length in lengths]
+        responses = [Sample(each, numpy.zeros(len(each), numpy.float32), "", "stop", 0) for each in ids]
+        groups.append(Group(family.encode(row), responses))
     batch = Batch.of(groups)
     old = near(torch.full((len(batch.loss_mask),), -6.0), 0.5)
     advantages, counts = torch.randn(len(batch.lengths), generator=random), torch.arange(len(batch.lengths)) != 1
@@ -117,7 +120,7 @@ def _rounded(numbers: Tensor | None) -> bytes:
 
 
 def _picture(number: int) -> Image.Image:
-    """56 by 84 pixels, six tokens; no size that a processor would change."""
+    """Image of 56 x 84 pixels, six tokens; an image processor keeps this size."""
     picture = Image.new("RGB", (56, 84))
     picture.putdata([(x * 4, y * 3, (x * y * (number + 1)) % 256) for y in range(84) for x in range(56)])
     return picture

@@ -1,4 +1,4 @@
-"""The engine serves what the actor sent, proves it, and keeps it while it is away."""
+"""Engine section: it serves the weights the actor sent, verifies them, and keeps them while paused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlcore.runtime.memory import PhaseError
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, NamedTensors, Sampling
 
-MISMATCH = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats, the largest of all tokens
+MISMATCH = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # nats, maximum over all tokens
 SAMPLING = Sampling(samples=4, max_new_tokens=12, seed=3)
 FAULTS: Mapping[str, Callable[[list[tuple[str, Tensor]]], NamedTensors]] = {
     "one is missing": lambda named: named[:3] + named[4:],
@@ -66,7 +66,7 @@ def measure(setup: Setup) -> Iterator[Measurement]:
 
 @torch.no_grad()
 def shift(model: torch.nn.Module) -> None:
-    """Every weight, so that one that stays behind shows."""
+    """Change every weight, so that one that is not synced shows."""
     for number, weight in enumerate(model.parameters()):
         weight.mul_(1 + 0.1 * (1 + number % 3))
 
@@ -80,6 +80,6 @@ def raises(kind: type[Exception], call: Callable[[], object]) -> bool:
 
 
 def unlike(groups: Sequence[Group], others: Sequence[Group]) -> float:
-    """How many samples are other tokens."""
+    """Number of samples whose tokens differ."""
     drawn = [[sample.token_ids.tolist() for group in each for sample in group.samples] for each in (groups, others)]
     return float(sum(one != other for one, other in zip(*drawn, strict=True)))

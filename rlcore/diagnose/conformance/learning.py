@@ -1,4 +1,4 @@
-"""A small run that learns, as a user starts it."""
+"""Learning section: a small run, started as a user would, must raise its score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlcore.train import grpo
 
 
 def digits(response: str, answer: str, fields: Mapping[str, Any]) -> float:
-    """The share of digits."""
+    """Reward: the share of digits in the response."""
     return sum(character.isdigit() for character in response) / max(len(response), 1)
 
 

@@ -1,5 +1,5 @@
-"""A whole model on the device against the goldens: log-probabilities, the loss and its gradient, optimizer steps. What was
-saved goes on on another device, and what was drawn is drawn again."""
+"""A whole model on the device against the goldens: log-probabilities, the loss and its gradient, optimizer steps. Also
+checkpoints that move between devices, and restored random states."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def compared(title: str, made: Case, golden: Mapping[str, Any], actor: TorchActo
 
 
 def first_step(title: str, metrics: Metrics, golden: Mapping[str, Any], limit: float) -> Iterator[Measurement]:
-    """What an optimizer step reports."""
+    """Compare the loss and gradient norm of an optimizer step."""
     yield Measurement(f"{title}: loss", abs(loss(metrics, "actor/") / loss(golden) - 1), limit)
     yield Measurement(f"{title}: gradient norm", abs(metrics["grad_norm"] / golden["grad_norm"] - 1), limit)
 
 
 def away(actor: TorchActor, made: Case, expected: Sequence[float]) -> float:
-    """The largest distance of a log-probability."""
+    """Largest absolute error of a log-probability."""
     return float((actor.logprobs(made.batch) - torch.tensor(expected)).abs().max())
 
 
@@ -68,7 +68,7 @@ def loss(parts: Mapping[str, float], prefix: str = "") -> float:
 
 
 def carried(setup: Setup, made: Case) -> Iterator[Measurement]:
-    """A step on one device, saved; the next on the other, beside the one that stayed."""
+    """Save after a step on one device, load on the other, and compare the next step with that of the actor that stayed."""
 
     def fresh(host: bool) -> TorchActor:
         return made.actor(HOST, torch.float32) if host else made.actor(setup.device, torch.float32, setup.backend)
@@ -84,7 +84,7 @@ def carried(setup: Setup, made: Case) -> Iterator[Measurement]:
 
 
 def redrawn(setup: Setup) -> float:
-    """On the device and off it, with dropout, after other draws in between."""
+    """Number of device draws, dropout included, that differ after the random states are restored."""
 
     def draw() -> torch.Tensor:
         ones = torch.ones(1000, device=setup.device)

@@ -1,4 +1,4 @@
-"""The device's kernels against plain torch in float64 on a processor: relative distances of whole tensors."""
+"""The device's kernels against plain torch in float64 on a CPU: relative distances of whole tensors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rlcore.types import Segment
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 HOST = torch.device("cpu")
 SEGMENTS = (Segment(0, 150, (70, 33, 1)), Segment(254, 40, (90, 90)), Segment(474, 30, ()))
-ROW, HEADS, SHARED, WIDTH = 504, 4, 2, 64  # tokens; heads of queries, and of keys
-TARGETS, WORDS, HIDDEN = 300, 1500, 192  # words: more than a tile of the head
+ROW, HEADS, SHARED, WIDTH = 504, 4, 2, 64  # tokens; query heads; key heads; head size
+TARGETS, WORDS, HIDDEN = 300, 1500, 192  # vocabulary: larger than a tile of the head
 SIZES = (1, 4096, 100_003)
 
 Results = list[Tensor]
@@ -45,18 +45,27 @@ def measure(setup: Setup) -> Iterator[Measurement]:
 
 
 def attend(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """What the model's layers call, against the same definition."""
+    """Attention as the model's layers call it, against its definition in plain torch."""
     shapes = [(1, heads, ROW, WIDTH) for heads in (HEADS, SHARED, SHARED)]
     options: Mapping[str, Any] = {"segments": SEGMENTS, "scaling": WIDTH**-0.5}
+
+    def plain(states: Results) -> Sequence[Tensor]:
+        query, key, value = states
+        return [attention.packed_attention(nn.Module(), query, key, value, None, **options)[0]]
+
     return distances(
         [noise(shape, number).to(dtype) for number, shape in enumerate(shapes)], device,
         lambda states: [AttentionInterface()[attention.NAME](nn.Module(), *states, None, **options)[0]],
-        lambda states: [attention.packed_attention(nn.Module(), *states, None, **options)[0]],
+        plain,
     )
 
 
 def score(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     targets = torch.arange(TARGETS) * 7 % WORDS
+
+    def tiled(states: Results) -> Sequence[Tensor]:
+        hidden, weight = states
+        return token_logprobs(hidden, weight, targets.to(device), case.TEMPERATURE)
 
     def whole(states: Results) -> Sequence[Tensor]:
         hidden, weight = states
@@ -65,13 +74,12 @@ def score(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
     hidden, weight = noise((TARGETS, HIDDEN), 0), noise((WORDS, HIDDEN), 1) / HIDDEN**0.5
     return distances(
-        [hidden.to(dtype), weight.to(dtype)], device,
-        lambda states: token_logprobs(*states, targets.to(device), case.TEMPERATURE), whole,
+        [hidden.to(dtype), weight.to(dtype)], device, tiled, whole,
     )
 
 
 def distances(inputs: Results, device: torch.device, call: Call, yardstick: Call) -> tuple[float, float]:
-    """Of outputs, and of the gradients of all inputs."""
+    """Relative distances of the outputs, and of the gradients of all inputs."""
     found = []
     for function, states in ((call, [one.to(device) for one in inputs]), (yardstick, [one.double() for one in inputs])):
         states = [state.detach().requires_grad_() for state in states]
@@ -83,7 +91,7 @@ def distances(inputs: Results, device: torch.device, call: Call, yardstick: Call
 
 
 def fuse(setup: Setup, dtype: torch.dtype) -> float:
-    """The layers of a model before and after the device's kernels have taken their places."""
+    """Distance between a model's layers with and without the device's kernels."""
     made = case.make("text", setup.folder / f"fused {dtype}")
     (packed, *_) = microbatches(made.batch, case.CAP)
     found = []
@@ -97,7 +105,7 @@ def fuse(setup: Setup, dtype: torch.dtype) -> float:
 
 
 def step(setup: Setup) -> float:
-    """Against torch's own, in float64."""
+    """Compare the device's AdamW with torch's own in float64."""
     starts = [noise(shape, number) for number, shape in enumerate(((64, 48), (3000,)))]
     found = []
     for adamw, device, dtype in ((setup.backend.adamw, setup.device, torch.float32), (torch.optim.AdamW, HOST, torch.float64)):
@@ -113,13 +121,13 @@ def step(setup: Setup) -> float:
 
 
 def mark(device: torch.device) -> float:
-    """Of several sizes and types of numbers."""
+    """Number of fingerprints that differ between device and CPU, over several sizes and dtypes."""
     tensors = [noise((size,), size).to(dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16)]
     return float(sum(fingerprint(tensor) != fingerprint(tensor.to(device)) for tensor in tensors))
 
 
 def park(device: torch.device) -> tuple[float, float]:
-    """Tensors with other bytes after they were away, and bytes that their storages had meanwhile."""
+    """Number of tensors changed by offloading, and bytes that their storages kept meanwhile."""
     before = [noise((size,), size) for size in SIZES]
     tensors = [tensor.clone().to(device) for tensor in before]
     parked = OffloadedTensors(lambda: tensors)
@@ -134,6 +142,6 @@ def noise(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def apart(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest distance of two tensors of the same place, relative to their size."""
+    """Largest distance of corresponding tensors, relative to their norm."""
     pairs = [(one.detach().cpu().double(), other.detach().cpu().double()) for one, other in zip(ours, exact, strict=True)]
     return max(float((one - other).norm() / other.norm()) for one, other in pairs)

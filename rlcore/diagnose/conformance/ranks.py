@@ -1,4 +1,4 @@
-"""Two processes with a device each: collectives give exact numbers, and half a model on each gives the goldens."""
+"""Two processes with a device each: collectives are exact, and a model sharded over both matches the goldens."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure(setup: Setup) -> Iterator[Measurement]:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended well; RunError as soon as one has not, since the others may wait for it for good."""
+    """Wait for all ranks; RunError as soon as one fails, since the others may wait for it forever."""
     started = time.monotonic()
     while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
         if time.monotonic() - started > PATIENCE:
@@ -67,12 +67,13 @@ def _free() -> str:
 
 
 def rank(setup: Setup, number: str, address: str, link: str) -> None:
-    """What one of them does; the first writes down what both found."""
-    mine, made = int(number), case.make("text", setup.folder / number)  # made alone: of several, transformers lets one save
+    """Program of one rank; the first writes the measurements of both."""
+    mine, made = int(number), case.make("text", setup.folder / number)  # before joining: in a group, transformers saves on one
     device = setup.backend.device(mine)
     torch.get_device_module(device).set_device(device)
     ranks = world.join(mine, RANKS, address, setup.backend.collectives(), device, 1, 1)
     found = [*collectives(mine, device), *between_pools(setup, made, mine, device, link)]
+    assert ranks.mesh is not None, "there are several ranks"
     for name, dtype in setup.dtypes.items():
         found += halves(made, Sharding(ranks.mesh, dtype), setup, mine, name)
     if mine == 0:
@@ -82,9 +83,9 @@ def rank(setup: Setup, number: str, address: str, link: str) -> None:
 
 
 def collectives(mine: int, device: torch.device) -> Iterator[Measurement]:
-    """Whole numbers, whose sums are exact in every order: how many are wrong on any rank."""
+    """Count wrong results, the most of any rank, on whole numbers, whose sums are exact in every order."""
     each = [torch.arange(1000.0) * (number + 1) for number in range(RANKS)]
-    total = sum(each)
+    total = torch.stack(each).sum(0)
     for where in dict.fromkeys((device, torch.device("cpu"))):
         own, place = each[mine].to(where), where.type
         results = {"all_reduce": own.clone(), "all_reduce of maxima": own.clone(), "broadcast": own.clone()}
@@ -101,7 +102,7 @@ def collectives(mine: int, device: torch.device) -> Iterator[Measurement]:
 
 
 def between_pools(setup: Setup, made: case.Case, mine: int, device: torch.device, address: str) -> Iterator[Measurement]:
-    """Weights through the group that pools have in common."""
+    """Send weights through the group that connects pools."""
     link = WeightBroadcast(setup.backend.group(address, mine, RANKS), device, BUCKET)
     weights = dict(made.actor(device, torch.float32, setup.backend).weights())
     if mine == 0:
@@ -115,7 +116,7 @@ def between_pools(setup: Setup, made: case.Case, mine: int, device: torch.device
 
 
 def halves(made: case.Case, sharding: Sharding, setup: Setup, mine: int, name: str) -> Iterator[Measurement]:
-    """Each rank with half of every weight, and its own of the groups."""
+    """Train a model sharded over the ranks, each with its part of the groups."""
     dtype, golden = sharding.compute_dtype, goldens("text")
     actor = made.actor(setup.backend.device(mine), dtype, setup.backend, sharding)
     title = f"half a model on each, {name}"
@@ -126,7 +127,7 @@ def halves(made: case.Case, sharding: Sharding, setup: Setup, mine: int, name: s
 
 
 def step(actor: TorchActor, made: case.Case, mine: int) -> Metrics:
-    """One optimizer step of all ranks, and what it reports."""
+    """Run one optimizer step on all ranks; returns its metrics."""
     (batch,) = actor.schedule.steps(made.batch, actor.objective, actor.learner.steps)
     statistics_of_ranks: list[Any] = [None] * RANKS
     dist.all_gather_object(statistics_of_ranks, actor.step(deal(batch, RANKS, case.CAP)[mine][0]))
@@ -137,7 +138,7 @@ def step(actor: TorchActor, made: case.Case, mine: int) -> Metrics:
 
 
 def everyones(mine: float) -> float:
-    """The largest of the ranks' numbers."""
+    """Maximum over the ranks."""
     found: list[Any] = [None] * RANKS
     dist.all_gather_object(found, mine)
     return float(max(found))

@@ -1,5 +1,5 @@
-"""Runs the sections one after the other, each in a process of its own, and says what they found: a line a measurement, and a
-file to paste into an issue. Imports no torch."""
+"""Run the sections one after the other, each in a process of its own, and report them: one line per measurement, and a file
+to paste into an issue. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ SECTIONS = {
     "learning": "a small run",
 }
 PROGRAM = ["-m", "rlcore.diagnose.conformance.section"]
-PATIENCE = 900.0  # seconds of one section
-_TAIL = 80  # lines of a section that failed
+PATIENCE = 900.0  # seconds per section
+_TAIL = 80  # lines kept of a failed section's output
 
 
 @dataclass(frozen=True)
 class Section:
-    """What came of one."""
+    """Result of one section."""
 
     name: str
     measurements: Sequence[Measurement]
     seconds: float
-    said: str = ""  # the end of its output, where it did not finish
+    said: str = ""  # end of its output, if it did not finish
 
     @property
     def failures(self) -> int:
@@ -52,7 +52,7 @@ class Section:
 
 
 def run(name: str, config: RunConfig, patience: float = PATIENCE) -> Iterator[Measurement | Section]:
-    """The measurements of a section as they are made, then the whole. One that dies or hangs is a failed measurement."""
+    """Yield a section's measurements as they are made, then the section. A crash or hang is a failed measurement."""
     started, measurements = time.perf_counter(), []
     reading, writing = os.pipe()
     with (
@@ -84,7 +84,7 @@ def run(name: str, config: RunConfig, patience: float = PATIENCE) -> Iterator[Me
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """With all that it started."""
+    """Kill the process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -106,7 +106,7 @@ def closing(sections: Sequence[Section]) -> str:
 
 
 def markdown(config: RunConfig, devices: str, sections: Sequence[Section]) -> str:
-    """The whole as a page."""
+    """Format the whole report as Markdown."""
     options = json.dumps(config.backend.options)
     page = [
         f"# rlcore check --backend {config.backend.name}", "", f"{closing(sections)}.", "",
@@ -134,7 +134,7 @@ def _limit(measurement: Measurement) -> str:
 
 
 def _packages(backend: str) -> list[str]:
-    """Those that decide about numbers, with their versions."""
+    """Packages that affect the numbers, with their versions."""
     decisive = registry.load("doctors", backend).decisive if backend in registry.names("doctors") else ()
     found = {name: host.installed(name) for name in dict.fromkeys(("torch", "transformers", *decisive))}
     return [f"{name} {version or 'not installed'}" for name, version in found.items()]

@@ -1,5 +1,5 @@
 """A process of `rlcore check`: `python -m rlcore.diagnose.conformance.section SETTINGS FOLDER MODULE.FUNCTION [ARGUMENT ...]`.
-The function is imported when the backend is ready."""
+The function is imported once the backend is prepared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOW = {"bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setup:
-    """What a section is given."""
+    """Inputs of a section."""
 
     config: RunConfig
     backend: Backend
@@ -35,13 +35,13 @@ class Setup:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """fp32 always; bf16 where the run file asks for it or the device is at home in it."""
+        """fp32 always; bf16 if the run file asks for it, or under auto if it is the device's default."""
         asked = self.config.model.precision
         return FULL | (LOW if (self.backend.default_precision() if asked == "auto" else asked) == "bf16" else {})
 
 
 def write(setup: Setup, name: str, pipe: str) -> None:
-    """The measurements of a section, a line of JSON each, as soon as they are made."""
+    """Write a section's measurements, a line of JSON each, as soon as they are made."""
     with os.fdopen(int(pipe), "w", encoding="utf-8") as lines:
         for measurement in import_module(f"rlcore.diagnose.conformance.{name}").measure(setup):
             print(json.dumps(asdict(measurement)), file=lines, flush=True)

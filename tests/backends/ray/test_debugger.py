@@ -35,8 +35,8 @@ from rlcore.monitor.heartbeat import publish
 
 class Worker:
     def show(self):
-        self.pulse, place = publish("worker", "here")
-        return place.pid, place.pulse, place.stacks
+        self.heartbeat, place = publish("worker", "here")
+        return place.pid, place.heartbeat, place.stacks
 
     def multiply(self, factor):
         product = 7 * factor

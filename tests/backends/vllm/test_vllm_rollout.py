@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from PIL import Image
-from rlcore_backends.vllm.internals import _derives
+from rlcore_backends.vllm.internals import derives_from_weights
 from rlcore_backends.vllm.manifest import WeightManifest, _product
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -370,10 +370,12 @@ class Rearranged(nn.Module):
 def test_which_layers_may_make_tensors_of_weights(engine):
     layers = dict(engine._runner.get_model().named_modules())
     attention = layers["language_model.model.layers.0.self_attn.attn"]
-    assert hasattr(attention, "process_weights_after_loading") and not _derives(attention) and not _derives(Rearranged())
-    assert _derives(Rearranged(nn.Linear(2, 2))) and not _derives(nn.ModuleList([nn.Linear(2, 2)]))
-    assert _derives(layers["language_model.model.layers.0.self_attn.qkv_proj"])
-    assert not _derives(layers["visual"]) and not _derives(layers["language_model.model.layers.0.self_attn.rotary_emb"])
+    assert hasattr(attention, "process_weights_after_loading") and not derives_from_weights(attention)
+    assert not derives_from_weights(Rearranged())
+    assert derives_from_weights(Rearranged(nn.Linear(2, 2))) and not derives_from_weights(nn.ModuleList([nn.Linear(2, 2)]))
+    assert derives_from_weights(layers["language_model.model.layers.0.self_attn.qkv_proj"])
+    assert not derives_from_weights(layers["visual"])
+    assert not derives_from_weights(layers["language_model.model.layers.0.self_attn.rotary_emb"])
 
 
 @vllm
