@@ -23,6 +23,7 @@ from rlcore.config.algorithm import PRESETS, AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.packing import deal, microbatches
 from rlcore.types import Batch, Group, Row, Sample, TokenView
 
@@ -74,7 +75,9 @@ def actor_of(family, folder, config, cap, sharding=None):
     settings = ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9)
     unclipped = OptimizerConfig(max_grad_norm=1e9)
     model = family.load(folder, torch.float32)
-    return TorchActor(model, family, settings, objective(config, LIMIT), unclipped, MinibatchSchedule(1), sharding=sharding)
+    return TorchActor(
+        LoadedModel(model, family, sharding), settings, objective(config, LIMIT), unclipped, MinibatchSchedule(1)
+    )
 
 
 def gradient_of(actor, batch):

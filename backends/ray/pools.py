@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlcore import registry
 from rlcore.config.loader import validate
+from rlcore.config.placement import PoolShape
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
@@ -52,7 +53,7 @@ def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
     model = resolved.config.model.model_copy(update={"precision": resolved.precision})
     config = resolved.config.model_copy(update={"model": model})  # other nodes' CPUs might choose another
     options = validate(RayOptions, config.placement.options, "placement.options.")
-    total = sum(devices for _, devices, _ in config.pools())
+    total = config.topology.devices
     started = _connect(options, resolved.backend, total)
     backend = resolved.backend.sharing(-(-total // sum(node["Alive"] for node in ray.nodes())))
     backend.given = resolved.backend.given
@@ -69,11 +70,11 @@ def open_pools(resolved: ResolvedModel, watchdog: Watchdog) -> Placement:
 
     try:
         pools: dict[str, Pool] = {}
-        for setting, devices, roles in config.pools():
-            opened.append(_Devices(config, backend, setting, devices, roles, options.wait_seconds, observers, store))
-            trains = not roles.isdisjoint({"actor", "reference"})
+        for shape in config.topology.pools:
+            opened.append(_Devices(config, backend, shape, options.wait_seconds, observers, store))
+            trains = not shape.roles.isdisjoint({"actor", "reference"})
             pool = Pool(opened[-1].members, config.sharding.sequence_parallel if trains else 1, store)
-            pools |= dict.fromkeys(roles, pool)
+            pools |= dict.fromkeys(shape.roles, pool)
         _connect_broadcast(pools["actor"], pools["rollout"])
         if config.placement.reward_workers:
             opened.append(_Scorers(config, observers, store))
@@ -199,16 +200,15 @@ class _Devices:
     """Workers of one pool and their Ray placement group."""
 
     def __init__(
-        self, config: RunConfig, backend: Backend, setting: str, devices: int, roles: set[str], wait_seconds: float,
-        observers: Observers, store: RayStore,
+        self, config: RunConfig, backend: Backend, shape: PoolShape, wait_seconds: float, observers: Observers, store: RayStore
     ) -> None:
         self._processes: list[Any] = []
-        self._group = _reserved(dict(backend.device_resources()), setting, devices, wait_seconds)
+        self._group = _reserved(dict(backend.device_resources()), shape.setting, shape.devices, wait_seconds)
         try:
             nodes = placement_group_table(self._group)["bundles_to_node_id"]
-            neighbours = sorted(range(devices), key=lambda bundle: (nodes[bundle], bundle))
+            neighbours = sorted(range(shape.devices), key=lambda bundle: (nodes[bundle], bundle))
             self._processes = [self._process(backend, bundle) for bundle in neighbours]
-            self.members = self._started(config, backend, setting, roles, observers, store)
+            self.members = self._started(config, backend, shape, observers, store)
         except BaseException:
             self.release()
             raise
@@ -229,14 +229,14 @@ class _Devices:
         ).remote()
 
     def _started(
-        self, config: RunConfig, backend: Backend, setting: str, roles: set[str], observers: Observers, store: RayStore
+        self, config: RunConfig, backend: Backend, shape: PoolShape, observers: Observers, store: RayStore
     ) -> list[Remote]:
         chosen = config.backend.model_copy(update={"name": backend.name})
         config = config.model_copy(update={"backend": chosen})
-        size, kind = len(self._processes), " ".join(["worker", *setting.split(".")[2:-1]])
+        size, kind = len(self._processes), " ".join(["worker", *shape.setting.split(".")[2:-1]])
         members = [Remote(process, f"{kind} {rank} of {size}", store) for rank, process in enumerate(self._processes)]
         _show(members, observers)
-        results([member.ask(Process.open, config, backend.options, sorted(roles)) for member in members])
+        results([member.ask(Process.open, config, backend.options, sorted(shape.roles)) for member in members])
         if size > 1:
             address = members[0].ask(Process.rendezvous_address).result()
             results([member.ask(Process.join, rank, size, address) for rank, member in enumerate(members)])

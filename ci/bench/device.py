@@ -20,6 +20,7 @@ from typing import Any
 from rlcore import registry
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
+from rlcore.model.loaded import LoadedModel
 
 SHAPES = {  # width, layers, query heads, key heads, inner width, words
     "tiny": (256, 2, 4, 2, 768, 8192),
@@ -86,8 +87,8 @@ def measure(shape: str, options: Any, backend: Any, dtype: Any, name: str) -> No
     settings = ForwardSettings(device, dtype, options.micro_batch, 1.0)
     goal = objective(AlgorithmConfig(), options.response_tokens)
     actor = TorchActor(
-        model if options.no_fuse else backend.fuse(model), family, settings, goal, OptimizerConfig(),
-        MinibatchSchedule(total_steps=99), adamw=backend.adamw,
+        LoadedModel(model if options.no_fuse else backend.fuse(model), family), settings, goal, OptimizerConfig(),
+        MinibatchSchedule(total_steps=99), backend.adamw,
     )  # fmt: skip
     counts = hasattr(states, "max_memory_allocated")
     actor.update(batch)  # compiles, and makes the optimizer's moments

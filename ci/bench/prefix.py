@@ -12,6 +12,7 @@ import stack
 
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
+from rlcore.model.loaded import LoadedModel
 
 GROUPS, SAMPLES, PROMPT, RESPONSE = 4, 8, 128, 64
 UNCLIPPED = 1e9
@@ -49,7 +50,7 @@ def main() -> None:
 
     settings = ForwardSettings(torch.device("cpu"), torch.float32, max_tokens=16_384, temperature=1.0)
     packed = TorchActor(
-        family.load(folder, torch.float32), family, settings, objective(AlgorithmConfig(), RESPONSE),
+        LoadedModel(family.load(folder, torch.float32), family), settings, objective(AlgorithmConfig(), RESPONSE),
         OptimizerConfig(max_grad_norm=UNCLIPPED), MinibatchSchedule(total_steps=repeats),
     )  # fmt: skip
     padded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")

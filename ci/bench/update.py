@@ -15,6 +15,7 @@ import stack
 
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
+from rlcore.model.loaded import LoadedModel
 
 SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples of each, prompt tokens, most response tokens
 BOUNDS, BOOKKEEPING = {"fp32": 1.3, "bf16": 1.6}, 0.02  # the targets
@@ -44,7 +45,7 @@ def main() -> None:
     settings = ForwardSettings(torch.device("cpu"), dtype, options.max_tokens, 1.0)
     goal = objective(AlgorithmConfig(), response)
     model = stack.backend().fuse(family.load(folder, torch.float32))
-    actor = TorchActor(model, family, settings, goal, OptimizerConfig(), MinibatchSchedule(total_steps=9))
+    actor = TorchActor(LoadedModel(model, family), settings, goal, OptimizerConfig(), MinibatchSchedule(total_steps=9))
     bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, dtype)
     actor.update(batch)  # makes the optimizer's moments
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]

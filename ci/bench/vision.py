@@ -15,6 +15,7 @@ import stack
 from rlcore import registry
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
+from rlcore.model.loaded import LoadedModel
 
 PROMPTS, SAMPLES, RESPONSE, SIDE = 4, 8, 32, 448  # pixels: 16 x 16 merged patches
 TARGET = 2.0
@@ -62,8 +63,8 @@ def main() -> None:
     settings = ForwardSettings(torch.device("cpu"), torch.float32, 4096, 1.0)
     encoder = VisionEncoder(family.vision_tower(models[0]), family, settings, images_per_batch=PROMPTS)
     goal, optimizer = objective(AlgorithmConfig(), RESPONSE), OptimizerConfig(lr=1e-9)
-    actor = TorchActor(models[0], family, settings, goal, optimizer, MinibatchSchedule(total_steps=99))
-    reference = TorchReference(models[1], family, settings)
+    actor = TorchActor(LoadedModel(models[0], family), settings, goal, optimizer, MinibatchSchedule(total_steps=99))
+    reference = TorchReference(LoadedModel(models[1], family), settings)
     read: list[int] = []
     for model in models:
         family.vision_tower(model).register_forward_hook(lambda _, inputs, given, __: read.append(len(given["grid_thw"])),

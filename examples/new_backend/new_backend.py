@@ -37,7 +37,8 @@ class NewBackend(Backend):
     """Facts of the device. Nothing imports torch before a method is called that needs it."""
 
     name: ClassVar[str] = "new"
-    Options: ClassVar[type[NewOptions]] = NewOptions
+    Options = NewOptions
+    options: NewOptions
 
     def environment(self) -> Mapping[str, str]:
         return {"OMP_NUM_THREADS": str(min(self.options.threads, len(os.sched_getaffinity(0))))}

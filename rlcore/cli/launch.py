@@ -21,7 +21,7 @@ def run_launch(options: argparse.Namespace) -> int:
     launcher = kind({name: value for name, value in given.items() if value is not None}, os.environ)
     options.overrides = [*_placed(options, launcher.devices), *options.overrides]
     config = load_settings(options)
-    wanted = sum(devices for _, devices, _ in config.pools())
+    wanted = config.topology.devices
     if launcher.devices is not None and wanted > launcher.devices:
         raise ConfigError(f"placement: {wanted} devices, but all nodes have {launcher.devices}; lower it, or add nodes")
     place = [*(["--run-dir", str(options.run_dir)] if options.run_dir else []), *(["--resume"] if options.resume else [])]

@@ -47,14 +47,4 @@ def run_check(options: argparse.Namespace) -> int:
     if not path.parent.is_dir():
         raise ConfigError(f"--report: {path.parent} is no folder; give a file in one")
     prepared_backend(config)
-    sections = []
-    for section in options.only or SECTIONS:
-        print(f"{section}: {SECTIONS[section]}", flush=True)
-        for found in conformance.run(section, config):
-            if isinstance(found, conformance.Section):
-                sections.append(found)
-            else:
-                print(conformance.line(found), flush=True)
-    path.write_text(conformance.markdown(config, devices, sections), encoding="utf-8")
-    print(f"{conformance.closing(sections)}; report: {path}")
-    return 1 if any(section.failures for section in sections) else 0
+    return 0 if conformance.check(config, devices, options.only or tuple(SECTIONS), path) else 1

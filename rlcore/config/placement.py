@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from pydantic import (
     NonNegativeFloat,
@@ -32,6 +33,7 @@ class ShardingConfig(Strict):
 
 
 COMPANIONS = {"reference": "actor", "vision": "rollout"}
+ROLES = ("actor", "reference", "rollout", "vision")
 """Role whose pool a role joins that no pool lists."""
 
 
@@ -89,3 +91,26 @@ class PlacementConfig(Strict):
     def apart(self) -> bool:
         """Whether sampling and training are on different devices."""
         return not any({"actor", "rollout"} <= set(pool.roles) for pool in self.pools.values()) and bool(self.pools)
+
+
+class PoolShape(NamedTuple):
+    """Size and roles of one pool."""
+
+    setting: str  # run-file key of its size
+    devices: int
+    roles: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All pools of a run. Each role is in one of them."""
+
+    pools: tuple[PoolShape, ...]
+
+    @property
+    def devices(self) -> int:
+        return sum(pool.devices for pool in self.pools)
+
+    def of(self, role: str) -> PoolShape:
+        """The pool that has this role."""
+        return next(pool for pool in self.pools if role in pool.roles)

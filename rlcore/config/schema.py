@@ -8,7 +8,7 @@ from pydantic import (
 )
 
 from rlcore.config.algorithm import AlgorithmConfig
-from rlcore.config.placement import COMPANIONS, PlacementConfig, ShardingConfig
+from rlcore.config.placement import COMPANIONS, ROLES, PlacementConfig, PoolShape, ShardingConfig, Topology
 from rlcore.config.sections import (
     BackendConfig,
     CriticConfig,
@@ -87,27 +87,29 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _devices_divide(self) -> RunConfig:
         copies = self.sharding.replicas * self.sharding.sequence_parallel
-        for name, devices, roles in self.pools():
+        for setting, devices, roles in self.topology.pools:
             parts = {"sharding.replicas x sharding.sequence_parallel": copies} if {"actor", "reference"} & roles else {}
             parts |= {"rollout.tensor_parallel": self.rollout.tensor_parallel} if "rollout" in roles else {}
             for key, part in parts.items():
                 if devices % part:
-                    raise ValueError(f"{name}: {devices} devices cannot be split into equal parts of {part} ({key})")
+                    raise ValueError(f"{setting}: {devices} devices cannot be split into equal parts of {part} ({key})")
         return self
 
-    def pools(self) -> list[tuple[str, int, set[str]]]:
-        """(setting, devices, roles) of every pool. A role that no pool lists joins its companion's pool."""
+    @property
+    def topology(self) -> Topology:
+        """Pools of the run. A role that no pool lists joins its companion's pool."""
         placement = self.placement
         if not placement.pools:
-            return [("placement.devices", placement.devices, {"actor", *COMPANIONS, "rollout"})]
+            return Topology((PoolShape("placement.devices", placement.devices, frozenset(ROLES)),))
         listed = {role for pool in placement.pools.values() for role in pool.roles}
-        return [
-            (
+        joining = {role: other for role, other in COMPANIONS.items() if role not in listed}
+        return Topology(tuple(
+            PoolShape(
                 f"placement.pools.{name}.devices", pool.devices,
-                {*pool.roles, *(role for role, other in COMPANIONS.items() if role not in listed and other in pool.roles)},
+                frozenset(pool.roles) | {role for role, other in joining.items() if other in pool.roles},
             )
             for name, pool in placement.pools.items()
-        ]  # fmt: skip
+        ))  # fmt: skip
 
     @model_validator(mode="after")
     def _one_tower_reads_for_all(self) -> RunConfig:

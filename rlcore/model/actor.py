@@ -6,45 +6,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
-from rlcore.distributed.fsdp import Sharding, accumulated, gathered, read
+from rlcore.distributed.fsdp import gathered, read
 from rlcore.model import lora
-from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import ADAMW, Learner, StepStatistics, combined
-from rlcore.model.packing import microbatches
-from rlcore.model.reference import TorchReference
-from rlcore.protocols import ModelFamily
+from rlcore.model.forward import Forward, ForwardSettings
+from rlcore.model.loaded import LoadedModel, TrainedModel
+from rlcore.model.optimizer import ADAMW, StepStatistics, combined
 from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
 
-class TorchActor(TorchReference):
+class TorchActor(TrainedModel):
     """The model under training, with its optimizer."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        family: ModelFamily,
-        settings: ForwardSettings,
-        objective: Objective,
-        optimizer: OptimizerConfig,
-        schedule: MinibatchSchedule,
-        publish_lora: bool = False,
-        sharding: Sharding | None = None,
-        source: Path | None = None,
-        tower: nn.Module | None = None,
-        adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
-    ) -> None:
+        self, loaded: LoadedModel, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
+        schedule: MinibatchSchedule, adamw: Callable[..., torch.optim.Optimizer] = ADAMW, publish_lora: bool = False,
+    ) -> None:  # fmt: skip
         """`publish_lora`: `weights` yields only the LoRA weights."""
-        super().__init__(model, family, settings, sharding, source, tower)
-        self.objective, self.schedule, self._publish_additions = objective, schedule, publish_lora
-        self._sharding = sharding
-        self.learner = Learner(model, optimizer, schedule.total_steps, adamw)
-        self.learner.optimizer.register_step_post_hook(self.working.expire)
+        forward = Forward(loaded.module, loaded.family, settings)
+        super().__init__(forward, loaded, settings, loaded.module, optimizer, schedule, adamw)
+        self.objective, self._publish_lora = objective, publish_lora
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        return self.run(batch, lambda packed: self.forward(packed, entropy=False)[0])
 
     def update(self, batch: Batch) -> Metrics:
         """Take one optimizer step per minibatch of the schedule; returns their combined metrics."""
@@ -58,10 +47,10 @@ class TorchActor(TorchReference):
     def weights(self) -> NamedTensors:
         """Yield every parameter once, under its Hugging Face name and in the compute dtype, with LoRA merged; a tied head is
         its embedding. At most one bucket is gathered at a time."""
-        named = lora.additions(self.model) if self._publish_additions else lora.merged(self.model)
+        named = lora.additions(self.model) if self._publish_lora else lora.merged(self.model)
         published = ((self.family.hf_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
-        dealt = self._sharding
-        return gathered(published, dealt.bucket_bytes, dealt.exchange) if dealt else gathered(published)
+        sharding = self.loaded.sharding
+        return gathered(published, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(published)
 
     def save(self, folder: Path) -> None:
         lora.save_merged(self.model, folder / "model")
@@ -81,9 +70,8 @@ class TorchActor(TorchReference):
         """Yield, per micro-batch, the indices in [N] of the tokens that count, and their loss."""
         if not batch.denominator:
             return
-        rows = microbatches(batch, self.settings.max_tokens, self.objective.whole_groups)
         with self.working():
-            for packed in accumulated(self.forward, rows, self._sharding):
+            for packed in self.rows(batch, self.objective.whole_groups):
                 logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]
                 here = mask.to(logprobs.device)

@@ -16,12 +16,11 @@ from rlcore.algorithms.objective import Reduction, tokens
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
-from rlcore.distributed.fsdp import Sharding, accumulated, at_rest, collected, fill, read
+from rlcore.distributed.fsdp import collected, fill
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import ADAMW, Learner, StepStatistics, combined
-from rlcore.model.packing import microbatches
-from rlcore.model.precision import WorkingCopy, hold_frozen
+from rlcore.model.loaded import LoadedModel, TrainedModel
+from rlcore.model.optimizer import ADAMW, StepStatistics, combined
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
 
@@ -47,35 +46,20 @@ class ValueForward(nn.Module):
         return part.all_of(values, packed.sources)  # cloned above: an FSDP module must not return a view
 
 
-class TorchCritic:
+class TorchCritic(TrainedModel):
     """Estimates the expected return before each response token."""
 
     def __init__(
-        self, model: nn.Module, family: ModelFamily, settings: ForwardSettings, algorithm: AlgorithmConfig,
-        optimizer: OptimizerConfig, schedule: MinibatchSchedule, sharding: Sharding | None = None, source: Path | None = None,
-        adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
-    ) -> None:
-        self.settings, self.schedule, self._sharding = settings, schedule, sharding
-        self.forward = ValueForward(model, family, settings)
-        hold_frozen(self.forward, settings.compute_dtype)
-        if sharding:
-            sharding.apply(self.forward, family.blocks(model))
-        if source:
-            read(self.forward, model, family.hf_name, source, sharding.home if sharding else settings.device)
-        self.working = WorkingCopy(self.forward, settings.compute_dtype, made_elsewhere=sharding is not None)
-        self.learner = Learner(self.forward, optimizer, schedule.total_steps, adamw)
-        self.learner.optimizer.register_step_post_hook(self.working.expire)
+        self, loaded: LoadedModel, settings: ForwardSettings, algorithm: AlgorithmConfig, optimizer: OptimizerConfig,
+        schedule: MinibatchSchedule, adamw: Callable[..., torch.optim.Optimizer] = ADAMW,
+    ) -> None:  # fmt: skip
+        forward = ValueForward(loaded.module, loaded.family, settings)
+        super().__init__(forward, loaded, settings, forward, optimizer, schedule, adamw)
         self._loss = partial(ppo.value_loss, clip=algorithm.value_clip)
 
-    @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
         """[N] float32."""
-        result = torch.empty(len(batch.loss_mask))
-        with self.working():
-            for packed in microbatches(batch, self.settings.max_tokens):
-                result[packed.index] = self.forward(packed).cpu()
-        at_rest(self.forward)
-        return result
+        return self.run(batch, self.forward)
 
     def update(self, batch: Batch) -> Metrics:
         """Take one optimizer step per minibatch of the schedule, towards `batch.returns`; returns their combined metrics."""
@@ -101,7 +85,7 @@ class TorchCritic:
         if not batch.denominator:
             return
         with self.working():
-            for packed in accumulated(self.forward, microbatches(batch, self.settings.max_tokens), self._sharding):
+            for packed in self.rows(batch):
                 mask = batch.loss_mask[packed.index]
                 index = packed.index[mask]
                 values = self.forward(packed)[mask.to(self.settings.device)]

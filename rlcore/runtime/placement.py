@@ -14,13 +14,14 @@ from typing import Any
 
 from rlcore import registry
 from rlcore.algorithms.task import training_task
+from rlcore.config.placement import ROLES
 from rlcore.config.schema import RunConfig
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Span
 from rlcore.runtime.pool import AnyWorker, Here, Member, Pool, R, Store, results
 from rlcore.runtime.roles import PooledActor, PooledCritic, PooledEncoder, PooledReference, PooledReward, PooledRollout
 from rlcore.runtime.watchdog import Watchdog
-from rlcore.runtime.worker import ROLES, Worker
+from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Metrics, Receipt
 
 _PINGS = 5

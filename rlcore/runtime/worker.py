@@ -16,6 +16,7 @@ from torch import Tensor
 from rlcore.algorithms.task import TrainingTask, training_task
 from rlcore.checkpoint.folder import writing
 from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
+from rlcore.config.placement import ROLES
 from rlcore.distributed import world
 from rlcore.distributed.broadcast import WeightBroadcast
 from rlcore.distributed.fsdp import Sharding
@@ -23,6 +24,7 @@ from rlcore.errors import ConfigError
 from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.critic import TorchCritic
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.optimizer import Learner, StepStatistics
 from rlcore.model.reference import TorchReference
 from rlcore.model.resolved import ResolvedModel
@@ -35,7 +37,6 @@ from rlcore.runtime.memory import MemoryManager, OffloadedTensors, memory
 from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
 
 T = TypeVar("T")
-ROLES = ("actor", "reference", "rollout", "vision")
 
 
 class Worker:
@@ -48,12 +49,8 @@ class Worker:
         """`heartbeat`: beats whenever a role finishes a piece of work. `put`: turns a tensor of an answer into a reference, for
         answers that other workers read and the controller does not."""
         self._put = put
-        self.resolved, self.config, self.roles, self.heartbeat = (
-            resolved,
-            resolved.config,
-            frozenset(roles),
-            heartbeat or Heartbeat(),
-        )
+        self.resolved, self.config, self.roles = resolved, resolved.config, frozenset(roles)
+        self.heartbeat = heartbeat or Heartbeat()
         device = resolved.settings.device
         if not torch.get_device_module(device).is_available():
             raise ConfigError(
@@ -98,8 +95,8 @@ class Worker:
             if (tower := self.resolved.encoder_tower(model)) is not None:
                 tower.requires_grad_(False)
             self.critic = TorchCritic(
-                model, self.resolved.family, self._settings(), self.config.algorithm, self.config.critic.optimizer,
-                task.schedule, self._sharding(), source, self.resolved.backend.adamw,
+                LoadedModel(model, self.resolved.family, self._sharding(), source), self._settings(), self.config.algorithm,
+                self.config.critic.optimizer, task.schedule, self.resolved.backend.adamw,
             )  # fmt: skip
         self._register_memory()
 
@@ -111,21 +108,21 @@ class Worker:
         return resolved.backend.fuse(resolved.family.meta_model(folder, torch.float32)), folder
 
     def _build(self, task: TrainingTask, folder: Path, trained: bool, compared: bool) -> None:
-        resolved, sharding = self.resolved, self._sharding()
+        resolved = self.resolved
         model, source = self._model(folder)
         settings = replace(self._settings(), temperature=task.temperature)
         additions = self.config.model.lora is not None and trained  # with LoRA off, the model is the reference
         tower = resolved.encoder_tower(model)
         fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
+        loaded = LoadedModel(model, resolved.family, self._sharding(), source, tower)
         if trained:
             self.actor = TorchActor(
-                resolved.trainable(model), resolved.family, settings, task.objective, task.optimizer, task.schedule,
-                publish_lora=resolved.additions is not None, sharding=sharding, source=source, tower=tower,
-                adamw=resolved.backend.adamw,
+                replace(loaded, module=resolved.trainable(model)), settings, task.objective, task.optimizer, task.schedule,
+                resolved.backend.adamw, publish_lora=resolved.additions is not None,
             )  # fmt: skip
         if compared:
             self.reference = LoraOffReference(self.actor) if self.actor and additions else TorchReference(
-                fixed.requires_grad_(False), resolved.family, settings, sharding, source, tower
+                replace(loaded, module=fixed.requires_grad_(False)), settings
             )  # fmt: skip
         if self.actor and resolved.tower_folder:
             replace_tower(self.actor.model, resolved.family, resolved.tower_folder)

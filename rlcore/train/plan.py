@@ -76,8 +76,7 @@ def _optimizer_steps(config: RunConfig) -> str:
 
 def _data_ranks(config: RunConfig) -> int:
     """Data-parallel ranks: the actor's devices divided by sequence_parallel."""
-    devices = next(devices for _, devices, roles in config.pools() if "actor" in roles)
-    return devices // config.sharding.sequence_parallel
+    return config.topology.of("actor").devices // config.sharding.sequence_parallel
 
 
 def _each(ranks: int) -> str:
@@ -85,11 +84,10 @@ def _each(ranks: int) -> str:
 
 
 def _devices(config: RunConfig) -> str:
-    pools = config.pools()
     idle = {"reference"} if not config.algorithm.kl_coef and not config.dpo else set()
     idle |= set() if config.model.images_are_read_once else {"vision"}
-    parts = [f"{devices} for {', '.join(sorted(roles - idle))}" for _, devices, roles in pools]
-    return f"{sum(devices for _, devices, _ in pools)} = {' + '.join(parts)} ({config.placement.kind})"
+    parts = [f"{pool.devices} for {', '.join(sorted(pool.roles - idle))}" for pool in config.topology.pools]
+    return f"{config.topology.devices} = {' + '.join(parts)} ({config.placement.kind})"
 
 
 def _evaluations(config: RunConfig) -> str:

@@ -27,6 +27,7 @@ from rlcore.errors import ConfigError
 from rlcore.model.actor import TorchActor
 from rlcore.model.critic import OBJECTIVE, TorchCritic
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.packing import deal
 from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder
@@ -55,15 +56,15 @@ def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, s
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     return TorchActor(
-        model, family, settings_of(cap, sequence), Objective(loss, aggregation.token_mean, tokens), UNCLIPPED,
-        MinibatchSchedule(1), sharding=sharding, tower=family.vision_tower(model) if frozen else None,
+        LoadedModel(model, family, sharding, tower=family.vision_tower(model) if frozen else None), settings_of(cap, sequence),
+        Objective(loss, aggregation.token_mean, tokens), UNCLIPPED, MinibatchSchedule(1),
     )  # fmt: skip
 
 
 def critic_of(folder, sequence=None, sharding=None):
     family = adapter_of(folder)
     model, settings = family.load(folder, torch.float32), settings_of(CAP, sequence)
-    role = TorchCritic(model, family, settings, AlgorithmConfig(), UNCLIPPED, MinibatchSchedule(1), sharding)
+    role = TorchCritic(LoadedModel(model, family, sharding), settings, AlgorithmConfig(), UNCLIPPED, MinibatchSchedule(1))
     fill([("head", role.forward.head.weight)], {"head": torch.linspace(-1, 1, 96)[None]})
     return role
 

@@ -17,6 +17,7 @@ from rlcore.config.sections import OptimizerConfig
 from rlcore.model.actor import TorchActor
 from rlcore.model.critic import TorchCritic
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.types import Batch, Group, Row, Sample
 
 
@@ -40,7 +41,9 @@ def actor(family, folder, dtype):
     settings = ForwardSettings(torch.device("cpu"), dtype, 256, 1.0)
     model = family.load(folder, torch.float32)
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, family, settings, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(total_steps=1))
+    return TorchActor(
+        LoadedModel(model, family), settings, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(total_steps=1)
+    )
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_a_critic_begins_with_nothing_and_goes_on_from_what_it_saved(family, tin
         settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
         model = family.load(tiny_llama, torch.float32)
         return TorchCritic(
-            model, family, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(total_steps=4)
+            LoadedModel(model, family), settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(total_steps=4)
         )
 
     first, returns = critic(), torch.linspace(-1, 1, len(batch.loss_mask))

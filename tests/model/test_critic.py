@@ -15,6 +15,7 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.critic import TorchCritic
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.types import Batch, Group, Row, Sample
 
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 4096, 1.0)
@@ -39,7 +40,9 @@ def batch(family):
 def critic_of(family, folder, **settings):
     """With a head that says something: a new one says 0."""
     model = family.load(folder, torch.float32)
-    critic = TorchCritic(model, family, SETTINGS, AlgorithmConfig(**settings), OptimizerConfig(lr=1e-3), MinibatchSchedule(1))
+    critic = TorchCritic(
+        LoadedModel(model, family), SETTINGS, AlgorithmConfig(**settings), OptimizerConfig(lr=1e-3), MinibatchSchedule(1)
+    )
     torch.nn.init.normal_(critic.forward.head.weight, generator=torch.Generator().manual_seed(0))
     return critic
 
@@ -75,7 +78,7 @@ def test_the_clip_of_the_run_file_reaches_the_loss(family, tiny_llama, batch, cl
 
 def test_a_new_critic_expects_nothing(family, tiny_llama, batch):
     model = family.load(tiny_llama, torch.float32)
-    critic = TorchCritic(model, family, SETTINGS, AlgorithmConfig(), OptimizerConfig(), MinibatchSchedule(1))
+    critic = TorchCritic(LoadedModel(model, family), SETTINGS, AlgorithmConfig(), OptimizerConfig(), MinibatchSchedule(1))
     assert not critic.values(batch).any()
 
 
@@ -83,7 +86,7 @@ def test_in_bf16_it_runs_on_what_it_has_just_learned(family, tiny_llama, batch):
     """Its copies of the weights, beside a new one's that was given the weights."""
     settings = replace(SETTINGS, compute_dtype=torch.bfloat16)
     learned, fresh = (
-        TorchCritic(model, family, settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(1))
+        TorchCritic(LoadedModel(model, family), settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(1))
         for model in (family.load(tiny_llama, torch.float32) for _ in range(2))
     )
     before = learned.values(batch)

@@ -16,6 +16,7 @@ from rlcore.errors import ConfigError
 from rlcore.model import lora
 from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.reference import TorchReference
 from rlcore.rollout import sampler as torch_sampler
 from rlcore.types import Batch, Group, Row, Sample, Sampling
@@ -45,7 +46,9 @@ def with_additions(family, folder, **settings):
 
 def actor_of(model, family):
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, family, SETTINGS, objective, OptimizerConfig(lr=0.05), MinibatchSchedule(total_steps=3))
+    return TorchActor(
+        LoadedModel(model, family), SETTINGS, objective, OptimizerConfig(lr=0.05), MinibatchSchedule(total_steps=3)
+    )
 
 
 @pytest.fixture
@@ -57,13 +60,13 @@ def trained(family, tiny_llama, batch):
 
 
 def test_they_change_nothing_until_they_learn(family, tiny_llama, batch):
-    before = TorchReference(plain(family, tiny_llama), family, SETTINGS).logprobs(batch)
+    before = TorchReference(LoadedModel(plain(family, tiny_llama), family), SETTINGS).logprobs(batch)
     assert torch.equal(actor_of(with_additions(family, tiny_llama), family).logprobs(batch), before)
 
 
 def test_only_they_learn_and_the_reference_stays_the_model_without_them(trained, family, tiny_llama, batch):
     fresh = plain(family, tiny_llama)
-    before = TorchReference(fresh, family, SETTINGS).logprobs(batch)
+    before = TorchReference(LoadedModel(fresh, family), SETTINGS).logprobs(batch)
     assert (trained.logprobs(batch) - before).abs().max() > 0.1
     assert torch.equal(LoraOffReference(trained).logprobs(batch), before)
     assert (trained.logprobs(batch) - before).abs().max() > 0.1, "switched on again"
@@ -83,7 +86,7 @@ def test_the_engine_and_the_saved_folder_hold_the_sum(trained, family, tiny_llam
     trained.save(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not any(".lora_" in name or "base_layer" in name for name, _ in saved.named_parameters())
-    loaded = TorchReference(family.load(tmp_path / "model", torch.float32), family, SETTINGS)
+    loaded = TorchReference(LoadedModel(family.load(tmp_path / "model", torch.float32), family), SETTINGS)
     assert torch.allclose(loaded.logprobs(batch), trained.logprobs(batch), atol=1e-5)
 
 

@@ -17,6 +17,7 @@ from rlcore.config.sections import OptimizerConfig
 from rlcore.errors import NonFinite
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.optimizer import StepStatistics, combined, learning_rate
 from rlcore.model.resolved import _checkpoint_layers
 from rlcore.types import Batch, Group, Row, Sample, TokenLoss
@@ -42,7 +43,9 @@ def batch_of(family, length=3, **fields):
 @pytest.fixture
 def actor(family, tiny_llama):
     model = family.load(tiny_llama, torch.float32)
-    return TorchActor(model, family, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), MinibatchSchedule(1))
+    return TorchActor(
+        LoadedModel(model, family), SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), MinibatchSchedule(1)
+    )
 
 
 def rates(**settings):
@@ -100,7 +103,11 @@ def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_no_number
         count = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         actor = TorchActor(
-            model, family, SETTINGS, objective(AlgorithmConfig(), 8), OptimizerConfig(lr=1e-3), MinibatchSchedule(1)
+            LoadedModel(model, family),
+            SETTINGS,
+            objective(AlgorithmConfig(), 8),
+            OptimizerConfig(lr=1e-3),
+            MinibatchSchedule(1),
         )
         results.append(actor.update(batch_of(family)))
         runs.append(len(count))
@@ -121,7 +128,7 @@ def actor_of(family, folder, schedule=None, kind=None, **settings):
     model = family.load(folder, torch.float32)
     config = OptimizerConfig(**{"lr": 1e-3, **settings})
     return TorchActor(
-        model, family, SETTINGS, kind or objective(AlgorithmConfig(), 8), config, schedule or MinibatchSchedule(1)
+        LoadedModel(model, family), SETTINGS, kind or objective(AlgorithmConfig(), 8), config, schedule or MinibatchSchedule(1)
     )
 
 

@@ -10,6 +10,7 @@ from test_actor import actor, batch, family  # noqa: F401 - fixtures
 from rlcore import registry
 from rlcore.config.sections import LoraConfig
 from rlcore.model import lora
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.precision import WorkingCopy, hold_frozen, lookup
 from rlcore.model.reference import TorchReference
 from rlcore.rollout import sampler as torch_sampler
@@ -100,7 +101,7 @@ def test_tied_weights_have_one_copy_and_one_gradient(models):
 
 def test_what_does_not_learn_is_held_in_the_compute_dtype(rounded, family, tiny_llama, batch):  # noqa: F811
     """A reference, and what low-rank additions stand beside; the additions themselves learn in float32."""
-    fixed = TorchReference(family.load(tiny_llama, torch.float32).requires_grad_(False), family, rounded.settings)
+    fixed = TorchReference(LoadedModel(family.load(tiny_llama, torch.float32).requires_grad_(False), family), rounded.settings)
     assert {weight.dtype for weight in fixed.model.parameters()} == {LOW} and not fixed.working.tensors()
     assert torch.equal(fixed.logprobs(batch), rounded.logprobs(batch))
     model = family.load(tiny_llama, torch.float32)

@@ -29,6 +29,7 @@ from rlcore.config.sections import ModelConfig, OptimizerConfig, RolloutConfig
 from rlcore.errors import ConfigError
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.packing import deal
 from rlcore.model.reference import TorchReference
 from rlcore.model.resolved import ResolvedModel
@@ -128,7 +129,7 @@ def actor_of(family, folder, frozen):
     family.vision_tower(model).requires_grad_(not frozen)
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
     return TorchActor(
-        model, family, SETTINGS, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(4, minibatches=3, epochs=2)
+        LoadedModel(model, family), SETTINGS, objective, OptimizerConfig(lr=1e-3), MinibatchSchedule(4, minibatches=3, epochs=2)
     )
 
 
@@ -162,7 +163,7 @@ def test_embeddings_keep_the_precision_that_the_policy_computes_in(family, folde
     model = family.load(folder, torch.float32).requires_grad_(False)
     embedded = encoder_of(family, model, settings=settings).embed(prompts)
     assert {prompt.vision["image_embeds"].dtype for prompt in embedded if prompt.vision} == {torch.bfloat16}
-    role = TorchReference(model, family, settings)
+    role = TorchReference(LoadedModel(model, family), settings)
     assert torch.allclose(role.logprobs(batch_of(embedded)), role.logprobs(batch_of(prompts)), atol=2e-2)
 
 
@@ -173,7 +174,7 @@ def test_embeddings_change_no_number_of_any_role(family, folder, prompts, read):
         actor = actor_of(family, folder, frozen=True)
         batch = batch_of(encoder_of(family, actor.model).embed(prompts) if once else prompts)
         read.take()
-        before = TorchReference(actor.model, family, SETTINGS).logprobs(batch)
+        before = TorchReference(LoadedModel(actor.model, family), SETTINGS).logprobs(batch)
         metrics = actor.update(batch)
         results.append((before, metrics, actor.logprobs(batch), list(actor.model.parameters())))
         assert (read.take()[0] == 0) == once

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from rlcore import registry
 from rlcore.cli.main import main
+from rlcore.config.placement import ROLES
 from rlcore.config.schema import RunConfig
 from rlcore.errors import PluginError
 from rlcore.model.resolved import ResolvedModel
@@ -30,7 +31,7 @@ from rlcore.runtime.placement import Placement
 from rlcore.runtime.pool import Pool, merged
 from rlcore.runtime.roles import PooledRollout
 from rlcore.runtime.watchdog import Watchdog
-from rlcore.runtime.worker import ROLES, Worker
+from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Prompt, Receipt, Row, Sampling
 
 STEPS, CALLS = 3, 20  # steps, and rewards of each

@@ -21,6 +21,7 @@ from rlcore.device import Backend
 from rlcore.distributed.fsdp import Sharding
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.model.loading import model_type
 from rlcore.model.optimizer import ADAMW
 from rlcore.protocols import ModelFamily
@@ -63,10 +64,10 @@ class Case:
     ) -> TorchActor:
         """Build an actor as in a run; without a backend, in plain torch."""
         model = self.family.load(self.folder, torch.float32).to(device)
+        loaded = LoadedModel(backend.fuse(model) if backend else model, self.family, sharding)
         return TorchActor(
-            backend.fuse(model) if backend else model, self.family, ForwardSettings(device, dtype, CAP, TEMPERATURE),
-            objective(ALGORITHM, LONGEST), OPTIMIZER, MinibatchSchedule(STEPS), sharding=sharding,
-            adamw=backend.adamw if backend else ADAMW,
+            loaded, ForwardSettings(device, dtype, CAP, TEMPERATURE), objective(ALGORITHM, LONGEST), OPTIMIZER,
+            MinibatchSchedule(STEPS), backend.adamw if backend else ADAMW,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import IO
 
 from rlcore import registry
@@ -49,6 +50,21 @@ class Section:
     @property
     def failures(self) -> int:
         return sum(measurement.verdict == "FAIL" for measurement in self.measurements)
+
+
+def check(config: RunConfig, devices: str, names: Sequence[str], path: Path) -> bool:
+    """Run the named sections, print every measurement as it is made, write the report; True if all are within their limits."""
+    sections = []
+    for name in names:
+        print(f"{name}: {SECTIONS[name]}", flush=True)
+        for found in run(name, config):
+            if isinstance(found, Section):
+                sections.append(found)
+            else:
+                print(line(found), flush=True)
+    path.write_text(markdown(config, devices, sections), encoding="utf-8")
+    print(f"{closing(sections)}; report: {path}")
+    return not any(section.failures for section in sections)
 
 
 def run(name: str, config: RunConfig, patience: float = PATIENCE) -> Iterator[Measurement | Section]:

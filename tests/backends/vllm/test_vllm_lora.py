@@ -20,6 +20,7 @@ from rlcore.errors import RunError
 from rlcore.model import lora
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
+from rlcore.model.loaded import LoadedModel
 from rlcore.types import Batch, Row, Sampling
 
 SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
@@ -33,7 +34,9 @@ def publisher(family, folder, **settings):
         for _, tensor in lora.additions(model):
             tensor.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TorchActor(model, family, SETTINGS, objective, OptimizerConfig(), MinibatchSchedule(1), publish_lora=True)
+    return TorchActor(
+        LoadedModel(model, family), SETTINGS, objective, OptimizerConfig(), MinibatchSchedule(1), publish_lora=True
+    )
 
 
 def engine_of(name, family, folder, backend, **settings):
