@@ -1,11 +1,11 @@
-"""A backend as somebody else brings it: this module, and the entry point in pyproject.toml.
+"""A third-party backend: this module, and the entry point in pyproject.toml.
 
     pip install --no-deps examples/new_backend
     rlcore check --backend new
     rlcore grpo examples/quickstart.yaml --backend new
 
-Its device is the processor, which every machine has; its kernels are two that show where kernels go. What a device may say of
-itself stands in rlcore/device.py, whose defaults are what is not said here.
+Its device is the CPU, which every machine has, with two kernels as examples. All that a backend can define, with defaults, is in
+rlcore/device.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 class NewOptions(Strict):
     threads: PositiveInt = 2
-    """Of one process."""
+    """CPU threads per process."""
 
 
 class NewBackend(Backend):
-    """Facts of the device. Nothing imports torch before a method is called that needs it."""
+    """Describes the device. torch is imported only inside methods that need it."""
 
     name: ClassVar[str] = "new"
     Options = NewOptions
@@ -62,13 +62,13 @@ class NewBackend(Backend):
         import torch
         from rlcore_backends.cpu.backend import cure_torchvision
 
-        cure_torchvision()  # where an engine's build of torch and torchvision's do not fit together
+        cure_torchvision()  # for engines whose torch and torchvision builds do not match
         from rlcore.model import attention
 
         attention.use(one_by_one, (torch.float32, torch.bfloat16))
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Norms in one call each, where the model has them in four."""
+        """Replace each RMSNorm of four operators by one call."""
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(norm, module)
@@ -76,14 +76,14 @@ class NewBackend(Backend):
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: float) -> Tensor:
-    """`rlcore.model.attention.Kernel`: each span by itself. A real device has one call for all of them."""
+    """`rlcore.model.attention.Kernel`: one call per span. A real device has one call for all of them."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     own, seen = spans.query_lengths, spans.key_lengths
     outputs = []
     for q, k, v in zip(query.split(own), key.split(seen), value.split(seen), strict=True):
-        before = len(k) - len(q)  # keys that every query sees
+        before = len(k) - len(q)  # keys that every query attends to
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(before)
         states = (each.transpose(0, 1)[None] for each in (q, k, v))
         attended = scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=True)
@@ -92,7 +92,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Ragged, scale: 
 
 
 def norm(self: Any, states: Tensor) -> Tensor:
-    """The method of a norm that is float32 inside, whatever it is given."""
+    """Forward of an RMSNorm, computed in float32 for any input dtype."""
     from torch.nn.functional import rms_norm
 
     return self.weight * rms_norm(states.float(), self.weight.shape, eps=self.variance_epsilon).to(states.dtype)
