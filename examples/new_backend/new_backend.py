@@ -4,8 +4,8 @@
     rlcore check --backend new
     rlcore grpo examples/quickstart.yaml --backend new
 
-Its device is the CPU, which every machine has, with two kernels as examples. All that a backend can define, with defaults, is in
-rlcore/device.py.
+Its device is the CPU, which every machine has, with two kernels as examples. All that a backend can define, with defaults, is
+in rlcore/device.py.
 """
 
 from __future__ import annotations
