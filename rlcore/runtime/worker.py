@@ -1,38 +1,33 @@
-"""The roles of one process on one device, and the weight sync between them."""
+"""The roles of one process on one device: what a placement calls."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rlcore.algorithms.task import TrainingTask, training_task
+from rlcore.algorithms.task import training_task
 from rlcore.checkpoint.folder import writing
 from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
 from rlcore.config.placement import ROLES
 from rlcore.distributed import world
 from rlcore.distributed.broadcast import WeightBroadcast
-from rlcore.distributed.fsdp import Sharding
 from rlcore.errors import ConfigError
 from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.critic import TorchCritic
-from rlcore.model.forward import ForwardSettings
-from rlcore.model.loaded import LoadedModel
 from rlcore.model.optimizer import Learner, StepStatistics
 from rlcore.model.reference import TorchReference
 from rlcore.model.resolved import ResolvedModel
-from rlcore.model.vision import VisionEncoder, lone_tower, replace_tower
+from rlcore.model.vision import VisionEncoder
 from rlcore.monitor.clock import Clock, Span
 from rlcore.monitor.heartbeat import Heartbeat
-from rlcore.protocols import Rollout, VisionModelFamily
-from rlcore.runtime.factory import start_rollout
+from rlcore.protocols import Reference, Rollout
+from rlcore.runtime.factory import Factory
 from rlcore.runtime.memory import MemoryManager, OffloadedTensors, memory
 from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
 
@@ -62,7 +57,7 @@ class Worker:
         self.ranks = world.ALONE
         self.encoder: VisionEncoder | None = None
         self.actor: TorchActor | None = None
-        self.reference: TorchReference | LoraOffReference | None = None
+        self.reference: Reference | None = None
         self.critic: TorchCritic | None = None
         self.rollout: Rollout | None = None
         self._broadcast: WeightBroadcast | None = None
@@ -77,7 +72,7 @@ class Worker:
     def start_engine(self) -> None:
         """Start the engine; it gets its weights by `sync` or `receive`."""
         if "rollout" in self.roles:
-            self.rollout = start_rollout(self.resolved, self.heartbeat.beat)
+            self.rollout = self._factory.rollout()
             self.memory_manager.register("engine", self.rollout)
 
     def load(self, command: str, folder: Path | None = None) -> None:
@@ -85,57 +80,15 @@ class Worker:
         self.encoder = self.actor = self.reference = self.critic = None
         task, trained = training_task(command, self.config), "actor" in self.roles
         compared = task.compared and "reference" in self.roles
+        factory = self._factory
         if trained or compared:
             seed_random_states(self.config.seed)  # same on every rank
-            self._build(task, folder or self.resolved.folder, trained, compared)
+            self.actor, self.reference = factory.policy(task, folder or self.resolved.folder, trained, compared)
         if "vision" in self.roles and self.config.model.images_are_read_once:
-            self.encoder = self._encoder()
+            self.encoder = factory.encoder(self.actor)
         if trained and command == "grpo" and self.config.critic:
-            model, source = self._model(self.resolved.critic_folder())
-            if (tower := self.resolved.encoder_tower(model)) is not None:
-                tower.requires_grad_(False)
-            self.critic = TorchCritic(
-                LoadedModel(model, self.resolved.family, self._sharding(), source), self._settings(), self.config.algorithm,
-                self.config.critic.optimizer, task.schedule, self.resolved.backend.adamw,
-            )  # fmt: skip
+            self.critic = factory.critic(task, self.config.critic)
         self._register_memory()
-
-    def _model(self, folder: Path) -> tuple[torch.nn.Module, Path | None]:
-        """A model; of a meta model, also the folder to read its weights from. LoRA needs a loaded base model."""
-        resolved = self.resolved
-        if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
-            return resolved.backend.fuse(resolved.load(folder)), None
-        return resolved.backend.fuse(resolved.family.meta_model(folder, torch.float32)), folder
-
-    def _build(self, task: TrainingTask, folder: Path, trained: bool, compared: bool) -> None:
-        resolved = self.resolved
-        model, source = self._model(folder)
-        settings = replace(self._settings(), temperature=task.temperature)
-        additions = self.config.model.lora is not None and trained  # with LoRA off, the model is the reference
-        tower = resolved.encoder_tower(model)
-        fixed = copy.deepcopy(model, {id(tower): tower}) if trained and compared and not additions else model
-        loaded = LoadedModel(model, resolved.family, self._sharding(), source, tower)
-        if trained:
-            self.actor = TorchActor(
-                replace(loaded, module=resolved.trainable(model)), settings, task.objective, task.optimizer, task.schedule,
-                resolved.backend.adamw, publish_lora=resolved.additions is not None,
-            )  # fmt: skip
-        if compared:
-            self.reference = LoraOffReference(self.actor) if self.actor and additions else TorchReference(
-                replace(loaded, module=fixed.requires_grad_(False)), settings
-            )  # fmt: skip
-        if self.actor and resolved.tower_folder:
-            replace_tower(self.actor.model, resolved.family, resolved.tower_folder)
-
-    def _encoder(self) -> VisionEncoder:
-        """Build the vision encoder, with the actor's tower if that is in this process."""
-        resolved = self.resolved
-        if self.actor:
-            tower = resolved.family.vision_tower(self.actor.model)
-        else:
-            tower = lone_tower(resolved.family, resolved.folder, resolved.tower_folder, resolved.settings.device)
-        family = cast(VisionModelFamily, resolved.family)  # a family whose models have a vision tower implements this protocol
-        return VisionEncoder(_there(tower), family, self._settings(), self.config.vision.images_per_batch)
 
     def _register_memory(self) -> None:
         """Register each role's tensors with the memory manager."""
@@ -182,7 +135,7 @@ class Worker:
     def connect_broadcast(self, rank: int, size: int, address: str) -> None:
         """Join the group that broadcasts weights to the engines of other pools; rank 0 sends."""
         group = self.resolved.backend.group(address, rank, size)
-        self._broadcast = WeightBroadcast(group, self.resolved.settings.device, self._bucket)
+        self._broadcast = WeightBroadcast(group, self.resolved.settings.device, self._factory.bucket_bytes)
 
     def send(self) -> None:
         """All-gather the actor's weights on every rank; the first rank sends them."""
@@ -248,24 +201,9 @@ class Worker:
     def memory(self) -> Metrics:
         return {**memory(self.resolved.settings.device), **self.memory_manager.memory()}
 
-    def _settings(self) -> ForwardSettings:
-        """The model's forward settings, with this process's sequence-parallel group and heartbeat."""
-        return replace(self.resolved.settings, sequence=self.ranks.sequence, beat=self.heartbeat.beat)
-
-    def _sharding(self) -> Sharding | None:
-        mesh, config, backend = self.ranks.mesh, self.config.sharding, self.resolved.backend
-        if mesh is None:
-            return None
-        exchange = backend.exchange(mesh.get_group(mesh.ndim - 1), self._bucket)
-        return Sharding(
-            mesh, self.resolved.settings.compute_dtype, config.cpu_offload, exchange, self._bucket,
-            sum_each=config.gradient_sync == "each",
-        )  # fmt: skip
-
     @property
-    def _bucket(self) -> int:
-        """Bucket size in bytes: half of what may be gathered at once, since two buckets alternate."""
-        return self.config.sharding.bucket_mib * 2**20 // 2
+    def _factory(self) -> Factory:
+        return Factory(self.resolved, self.ranks, self.heartbeat.beat)
 
 
 def _weights(roles: Sequence[TorchActor | TorchCritic], tower: torch.nn.Module | None) -> Iterator[Tensor]:
