@@ -103,20 +103,20 @@ class RayLauncher:
         environment = {**self._environment, **_additions(options, self._environment), **self._malloc()}
         device = backend.sharing(options.devices_per_node).device_resources()
         resources = {name: amount * options.devices_per_node for name, amount in device.items()}
-        place = lifecycle.Place(
+        setup = lifecycle.NodeSetup(
             options.nnodes, resources, current, node_address.endpoint(master, options.ray_port), options.wait_seconds,
             environment, _arguments(options, resources), options.ray_temp_dir,
         )  # fmt: skip
         with Interruption():
-            return self._lead(place, trainer) if master == current else lifecycle.follow(place)
+            return self._lead(setup, trainer) if master == current else lifecycle.follow(setup)
 
-    def _lead(self, place: lifecycle.Place, trainer: Sequence[str]) -> int:
+    def _lead(self, setup: lifecycle.NodeSetup, trainer: Sequence[str]) -> int:
         assert self._options is not None
         node_address.refuse_taken(self._options.ray_port, "RAY_PORT")
         node_address.refuse_taken(self._options.dashboard_port, "DASHBOARD_PORT")
-        cluster.create_token(cluster.token_file(place.environment))
+        cluster.create_token(cluster.token_file(setup.environment))
         places = [f"--dashboard-host={self._options.dashboard_host}", f"--dashboard-port={self._options.dashboard_port}"]
-        return lifecycle.lead(place, trainer, self._options.ray_port, places)
+        return lifecycle.lead(setup, trainer, self._options.ray_port, places)
 
     def _visit(self, trainer: Sequence[str]) -> int:
         """Train in the cluster that RAY_ADDRESS names, and leave it as it is."""

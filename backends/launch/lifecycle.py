@@ -24,7 +24,7 @@ MEMBERS, END = "members", "end"  # keys of the head's notes: the run's nodes, an
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeSetup:
     """One node's settings in the run."""
 
     nodes: int
@@ -51,14 +51,14 @@ class Place:
 # the head
 
 
-def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[str]) -> int:
+def lead(setup: NodeSetup, trainer: Sequence[str], port: int, arguments: Sequence[str]) -> int:
     """Run the head's part; the trainer's exit status. arguments: head options of `ray start`."""
-    head = Head(place.head, cluster.read_token(place.environment))
-    with place.ray("--head", f"--port={port}", *arguments) as own:
+    head = Head(setup.head, cluster.read_token(setup.environment))
+    with setup.ray("--head", f"--port={port}", *arguments) as own:
         end: dict[str, Any] = {"status": 1, "reason": "the launcher on the head failed"}
         try:
-            nodes = gather(place, own, head)
-            status = train(trainer, {**place.environment, "RAY_ADDRESS": place.head}, _Watch(head, nodes))
+            nodes = gather(setup, own, head)
+            status = train(trainer, {**setup.environment, "RAY_ADDRESS": setup.head}, _Watch(head, nodes))
             own.keep_logs = status != 0
             end = {"status": status, "reason": f"the trainer ended with status {status}"}
         except (RlcoreError, KeyboardInterrupt) as error:
@@ -69,20 +69,20 @@ def lead(place: Place, trainer: Sequence[str], port: int, arguments: Sequence[st
     return status
 
 
-def gather(place: Place, own: RayNode, head: Head) -> list[Node]:
+def gather(setup: NodeSetup, own: RayNode, head: Head) -> list[Node]:
     """Wait for all nodes of the run with all their devices; the nodes."""
     nodes = started(own, head)
-    deadline = time.monotonic() + place.wait_seconds
+    deadline = time.monotonic() + setup.wait_seconds
     said = 0
     while True:
         if len(nodes) != said:
             said = len(nodes)
-            say(f"{said} of {place.nodes} nodes: {_listed(nodes)}")
-        _refuse_misfits(place, nodes)
-        if len(nodes) == place.nodes:
+            say(f"{said} of {setup.nodes} nodes: {_listed(nodes)}")
+        _refuse_misfits(setup, nodes)
+        if len(nodes) == setup.nodes:
             break
         if time.monotonic() > deadline:
-            raise RunError(_missing(place, nodes))
+            raise RunError(_missing(setup, nodes))
         time.sleep(LOOK_SECONDS)
         own.check()
         with contextlib.suppress(Unreachable):  # busy; if Ray had ended, the check would raise
@@ -104,25 +104,25 @@ def started(own: RayNode, head: Head) -> list[Node]:
     raise RunError(f"Ray does not start on this node within {START_SECONDS:g} s; its logs are in {own.folder}")
 
 
-def _missing(place: Place, nodes: Sequence[Node]) -> str:
+def _missing(setup: NodeSetup, nodes: Sequence[Node]) -> str:
     return (
-        f"{place.nodes - len(nodes)} of {place.nodes} nodes did not come within {place.wait_seconds:g} s; there: "
-        f"{_listed(nodes)}. Start the same command on each node that is missing, with its way to {place.head} open and the "
+        f"{setup.nodes - len(nodes)} of {setup.nodes} nodes did not come within {setup.wait_seconds:g} s; there: "
+        f"{_listed(nodes)}. Start the same command on each node that is missing, with its way to {setup.head} open and the "
         "head's token; where it runs already, its output says what it waits for. WAIT_SECONDS waits longer"
     )
 
 
-def _refuse_misfits(place: Place, nodes: Sequence[Node]) -> None:
-    if len(nodes) > place.nodes:
+def _refuse_misfits(setup: NodeSetup, nodes: Sequence[Node]) -> None:
+    if len(nodes) > setup.nodes:
         raise ConfigError(
-            f"NNODES: {place.nodes}, but {len(nodes)} nodes came: {_listed(nodes)}; stop the extra ones, or set "
+            f"NNODES: {setup.nodes}, but {len(nodes)} nodes came: {_listed(nodes)}; stop the extra ones, or set "
             f"NNODES={len(nodes)} on every node"
         )
     for node in nodes:
-        for name, amount in place.resources.items():
+        for name, amount in setup.resources.items():
             if (there := node.resources.get(name, 0)) != amount:
                 raise ConfigError(
-                    f"DEVICES_PER_NODE: {node.address} gives {there:g} {name} and {place.address} {amount:g}; set the same "
+                    f"DEVICES_PER_NODE: {node.address} gives {there:g} {name} and {setup.address} {amount:g}; set the same "
                     "number, of like devices, on every node"
                 )
 
@@ -171,38 +171,38 @@ def _dismiss(own: RayNode, head: Head, end: Mapping[str, Any]) -> None:
 # the followers
 
 
-def follow(place: Place) -> int:
+def follow(setup: NodeSetup) -> int:
     """Run a follower's part; the trainer's exit status, as reported by the head."""
-    head = _find_head(place)
-    with place.ray(f"--address={place.head}") as own:
-        gives = " and ".join(f"{amount:g} {name}" for name, amount in place.resources.items())
-        say(f"{place.address} joins the head at {place.head} with {gives}")
-        end = _stay(place, own, head)
+    head = _find_head(setup)
+    with setup.ray(f"--address={setup.head}") as own:
+        gives = " and ".join(f"{amount:g} {name}" for name, amount in setup.resources.items())
+        say(f"{setup.address} joins the head at {setup.head} with {gives}")
+        end = _stay(setup, own, head)
         own.keep_logs = end["status"] != 0
     say(f"the run is over: {end['reason']}")
     return int(end["status"])
 
 
-def _find_head(place: Place) -> Head:
+def _find_head(setup: NodeSetup) -> Head:
     """Wait for the head to answer; skips one that is ending an earlier run."""
-    file = cluster.token_file(place.environment)
-    deadline = time.monotonic() + place.wait_seconds
+    file = cluster.token_file(setup.environment)
+    deadline = time.monotonic() + setup.wait_seconds
     while True:
         problem = f"there is no token at {file}; bring the head's there, or name its file with RAY_AUTH_TOKEN_PATH"
         if cluster.there(file):
             try:
-                head = Head(place.head, cluster.read_token(place.environment))
+                head = Head(setup.head, cluster.read_token(setup.environment))
                 if head.read(END) is None:
                     return head
-                problem = f"the run at {place.head} is ending"
+                problem = f"the run at {setup.head} is ending"
             except Unreachable as error:
                 problem = f"{error}; is it started, with this MASTER_ADDR and RAY_PORT?"
         if time.monotonic() > deadline:
-            raise RunError(f"{place.address} waited {place.wait_seconds:g} s for the head: {problem}")
+            raise RunError(f"{setup.address} waited {setup.wait_seconds:g} s for the head: {problem}")
         time.sleep(LOOK_SECONDS)
 
 
-def _stay(place: Place, own: RayNode, head: Head) -> dict[str, Any]:
+def _stay(setup: NodeSetup, own: RayNode, head: Head) -> dict[str, Any]:
     """Wait for the run's end; how it ended. ConfigError when the run started without this node."""
     answered = time.monotonic()
     while time.monotonic() - answered < SILENT_SECONDS:
@@ -214,11 +214,11 @@ def _stay(place: Place, own: RayNode, head: Head) -> dict[str, Any]:
                 return dict(end)
             if members is not None and own.name not in members:
                 raise ConfigError(
-                    f"NNODES: the run at {place.head} has its {len(members)} nodes, and {place.address} is one too many"
+                    f"NNODES: the run at {setup.head} has its {len(members)} nodes, and {setup.address} is one too many"
                 )
         own.check()
     raise RunError(
-        f"the head at {place.head} has not answered for {SILENT_SECONDS:g} s: it was killed, or the network between is cut"
+        f"the head at {setup.head} has not answered for {SILENT_SECONDS:g} s: it was killed, or the network between is cut"
     )
 
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlcore.errors import WorkerDied
-from rlcore.monitor.heartbeat import Condition, Place, observe
+from rlcore.monitor.heartbeat import Condition, ProcessHandle, observe
 
 PATIENCE = 10.0  # seconds for a node to answer
 
@@ -21,23 +21,23 @@ PATIENCE = 10.0  # seconds for a node to answer
 class Observer:
     """Actor on one node that reads its workers' heartbeats, without involving the workers."""
 
-    def look(self, places: Sequence[Place], with_stacks: bool) -> list[Condition]:
-        with ThreadPoolExecutor(len(places)) as pool:
-            return list(pool.map(lambda place: observe(place, with_stacks), places))
+    def look(self, handles: Sequence[ProcessHandle], with_stacks: bool) -> list[Condition]:
+        with ThreadPoolExecutor(len(handles)) as pool:
+            return list(pool.map(lambda handle: observe(handle, with_stacks), handles))
 
 
 class Observers:
     """One `Observer` on each node that has workers."""
 
     def __init__(self) -> None:
-        self._places: dict[str, list[Place]] = {}  # by Ray's node id
+        self._handles: dict[str, list[ProcessHandle]] = {}  # by Ray's node id
         self._observers: dict[str, Any] = {}
         self._closed, self._looking = False, threading.Lock()
 
-    def add(self, node: str, place: Place) -> None:
+    def add(self, node: str, handle: ProcessHandle) -> None:
         """Register a worker on the node with Ray's id `node`."""
         with self._looking:
-            self._places.setdefault(node, []).append(place)
+            self._handles.setdefault(node, []).append(handle)
             if node not in self._observers:
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 self._observers[node] = Observer.options(scheduling_strategy=there).remote()
@@ -47,7 +47,7 @@ class Observers:
         with self._looking:
             if self._closed:
                 return []
-            asked = {node: self._observers[node].look.remote(places, with_stacks) for node, places in self._places.items()}
+            asked = {node: self._observers[node].look.remote(handles, with_stacks) for node, handles in self._handles.items()}
             if asked:
                 ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
             return [one for node, answer in asked.items() for one in self._answer(node, answer)]
@@ -63,7 +63,7 @@ class Observers:
             return ray.get(answer, timeout=0)
         except RayError as error:
             reason = f"its node has not answered for {PATIENCE:.0f} s ({type(error).__name__})"
-            return [Condition(place.who, str(place), trouble=reason) for place in self._places[node]]
+            return [Condition(handle.who, str(handle), trouble=reason) for handle in self._handles[node]]
 
 
 def died(who: str, where: str, method: str, error: RayActorError) -> WorkerDied:

@@ -25,7 +25,7 @@ from rlcore.config.sections import Strict
 from rlcore.device import Backend
 from rlcore.errors import ConfigError, RlcoreError
 from rlcore.model.resolved import ResolvedModel
-from rlcore.monitor.heartbeat import Place, publish
+from rlcore.monitor.heartbeat import ProcessHandle, publish
 from rlcore.runtime import jemalloc
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.pool import P, Pool, R, results
@@ -91,10 +91,10 @@ class Process:
     def __init__(self) -> None:
         self.outbox = Outbox()
 
-    def show(self, who: str) -> tuple[str, Place]:
+    def show(self, who: str) -> tuple[str, ProcessHandle]:
         """Start the heartbeat; Ray's id of this node, and where observers on it find the heartbeat."""
-        self.heartbeat, place = publish(who, ray.util.get_node_ip_address())
-        return ray.get_runtime_context().get_node_id(), place
+        self.heartbeat, handle = publish(who, ray.util.get_node_ip_address())
+        return ray.get_runtime_context().get_node_id(), handle
 
     def open(self, config: RunConfig, options: Any, roles: Sequence[str]) -> None:
         with self.heartbeat.stage("open"):
@@ -182,9 +182,9 @@ class Remote:
 def _show(members: Sequence[Remote], observers: Observers) -> None:
     """Register the members with the observers, and set their location for messages."""
     shown = results([member.ask(Process.show, member.name) for member in members])
-    for member, (node, place) in zip(members, shown, strict=True):
-        member.where = str(place)
-        observers.add(node, place)
+    for member, (node, handle) in zip(members, shown, strict=True):
+        member.where = str(handle)
+        observers.add(node, handle)
 
 
 def _connect_broadcast(actor: Pool, rollout: Pool) -> None:

@@ -43,7 +43,7 @@ class VllmLoraRollout(VllmRollout):
     ) -> None:
         super().__init__(llm, family, beat, min(sleep_level, 1))  # base weights are never sent again
         self._dtype, self._lora = dtype, lora
-        self._folder = tempfile.TemporaryDirectory(prefix="rlcore-additions-")
+        self._folder = tempfile.TemporaryDirectory(prefix="rlcore-lora-")
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """`weights` are the LoRA weights alone. RunError names those that the engine refused or does not hold."""
@@ -60,7 +60,7 @@ class VllmLoraRollout(VllmRollout):
         try:
             self._llm.llm_engine.add_lora(request)
         except Exception as error:
-            raise RunError(f"weight sync: the engine refused the additions of version {version}: {error!r}") from error
+            raise RunError(f"weight sync: the engine refused the LoRA weights of version {version}: {error!r}") from error
         self._forget()
         checking = time.perf_counter()
         scale = self._lora.alpha / self._lora.rank
@@ -85,9 +85,9 @@ class VllmLoraRollout(VllmRollout):
         """The LoRA matrix in the engine's only slot, without padding to the maximum rank; None where it has no such layer."""
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
         layers = self._runner.lora_manager._adapter_manager.modules
-        place = locate(self._runner.get_model(), f"{layer}.weight", layers.__contains__)
-        if place.layer not in layers:
+        slot = locate(self._runner.get_model(), f"{layer}.weight", layers.__contains__)
+        if slot.layer not in layers:
             return None
-        owner = layers[place.layer]
+        owner = layers[slot.layer]
         stacked = owner.lora_a_stacked if kind == "lora_A" else owner.lora_b_stacked
-        return stacked[place.index][0, 0, : like.shape[0], : like.shape[1]].contiguous()
+        return stacked[slot.index][0, 0, : like.shape[0], : like.shape[1]].contiguous()

@@ -41,7 +41,7 @@ class _Product:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Slot:
     """Where the engine keeps a tensor: part `index` of the rows of `parameter` of a layer."""
 
     layer: str
@@ -49,7 +49,7 @@ class _Place:
     index: int
 
 
-def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
+def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> Slot:
     """Place of a tensor given by its Hugging Face name; `has` says whether a layer exists."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is not None and hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: its mapper holds names only
@@ -59,8 +59,8 @@ def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> _Place:
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in _fused(model).items():
         if leaf in parts and has(f"{parent}.{fused}"):
-            return _Place(f"{parent}.{fused}", parameter, parts.index(leaf))
-    return _Place(layer, parameter, 0)
+            return Slot(f"{parent}.{fused}", parameter, parts.index(leaf))
+    return Slot(layer, parameter, 0)
 
 
 def _fused(model: nn.Module) -> dict[str, list[str]]:
@@ -78,44 +78,44 @@ class WeightManifest:
         self._fused = _fused(model)
         self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
         self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
-        self.needed = {place for name, _ in model.named_parameters() for place in self._places_of(name)}
+        self.needed = {slot for name, _ in model.named_parameters() for slot in self._slots_of(name)}
         self.tied = self._tied_heads()
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._shapes = {self.place(name): list(shape) for name, shape in shapes.items()}
+        self._shapes = {self.slot(name): list(shape) for name, shape in shapes.items()}
 
-    def place(self, name: str) -> _Place:
+    def slot(self, name: str) -> Slot:
         """Place of a tensor given by its Hugging Face name."""
         return locate(self.model, name, self._has)
 
-    def admit(self, name: str, tensor: Tensor) -> _Place:
+    def admit(self, name: str, tensor: Tensor) -> Slot:
         """The tensor's place; RunError, before the engine sees it, for an unknown name or wrong shape."""
-        place = self.place(name)
-        if place not in self.needed and place.layer not in self.tied:
+        slot = self.slot(name)
+        if slot not in self.needed and slot.layer not in self.tied:
             raise RunError(f"weight sync: unexpected tensor {name}: the engine has no such weight; is this the served model?")
-        shape = self._shapes.get(place, list(tensor.shape))
+        shape = self._shapes.get(slot, list(tensor.shape))
         if list(tensor.shape) != shape:
             raise RunError(f"weight sync: {name} was sent as {list(tensor.shape)}, the engine holds {shape}")
-        return place
+        return slot
 
-    def part(self, place: _Place, tensor: Tensor) -> Tensor:
+    def part(self, slot: Slot, tensor: Tensor) -> Tensor:
         """This tensor-parallel rank's shard of the tensor."""
-        layer = self.model.get_submodule(place.layer)
+        layer = self.model.get_submodule(slot.layer)
         if getattr(layer, "tp_size", 1) == 1:
             return tensor
         sizes = getattr(layer, "output_sizes", None)
-        if sizes and place.index == 0 and len(tensor) == sum(sizes) and len(sizes) > 1:  # fused in the checkpoint already
+        if sizes and slot.index == 0 and len(tensor) == sum(sizes) and len(sizes) > 1:  # fused in the checkpoint already
             return torch.cat([_rows_of(layer, index, one) for index, one in enumerate(tensor.split(sizes))])
-        return _rows_of(layer, place.index, tensor)
+        return _rows_of(layer, slot.index, tensor)
 
-    def as_held(self, place: _Place, tensor: Tensor) -> Tensor:
+    def as_held(self, slot: Slot, tensor: Tensor) -> Tensor:
         """Cast to the dtype it is served in. A CPU with AMX keeps biases of a bfloat16 model in float32."""
-        return tensor.to(self._dtypes.get(f"{place.layer}.{place.parameter}", self.dtype))
+        return tensor.to(self._dtypes.get(f"{slot.layer}.{slot.parameter}", self.dtype))
 
-    def title(self, place: _Place) -> str:
+    def title(self, slot: Slot) -> str:
         """The tensor's name in the engine, with the part's name in place of a fused layer's."""
-        parent, _, leaf = place.layer.rpartition(".")
+        parent, _, leaf = slot.layer.rpartition(".")
         parts = self._fused.get(leaf)
-        return f"{parent}.{parts[place.index]}.{place.parameter}" if parts else f"{place.layer}.{place.parameter}"
+        return f"{parent}.{parts[slot.index]}.{slot.parameter}" if parts else f"{slot.layer}.{slot.parameter}"
 
     def transfer(self, version: int) -> WeightTransfer:
         return WeightTransfer(self, version)
@@ -127,9 +127,9 @@ class WeightManifest:
         dense, column = module.quant_method.apply(module, probe, None)
         return _Product(dense, column)
 
-    def heads_fed_by(self, place: _Place) -> list[str]:
+    def heads_fed_by(self, slot: Slot) -> list[str]:
         """Output heads that multiply by this tensor: their own weight, or the embedding they are tied to."""
-        return [head for head in self.heads if place.parameter == "weight" and place.layer in (head, self.tied.get(head))]
+        return [head for head in self.heads if slot.parameter == "weight" and slot.layer in (head, self.tied.get(head))]
 
     def packed_bytes(self) -> int:
         """Bytes of the packed layers."""
@@ -158,9 +158,9 @@ class WeightManifest:
             return False
         return True
 
-    def _places_of(self, name: str) -> list[_Place]:
+    def _slots_of(self, name: str) -> list[Slot]:
         layer, _, parameter = name.rpartition(".")
-        return [_Place(layer, parameter, index) for index in range(len(self._fused.get(layer.rpartition(".")[2], [0])))]
+        return [Slot(layer, parameter, index) for index in range(len(self._fused.get(layer.rpartition(".")[2], [0])))]
 
     def _tied_heads(self) -> dict[str, str]:
         """Head layer -> the embedding layer it shares its weight with."""
@@ -180,7 +180,7 @@ class WeightTransfer:
         self._version = version
         self._parts: dict[tuple[str, str], dict[int, tuple[str, torch.Size]]] = defaultdict(dict)
         self._sent: dict[str, Any] = {}
-        self._names: dict[_Place, str] = {}
+        self._names: dict[Slot, str] = {}
         self.last = ""
         self.tensors = self.bytes = 0
         self.seconds = 0.0
@@ -198,23 +198,23 @@ class WeightTransfer:
         compare(self._sent, held)
 
     def _note(self, name: str, tensor: Tensor) -> None:
-        manifest, place = self._manifest, self._manifest.admit(name, tensor)
+        manifest, slot = self._manifest, self._manifest.admit(name, tensor)
         self.last = name
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
-        tensor = manifest.part(place, tensor).to(manifest.dtype)
-        self._names[place] = name
-        self._parts[place.layer, place.parameter][place.index] = (name, tensor.shape)
-        packed = place.layer in manifest.packed and place.parameter == "weight"
-        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(manifest.as_held(place, tensor))
-        for head in manifest.heads_fed_by(place):
+        tensor = manifest.part(slot, tensor).to(manifest.dtype)
+        self._names[slot] = name
+        self._parts[slot.layer, slot.parameter][slot.index] = (name, tensor.shape)
+        packed = slot.layer in manifest.packed and slot.parameter == "weight"
+        self._sent[name] = _product(tensor, self._version) if packed else fingerprint(manifest.as_held(slot, tensor))
+        for head in manifest.heads_fed_by(slot):
             self._sent[_served(head)] = _product(tensor, self._version)
 
     def _held(self) -> dict[str, Any]:
         """Fingerprints of what the engine holds, by Hugging Face name; by the engine's name where a tensor was not sent."""
         manifest = self._manifest
-        missing = [place for place in manifest.needed if place not in self._names]
-        incomplete = {(place.layer, place.parameter) for place in missing}
-        held: dict[str, Any] = {manifest.title(place): None for place in missing}
+        missing = [slot for slot in manifest.needed if slot not in self._names]
+        incomplete = {(slot.layer, slot.parameter) for slot in missing}
+        held: dict[str, Any] = {manifest.title(slot): None for slot in missing}
         for (layer, parameter), parts in self._parts.items():
             if (layer, parameter) in incomplete:
                 held |= {name: self._sent[name] for name, _ in parts.values()}  # offsets of the other parts are unknown

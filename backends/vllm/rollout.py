@@ -32,7 +32,7 @@ class VllmRollout:
     def __init__(self, llm: LLM, family: ModelFamily, beat: Callable[[], None], sleep_level: int) -> None:
         """`sleep_level`: vLLM's sleep level; 0 where its sleep mode is off."""
         self._llm, self._beat = llm, beat
-        self._adapter = family
+        self._family = family
         self._runner = model_runner(llm)
         self.version: int | None = 0
         self._request: LoRARequest | None = None  # the LoRA weights to sample with
@@ -142,7 +142,7 @@ class VllmRollout:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             logprobs=0,  # the drawn token's only
-            stop_token_ids=sorted(self._adapter.stop_token_ids),
+            stop_token_ids=sorted(self._family.stop_token_ids),
             ignore_eos=True,  # only the family's stop tokens end a turn
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,  # all samples of a prompt at once, when the last is finished
@@ -153,7 +153,7 @@ class VllmRollout:
         drawn = zip(completion.logprobs, token_ids, strict=True)
         logprobs = np.fromiter((step[token].logprob for step, token in drawn), np.float32, len(token_ids))
         finish = "stop" if completion.finish_reason == "stop" else "length"
-        return Sample(np.array(token_ids, np.int32), logprobs, self._adapter.decode(token_ids), finish, version)
+        return Sample(np.array(token_ids, np.int32), logprobs, self._family.decode(token_ids), finish, version)
 
 
 def _request(prompt: Prompt) -> TokensPrompt:

@@ -23,7 +23,7 @@ class TrainingTask:
     schedule: MinibatchSchedule
     optimizer: OptimizerConfig
     temperature: float  # of the log-probabilities
-    compared: bool  # with the initial model: needs a reference
+    with_reference: bool  # needs log-probabilities of the initial model
 
 
 def training_task(command: str, config: RunConfig) -> TrainingTask:
@@ -43,13 +43,13 @@ def _sft(config: RunConfig) -> TrainingTask:
     """SFT: responses were not sampled, so log-probabilities are at temperature 1."""
     assert config.sft is not None
     goal = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TrainingTask(goal, MinibatchSchedule(config.sft.steps), config.sft.optimizer, 1.0, compared=False)
+    return TrainingTask(goal, MinibatchSchedule(config.sft.steps), config.sft.optimizer, 1.0, with_reference=False)
 
 
 def _dpo(config: RunConfig) -> TrainingTask:
     assert config.dpo is not None
     goal = Objective(partial(dpo.loss, config=config.dpo), aggregation.pair_mean, _pairs, whole_groups=True)
-    return TrainingTask(goal, MinibatchSchedule(config.dpo.steps), config.dpo.optimizer, 1.0, compared=True)
+    return TrainingTask(goal, MinibatchSchedule(config.dpo.steps), config.dpo.optimizer, 1.0, with_reference=True)
 
 
 def _pairs(batch: Batch) -> float:

@@ -43,7 +43,7 @@ class Prompts(Sequence[Prompt]):
     ) -> None:
         """`dropped_long`: number of rows already dropped because their prompts are too long."""
         self.rows, self.dropped_long = rows, dropped_long
-        self._adapter = family
+        self._family = family
         self._cache: OrderedDict[int, Prompt] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._held = 0
@@ -57,7 +57,7 @@ class Prompts(Sequence[Prompt]):
         index = range(len(self))[index]
         prompt = self._cache.pop(index, None)
         if prompt is None:
-            prompt = self._adapter.encode(self.rows[index])
+            prompt = self._family.encode(self.rows[index])
             self._held += _size(prompt)
         self._cache[index] = prompt
         while self._held > self._cache_bytes:

@@ -47,7 +47,7 @@ class TorchActor(TrainedModel):
     def weights(self) -> NamedTensors:
         """Yield every parameter once, under its Hugging Face name and in the compute dtype, with LoRA merged; a tied head is
         its embedding. At most one bucket is gathered at a time."""
-        named = lora.additions(self.model) if self._publish_lora else lora.merged(self.model)
+        named = lora.lora_weights(self.model) if self._publish_lora else lora.merged(self.model)
         published = ((self.family.hf_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
         sharding = self.loaded.sharding
         return gathered(published, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(published)

@@ -64,7 +64,7 @@ def merged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(_WRAPPED, ""), tensor
 
 
-def additions(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def lora_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] of every LoRA layer."""
     named = model.named_parameters()
     return ((name.replace(f".{_NAME}", ""), parameter) for name, parameter in named if ".lora_" in name)
@@ -94,13 +94,13 @@ def save_merged(model: Any, folder: Path) -> None:
 
 
 def save_lora(model: nn.Module, folder: Path) -> None:
-    """Save the LoRA weights, if there are any, as additions.safetensors."""
-    if has_lora(model) and (tensors := collected(additions(model))):
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "additions.safetensors")
+    """Save the LoRA weights, if there are any, as lora.safetensors."""
+    if has_lora(model) and (tensors := collected(lora_weights(model))):
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "lora.safetensors")
 
 
 def load_lora(model: nn.Module, folder: Path) -> None:
-    fill(additions(model), load_file(folder / "additions.safetensors"))
+    fill(lora_weights(model), load_file(folder / "lora.safetensors"))
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -79,7 +79,7 @@ class ResolvedModel:
         return self.family.vision_tower(model) if self.config.model.images_are_read_once else None
 
     @property
-    def additions(self) -> LoraConfig | None:
+    def engine_lora(self) -> LoraConfig | None:
         """LoRA settings if only LoRA weights are sent to the engine, else None."""
         settings = self.config.model.lora
         return settings if settings and settings.sync == "adapter" else None

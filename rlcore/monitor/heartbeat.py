@@ -50,7 +50,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessHandle:
     """Where to read the heartbeat and the stacks of a process."""
 
     who: str  # name in messages
@@ -102,25 +102,26 @@ class Heartbeat:
         return ", ".join(name for name, _ in stages)[:200], stages[0][1] if stages else self._moved, self._moved, self._beats
 
 
-def publish(who: str, node: str) -> tuple[Heartbeat, Place]:
+def publish(who: str, node: str) -> tuple[Heartbeat, ProcessHandle]:
     """Create a heartbeat that others can read; from now on the process dumps its stacks at SIGUSR1."""
     heartbeat, stacks = (tempfile.TemporaryFile(buffering=0) for _ in range(2))
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=False)
-    return Heartbeat(heartbeat), Place(who, node, os.getpid(), heartbeat.fileno(), stacks.fileno())
+    return Heartbeat(heartbeat), ProcessHandle(who, node, os.getpid(), heartbeat.fileno(), stacks.fileno())
 
 
-def observe(place: Place, with_stacks: bool) -> Condition:
+def observe(handle: ProcessHandle, with_stacks: bool) -> Condition:
     """Observe a process of this node; `with_stacks` sends it a signal."""
     progress, stacks, trouble = None, "", ""
     try:
-        progress = _progress(*json.loads(Path(f"/proc/{place.pid}/fd/{place.heartbeat}").read_bytes()))
-        if with_stacks and not (stacks := _stacks_of(place)):
-            trouble = f"shows no stacks for {_ANSWER:.0f} s: its process is {_state(place.pid)}; py-spy dump --pid {place.pid}"
+        progress = _progress(*json.loads(Path(f"/proc/{handle.pid}/fd/{handle.heartbeat}").read_bytes()))
+        if with_stacks and not (stacks := _stacks_of(handle)):
+            pid = handle.pid
+            trouble = f"shows no stacks for {_ANSWER:.0f} s: its process is {_state(pid)}; py-spy dump --pid {pid}"
     except (FileNotFoundError, ProcessLookupError):
         trouble = "its process is gone"
     except PermissionError as error:
         trouble = f"may not be looked at: {error}"
-    return Condition(place.who, str(place), progress, stacks, trouble)
+    return Condition(handle.who, str(handle), progress, stacks, trouble)
 
 
 def own_stacks() -> str:
@@ -137,11 +138,11 @@ def _progress(stage: str, began: float, moved: float, beats: int) -> Progress:
     return Progress(stage, now - began, now - moved, beats)
 
 
-def _stacks_of(place: Place) -> str:
+def _stacks_of(handle: ProcessHandle) -> str:
     """Request the stacks of a process; empty if it does not answer."""
-    with open(f"/proc/{place.pid}/fd/{place.stacks}", "rb") as file:
+    with open(f"/proc/{handle.pid}/fd/{handle.stacks}", "rb") as file:
         before = size = file.seek(0, os.SEEK_END)
-        os.kill(place.pid, signal.SIGUSR1)
+        os.kill(handle.pid, signal.SIGUSR1)
         limit = time.monotonic() + _ANSWER
         while time.monotonic() < limit:
             time.sleep(_POLL)

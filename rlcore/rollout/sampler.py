@@ -60,14 +60,14 @@ class TorchRollout:
         beat: Callable[[], None] = no_heartbeat,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
-        self._adapter = family
+        self._family = family
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(family.stop_token_ids), device=model.device)
         self.version: int | None = 0
         self._lora = lora
         self._beat = beat
         self._asleep = False
-        self._parked = OffloadedTensors(self._model.parameters)
+        self._offloaded = OffloadedTensors(self._model.parameters)
         self._constants = Constants(self._model, _remade(self._model))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -87,16 +87,16 @@ class TorchRollout:
     def pause(self) -> None:
         self._constants.note()
         self._asleep = True
-        self._parked.pause()
+        self._offloaded.pause()
 
     def resume(self) -> None:
         """Restore the weights; RunError names tensors that changed or are gone."""
-        self._parked.resume()
+        self._offloaded.resume()
         self._constants.check("waking the engine", _REMEDY)
         self._asleep = False
 
     def device_bytes(self) -> int:
-        return self._parked.device_bytes()
+        return self._offloaded.device_bytes()
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""
@@ -128,20 +128,20 @@ class TorchRollout:
         self.version = version
         return Receipt(version, len(sent), size, time.perf_counter() - started, checking)
 
-    def _make_room(self, additions: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
+    def _make_room(self, lora_weights: dict[str, Tensor], lora: LoraConfig) -> NamedTensors:
         """Attach LoRA layers for the received weights if the model has none; returns the weights."""
         if not low_rank.has_lora(self._model):
-            layers = sorted({name.rpartition(".lora_")[0] for name in additions})
-            places = [name for name, _ in self._model.named_modules() if self._adapter.hf_name(name) in layers]
-            low_rank.attach(self._model, lora.model_copy(update={"targets": places}), skip=self._adapter.head(self._model))
-        return additions.items()
+            layers = sorted({name.rpartition(".lora_")[0] for name in lora_weights})
+            places = [name for name, _ in self._model.named_modules() if self._family.hf_name(name) in layers]
+            low_rank.attach(self._model, lora.model_copy(update={"targets": places}), skip=self._family.head(self._model))
+        return lora_weights.items()
 
     def _weights(self) -> dict[str, Tensor]:
         """The served tensors, under the names that an actor sends."""
         if self._lora:
-            return {self._adapter.hf_name(name): tensor for name, tensor in low_rank.additions(self._model)}
+            return {self._family.hf_name(name): tensor for name, tensor in low_rank.lora_weights(self._model)}
         named = self._model.state_dict(keep_vars=True).items()
-        return {self._adapter.hf_name(name): tensor for name, tensor in named}
+        return {self._family.hf_name(name): tensor for name, tensor in named}
 
     def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
         """Fingerprints of all served tensors, and each tied name's owner."""
@@ -190,7 +190,7 @@ class TorchRollout:
         device, positions = self._model.device, prompt.position_ids
         positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
         output = self._model(
-            inputs_embeds=self._adapter.embedded(self._model, prompt)[None],
+            inputs_embeds=self._family.embedded(self._model, prompt)[None],
             position_ids=positions.to(device) if positions.dim() > 1 else positions[None].to(device),
             use_cache=True,
             logits_to_keep=1,
@@ -210,7 +210,7 @@ class TorchRollout:
         length = int(stops[0]) + 1 if len(stops) else len(token_ids)
         tokens, values = token_ids[:length].int().cpu().numpy(), logprobs[:length].clone().cpu().numpy()
         finish = "stop" if len(stops) else "length"
-        return Sample(tokens, values, self._adapter.decode(tokens.tolist()), finish, holding(self.version))
+        return Sample(tokens, values, self._family.decode(tokens.tolist()), finish, holding(self.version))
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

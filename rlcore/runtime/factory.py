@@ -48,7 +48,7 @@ class Factory:
         if trained:
             actor = TorchActor(
                 replace(loaded, module=resolved.trainable(module)), settings, task.objective, task.optimizer, task.schedule,
-                resolved.backend.adamw, publish_lora=resolved.additions is not None,
+                resolved.backend.adamw, publish_lora=resolved.engine_lora is not None,
             )  # fmt: skip
         reference: Reference | None = None
         if compared and actor and switched:
@@ -94,7 +94,7 @@ class Factory:
             )
         return registry.load("rollout_engines", name)(
             family=resolved.family, folder=resolved.folder, backend=resolved.backend, config=config.rollout,
-            dtype=resolved.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=resolved.additions,
+            dtype=resolved.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=resolved.engine_lora,
             beat=self.beat, image_embeds=config.model.images_are_read_once,
             temperatures={f"{section}.temperature": settings.temperature for section, settings in sampling.items()},
         )  # fmt: skip

@@ -32,7 +32,7 @@ PHASES: dict[str, frozenset[str]] = {
     "save": frozenset({"parameters", "optimizer", "vision"}),
 }
 """Parts that each phase needs on the device. Gradients exist only inside `train`."""
-BESIDE = frozenset({"encode"})
+CONCURRENT = frozenset({"encode"})
 """Phases that offload nothing: a vision tower is small, and other parts move in the phases around it."""
 MOVES = {phase: "resharding_to_infer" for phase in ("encode", "infer", "reshard", "send")} | {
     phase: "resharding_to_train" for phase in ("reference", "score", "train", "save")
@@ -99,9 +99,9 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
 class MemoryManager:
     """Moves the parts of one process between its device and host memory."""
 
-    def __init__(self, clock: Clock, parked: Collection[str]) -> None:
-        """`parked`: the parts to offload while no phase needs them."""
-        self._clock, self._parked = clock, frozenset(parked)
+    def __init__(self, clock: Clock, offloaded: Collection[str]) -> None:
+        """`offloaded`: the parts to offload while no phase needs them."""
+        self._clock, self._offloaded = clock, frozenset(offloaded)
         self._parts: dict[str, Offloadable] = {}
         self._away: set[str] = set()
         self._most: dict[str, int] = {}
@@ -117,7 +117,7 @@ class MemoryManager:
     def phase(self, name: str, stage: str | None = None) -> Iterator[None]:
         """Offload and onload parts for the phase; `stage` times the body, without the moves."""
         needs, move = PHASES[name], MOVES[name]
-        leaving = set() if name in BESIDE else self._parts.keys() & self._parked - needs - self._away
+        leaving = set() if name in CONCURRENT else self._parts.keys() & self._offloaded - needs - self._away
         for one in sorted(leaving):
             with self._clock.span("ref_offload" if one == "reference" else move):
                 self._parts[one].pause()

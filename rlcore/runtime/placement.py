@@ -68,7 +68,7 @@ class Placement:
         results([member.call(Worker.load, command, folder) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
         self.actor = PooledActor(self._of["actor"], task, cap)
-        self.reference = PooledReference(self._of["reference"], Worker.reference_logprobs, cap) if task.compared else None
+        self.reference = PooledReference(self._of["reference"], Worker.reference_logprobs, cap) if task.with_reference else None
         self.critic = PooledCritic(self.actor) if command == "grpo" and self.config.critic else None
 
     def sync_weights(self) -> Receipt:

@@ -19,7 +19,7 @@ from rlcore.monitor.clock import Span
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Metrics
 
-_AFTERMATH = 5.0  # seconds of grace for the report of a death that caused other errors
+_DEATH_GRACE = 5.0  # seconds of grace for the report of a death that caused other errors
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -141,7 +141,7 @@ def results(futures: Sequence[Future[R]]) -> list[R]:
     """All results in order, or the first error; the death of a worker comes before the errors it caused in others."""
     done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     if any(_unexplained(future) for future in done):
-        done, _ = wait(futures, timeout=_AFTERMATH)
+        done, _ = wait(futures, timeout=_DEATH_GRACE)
     errors = [error for future in done if (error := future.exception()) is not None]
     if errors:
         raise next((error for error in errors if isinstance(error, WorkerDied)), errors[0])

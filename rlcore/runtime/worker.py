@@ -79,7 +79,7 @@ class Worker:
         """Load the models of a command, from `folder` or the run's initial model. The reference keeps these weights."""
         self.encoder = self.actor = self.reference = self.critic = None
         task, trained = training_task(command, self.config), "actor" in self.roles
-        compared = task.compared and "reference" in self.roles
+        compared = task.with_reference and "reference" in self.roles
         factory = self._factory
         if trained or compared:
             seed_random_states(self.config.seed)  # same on every rank

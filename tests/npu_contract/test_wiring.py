@@ -98,11 +98,11 @@ def test_memory_is_counted():
 def test_what_is_parked_leaves_and_comes_back():
     tensor = torch.arange(2.0**20).to(HERE)
     held = torch.npu.memory_allocated(HERE)
-    parked = OffloadedTensors(lambda: [tensor])
-    parked.pause()
-    assert all(copy.is_pinned() for _, _, copy in parked._away)
-    assert parked.device_bytes() == 0 and torch.npu.memory_allocated(HERE) <= held - tensor.nbytes
-    parked.resume()
+    offloaded = OffloadedTensors(lambda: [tensor])
+    offloaded.pause()
+    assert all(copy.is_pinned() for _, _, copy in offloaded._away)
+    assert offloaded.device_bytes() == 0 and torch.npu.memory_allocated(HERE) <= held - tensor.nbytes
+    offloaded.resume()
     assert torch.equal(tensor.cpu(), torch.arange(2.0**20))
 
 

@@ -26,11 +26,11 @@ def model():
 def test_parked_weights_leave_and_come_back_to_the_bit(model):
     before, first = model[0].weight.detach().clone(), model[0].weight
     view = model[0].weight.detach()[2:3]
-    parked = OffloadedTensors(model.parameters)
-    assert parked.device_bytes() == 7 * 4 * 4, "tied weights are held once"
-    parked.pause()
-    assert parked.device_bytes() == 0 == first.untyped_storage().nbytes()
-    parked.resume()
+    offloaded = OffloadedTensors(model.parameters)
+    assert offloaded.device_bytes() == 7 * 4 * 4, "tied weights are held once"
+    offloaded.pause()
+    assert offloaded.device_bytes() == 0 == first.untyped_storage().nbytes()
+    offloaded.resume()
     assert model[0].weight is first is model[1].weight
     assert torch.equal(first, before) and torch.equal(view, before[2:3])
 
@@ -38,30 +38,31 @@ def test_parked_weights_leave_and_come_back_to_the_bit(model):
 def test_a_storage_that_several_tensors_stand_on_is_parked_once():
     whole = torch.arange(12.0)
     parts = [whole[:4], whole[4:].view(2, 4), whole]
-    parked = OffloadedTensors(lambda: parts)
-    assert parked.device_bytes() == whole.nbytes
-    parked.pause()
-    parked.resume()
+    offloaded = OffloadedTensors(lambda: parts)
+    assert offloaded.device_bytes() == whole.nbytes
+    offloaded.pause()
+    offloaded.resume()
     assert torch.equal(whole, torch.arange(12.0)) and torch.equal(parts[1][1], torch.arange(8.0, 12.0))
 
 
 def test_what_need_not_be_kept_comes_back_as_zeros(model):
-    parked = OffloadedTensors(model.parameters, keep=False)
-    parked.pause()
-    parked.resume()
+    offloaded = OffloadedTensors(model.parameters, keep=False)
+    offloaded.pause()
+    offloaded.resume()
     assert not model[0].weight.any()
 
 
 def test_an_optimizer_has_nothing_to_park_before_its_first_step(model):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    parked = OffloadedTensors(lambda: [value for state in optimizer.state.values() for value in state.values() if value.dim()])
-    parked.pause()
-    parked.resume()
+    states = optimizer.state.values
+    offloaded = OffloadedTensors(lambda: [value for state in states() for value in state.values() if value.dim()])
+    offloaded.pause()
+    offloaded.resume()
     model(torch.tensor([1])).sum().backward()
     optimizer.step()
-    assert parked.device_bytes() == 2 * 7 * 4 * 4
-    parked.pause()
-    parked.resume()
+    assert offloaded.device_bytes() == 2 * 7 * 4 * 4
+    offloaded.pause()
+    offloaded.resume()
     optimizer.step()
 
 

@@ -18,7 +18,7 @@ from ray_jobs import Job
 
 from rlcore.cli.main import main
 from rlcore.errors import WorkerDied
-from rlcore.monitor.heartbeat import Condition, Heartbeat, Place, Progress, observe
+from rlcore.monitor.heartbeat import Condition, Heartbeat, ProcessHandle, Progress, observe
 from rlcore.runtime.pool import results
 from rlcore.runtime.watchdog import Report, Stillness
 
@@ -93,7 +93,7 @@ def worker():
             stack.callback(process.kill)
             pid, heartbeat, stacks = (int(number) for number in process.stdout.readline().split())
             time.sleep(0.2)  # into what it does
-            return process, Place("worker 1", "here", pid, heartbeat, stacks)
+            return process, ProcessHandle("worker 1", "here", pid, heartbeat, stacks)
 
         yield start
 
@@ -171,43 +171,44 @@ def hangs(response, answer, fields):
 
 
 def test_a_worker_shows_its_progress_and_its_stacks(worker):
-    _, place = worker("sleeps")
-    seen = observe(place, with_stacks=True)
-    assert (seen.who, seen.where, seen.trouble) == ("worker 1", f"pid {place.pid} on here", "")
+    _, handle = worker("sleeps")
+    seen = observe(handle, with_stacks=True)
+    assert (seen.who, seen.where, seen.trouble) == ("worker 1", f"pid {handle.pid} on here", "")
     assert (seen.progress.stage, seen.progress.beats) == ("update", 3)
     assert 0 < seen.progress.moved <= seen.progress.began < 10
     assert 'File "<string>", line 10 in sleeps' in seen.stacks
 
 
 def test_each_look_has_the_stacks_of_its_own_moment(worker):
-    _, place = worker("sleeps")
-    assert [observe(place, with_stacks=True).stacks.count("in sleeps") for _ in range(2)] == [1, 1]
+    _, handle = worker("sleeps")
+    assert [observe(handle, with_stacks=True).stacks.count("in sleeps") for _ in range(2)] == [1, 1]
 
 
 def test_looking_without_stacks_costs_the_worker_nothing(worker):
-    process, place = worker("sleeps")
-    assert observe(place, with_stacks=False).stacks == ""
-    assert os.stat(f"/proc/{process.pid}/fd/{place.stacks}").st_size == 0
+    process, handle = worker("sleeps")
+    assert observe(handle, with_stacks=False).stacks == ""
+    assert os.stat(f"/proc/{process.pid}/fd/{handle.stacks}").st_size == 0
 
 
 def test_a_worker_that_never_lets_go_of_the_interpreter_shows_its_stacks_all_the_same(worker):
-    _, place = worker("never_lets_go")
-    assert "in never_lets_go" in observe(place, with_stacks=True).stacks
+    _, handle = worker("never_lets_go")
+    assert "in never_lets_go" in observe(handle, with_stacks=True).stacks
 
 
 def test_a_worker_that_is_stopped_is_said_to_be(worker):
-    process, place = worker("sleeps")
+    process, handle = worker("sleeps")
     process.send_signal(signal.SIGSTOP)
-    seen = observe(place, with_stacks=True)
+    seen = observe(handle, with_stacks=True)
     assert seen.progress.stage == "update" and seen.stacks == ""
-    assert seen.trouble == f"shows no stacks for 5 s: its process is stopped; py-spy dump --pid {place.pid}"
+    assert seen.trouble == f"shows no stacks for 5 s: its process is stopped; py-spy dump --pid {handle.pid}"
 
 
 def test_a_worker_that_is_gone_is_said_to_be(worker):
-    process, place = worker("sleeps")
+    process, handle = worker("sleeps")
     process.kill()
     process.wait()
-    assert observe(place, with_stacks=True) == Condition("worker 1", f"pid {place.pid} on here", trouble="its process is gone")
+    where = f"pid {handle.pid} on here"
+    assert observe(handle, with_stacks=True) == Condition("worker 1", where, trouble="its process is gone")
 
 
 def test_stages_may_overlap():
@@ -313,9 +314,9 @@ def test_a_node_that_does_not_answer_is_said_not_to(cluster, worker, monkeypatch
     from rlcore_backends.ray import observers as ray_observers
 
     monkeypatch.setattr(ray_observers, "PATIENCE", 1.0)
-    process, place = worker("sleeps")
+    process, handle = worker("sleeps")
     observers = ray_observers.Observers()
-    observers.add(ray.get_runtime_context().get_node_id(), place)
+    observers.add(ray.get_runtime_context().get_node_id(), handle)
     try:
         limit = time.monotonic() + 60  # until its observer has started
         while observers.look(with_stacks=False)[0].trouble and time.monotonic() < limit:

@@ -270,7 +270,7 @@ def test_additions_made_after_fusing_go_through_the_kernels(kind, pair, run):
         tower = family.vision_tower(model)
         frozen = [name for name, layer in model.named_modules() if tower and layer in [*tower.modules()]]
         model = lora.attach(model, LoraConfig(rank=2), family.head(model), frozen)
-        for number, (_, weight) in enumerate(lora.additions(model)):
+        for number, (_, weight) in enumerate(lora.lora_weights(model)):
             weight.data.copy_(numbers(*weight.shape, seed=number) / 20)
         results.append(run(model, attention))
     assert ran() == counts(pair[0]) and len(results[0]) == 1 + 2 * 7, "two additions to each of seven weights"

@@ -38,10 +38,10 @@ def measure(setup: Setup) -> Iterator[Measurement]:
             yield Measurement(f"{what}, {name}: gradient", gradient, LIMITS[dtype])
         yield Measurement(f"fused layers, {name}: hidden states and gradient", fuse(setup, dtype), 3 * LIMITS[dtype])
     yield Measurement("optimizer: what five steps of AdamW move", step(setup), 1e-5)
-    changed, kept = park(setup.device)
+    changed, kept = offload(setup.device)
     yield Measurement("tensors whose fingerprint differs from the processor's", mark(setup.device))
-    yield Measurement("parked tensors that come back changed", changed)
-    yield Measurement("parked bytes that stay on the device", kept)
+    yield Measurement("offloaded tensors that come back changed", changed)
+    yield Measurement("offloaded bytes that stay on the device", kept)
 
 
 def attend(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -126,14 +126,14 @@ def mark(device: torch.device) -> float:
     return float(sum(fingerprint(tensor) != fingerprint(tensor.to(device)) for tensor in tensors))
 
 
-def park(device: torch.device) -> tuple[float, float]:
+def offload(device: torch.device) -> tuple[float, float]:
     """Number of tensors changed by offloading, and bytes that their storages kept meanwhile."""
     before = [noise((size,), size) for size in SIZES]
     tensors = [tensor.clone().to(device) for tensor in before]
-    parked = OffloadedTensors(lambda: tensors)
-    parked.pause()
+    offloaded = OffloadedTensors(lambda: tensors)
+    offloaded.pause()
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    parked.resume()
+    offloaded.resume()
     return float(sum(not torch.equal(one, other.cpu()) for one, other in zip(before, tensors, strict=True))), float(kept)
 
 

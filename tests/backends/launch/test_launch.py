@@ -24,7 +24,7 @@ from rlcore_backends.common import node_address
 from rlcore_backends.launch import cluster, lifecycle
 from rlcore_backends.launch.cluster import Head, RayNode
 from rlcore_backends.launch.launcher import LaunchOptions, RayLauncher
-from rlcore_backends.launch.lifecycle import Place
+from rlcore_backends.launch.lifecycle import NodeSetup
 from run_files import write
 
 from rlcore.cli.main import main
@@ -177,24 +177,24 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def place(folder) -> Iterator[Place]:
+def setup(folder) -> Iterator[NodeSetup]:
     """A node's place in a run whose head and one more node are there."""
     port, address = _free_port(), ADDRESSES[0] if ADDRESSES else "127.0.0.1"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     environment["RAY_START_HOOK"] = "rlcore_backends.launch.cluster.without_client_server"
     arguments = ["--num-cpus=1", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-    place = Place(2, {"CPU": 1.0}, address, f"{address}:{port}", 1.0, environment, arguments, folder)
-    head = Head(place.head, TOKEN)
+    setup = NodeSetup(2, {"CPU": 1.0}, address, f"{address}:{port}", 1.0, environment, arguments, folder)
+    head = Head(setup.head, TOKEN)
     with contextlib.ExitStack() as nodes:
-        for extra in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address={place.head}"]):
+        for extra in (["--head", f"--port={port}", "--include-dashboard=false"], [f"--address={setup.head}"]):
             node = nodes.enter_context(RayNode(address, [*extra, *arguments], environment, folder))
             lifecycle.started(node, head)
-        yield place
+        yield setup
 
 
 @pytest.fixture
-def head(place) -> Iterator[Head]:
-    head = Head(place.head, TOKEN)
+def head(setup) -> Iterator[Head]:
+    head = Head(setup.head, TOKEN)
     for note in (lifecycle.MEMBERS, lifecycle.END):
         head.write(note, None)
     assert len(head.nodes()) == 2
@@ -203,7 +203,7 @@ def head(place) -> Iterator[Head]:
 
 
 @pytest.fixture
-def own(head, place):
+def own(head, setup):
     """The head's own node, as far as gathering looks at it."""
 
     class Own:
@@ -215,39 +215,39 @@ def own(head, place):
     return Own()
 
 
-def test_nodes_that_are_missing_are_told_with_those_that_came(place, head, own):
+def test_nodes_that_are_missing_are_told_with_those_that_came(setup, head, own):
     began = time.monotonic()
     with pytest.raises(RunError) as told:
-        lifecycle.gather(replace(place, nodes=5), own, head)
+        lifecycle.gather(replace(setup, nodes=5), own, head)
     assert time.monotonic() - began < 10
-    assert str(told.value).startswith(f"3 of 5 nodes did not come within 1 s; there: {place.address}, {place.address}. Start")
+    assert str(told.value).startswith(f"3 of 5 nodes did not come within 1 s; there: {setup.address}, {setup.address}. Start")
 
 
-def test_a_node_too_many_is_an_error_and_no_wait(place, head, own):
+def test_a_node_too_many_is_an_error_and_no_wait(setup, head, own):
     with pytest.raises(ConfigError, match=r"NNODES: 1, but 2 nodes came: .*stop the extra ones, or set NNODES=2"):
-        lifecycle.gather(replace(place, nodes=1, wait_seconds=1e6), own, head)
+        lifecycle.gather(replace(setup, nodes=1, wait_seconds=1e6), own, head)
 
 
-def test_a_node_with_another_number_of_devices_is_named(place, head, own):
-    wants = replace(place, resources={"CPU": 4.0}, wait_seconds=1e6)
-    with pytest.raises(ConfigError, match=f"DEVICES_PER_NODE: {place.address} gives 1 CPU and {place.address} 4; set the same"):
+def test_a_node_with_another_number_of_devices_is_named(setup, head, own):
+    wants = replace(setup, resources={"CPU": 4.0}, wait_seconds=1e6)
+    with pytest.raises(ConfigError, match=f"DEVICES_PER_NODE: {setup.address} gives 1 CPU and {setup.address} 4; set the same"):
         lifecycle.gather(wants, own, head)
 
 
-def test_the_nodes_of_a_run_are_told_who_belongs_to_it(place, head, own):
-    nodes = lifecycle.gather(place, own, head)
+def test_the_nodes_of_a_run_are_told_who_belongs_to_it(setup, head, own):
+    nodes = lifecycle.gather(setup, own, head)
     assert head.read(lifecycle.MEMBERS) == [node.name for node in nodes]
 
 
-def test_a_node_that_comes_when_all_are_there_is_sent_away(place, head, own):
-    lifecycle.gather(place, own, head)
-    with pytest.raises(ConfigError, match=f"the run at {place.head} has its 2 nodes, and {place.address} is one too many"):
-        lifecycle.follow(replace(place, wait_seconds=60))
+def test_a_node_that_comes_when_all_are_there_is_sent_away(setup, head, own):
+    lifecycle.gather(setup, own, head)
+    with pytest.raises(ConfigError, match=f"the run at {setup.head} has its 2 nodes, and {setup.address} is one too many"):
+        lifecycle.follow(replace(setup, wait_seconds=60))
 
 
-def test_a_node_ends_as_the_run_did(place, head, capsys):
+def test_a_node_ends_as_the_run_did(setup, head, capsys):
     statuses: list[int] = []
-    follower = threading.Thread(target=lambda: statuses.append(lifecycle.follow(replace(place, wait_seconds=60))))
+    follower = threading.Thread(target=lambda: statuses.append(lifecycle.follow(replace(setup, wait_seconds=60))))
     follower.start()
     limit = time.monotonic() + 120
     while len(head.nodes()) < 3 and time.monotonic() < limit:
@@ -258,24 +258,24 @@ def test_a_node_ends_as_the_run_did(place, head, capsys):
     assert "the run is over: the trainer ended with status 7" in capsys.readouterr().out
 
 
-def test_a_head_that_ends_an_earlier_run_is_not_joined(place, head):
+def test_a_head_that_ends_an_earlier_run_is_not_joined(setup, head):
     head.write(lifecycle.END, {"status": 0, "reason": "done"})
-    with pytest.raises(RunError, match=f"waited 1 s for the head: the run at {place.head} is ending"):
-        lifecycle.follow(place)
+    with pytest.raises(RunError, match=f"waited 1 s for the head: the run at {setup.head} is ending"):
+        lifecycle.follow(setup)
 
 
-def test_a_head_that_is_not_there_is_waited_for_and_named(place):
-    nobody = f"{place.address}:{_free_port()}"
+def test_a_head_that_is_not_there_is_waited_for_and_named(setup):
+    nobody = f"{setup.address}:{_free_port()}"
     with pytest.raises(RunError, match=f"waited 1 s for the head: no Ray head answers at {nobody}.*MASTER_ADDR and RAY_PORT"):
-        lifecycle.follow(replace(place, head=nobody))
+        lifecycle.follow(replace(setup, head=nobody))
 
 
-def test_a_token_that_is_missing_or_wrong_is_told(place, head, tmp_path):
-    without = {name: value for name, value in place.environment.items() if name != "RAY_AUTH_TOKEN"}
+def test_a_token_that_is_missing_or_wrong_is_told(setup, head, tmp_path):
+    without = {name: value for name, value in setup.environment.items() if name != "RAY_AUTH_TOKEN"}
     with pytest.raises(RunError, match=f"there is no token at {tmp_path}/token; bring the head's there"):
-        lifecycle.follow(replace(place, environment={**without, "RAY_AUTH_TOKEN_PATH": f"{tmp_path}/token"}))
-    with pytest.raises(ConfigError, match=f"the Ray head at {place.head} refuses this node's token; bring the head's here"):
-        lifecycle.follow(replace(place, environment={**without, "RAY_AUTH_TOKEN": "6b" * 32}))
+        lifecycle.follow(replace(setup, environment={**without, "RAY_AUTH_TOKEN_PATH": f"{tmp_path}/token"}))
+    with pytest.raises(ConfigError, match=f"the Ray head at {setup.head} refuses this node's token; bring the head's here"):
+        lifecycle.follow(replace(setup, environment={**without, "RAY_AUTH_TOKEN": "6b" * 32}))
 
 
 # whole launches
@@ -359,26 +359,26 @@ def test_a_launcher_that_is_killed_takes_all_it_started_with_it(alone):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_trainer_once_and_its_leave_is_waited_for(place, number):
+def test_a_signal_reaches_the_trainer_once_and_its_leave_is_waited_for(setup, number):
     trainer = (
         "def leave(*_):\n    print('saving')\n    time.sleep(1)\n    sys.exit(130)\n"
         "signal.signal(signal.SIGTERM, leave)\nprint('training')\ntime.sleep(600)"
     )
-    launch = Launch(trainer, {"RAY_ADDRESS": place.head, "RAY_AUTH_TOKEN": TOKEN})
+    launch = Launch(trainer, {"RAY_ADDRESS": setup.head, "RAY_AUTH_TOKEN": TOKEN})
     launch.until("training")
     launch.process.send_signal(number)
     assert launch.ended() == 130
     assert launch.said.count("saving") == 1
 
 
-def test_a_trainer_that_is_killed_has_the_status_a_shell_gives_it(place):
-    launch = Launch("os.kill(os.getpid(), signal.SIGKILL)", {"RAY_ADDRESS": place.head, "RAY_AUTH_TOKEN": TOKEN})
+def test_a_trainer_that_is_killed_has_the_status_a_shell_gives_it(setup):
+    launch = Launch("os.kill(os.getpid(), signal.SIGKILL)", {"RAY_ADDRESS": setup.head, "RAY_AUTH_TOKEN": TOKEN})
     assert launch.ended() == 128 + signal.SIGKILL
 
 
-def test_a_run_in_a_cluster_that_exists_saves_when_told_to_leave_and_leaves_it_as_it_was(place, head, run_file, tmp_path):
+def test_a_run_in_a_cluster_that_exists_saves_when_told_to_leave_and_leaves_it_as_it_was(setup, head, run_file, tmp_path):
     settings = [str(run_file), "train.steps=100000", "placement.devices=2", "--run-dir", str(tmp_path / "run")]
-    environment = {**os.environ, "RAY_ADDRESS": place.head, "RAY_AUTH_TOKEN": TOKEN}
+    environment = {**os.environ, "RAY_ADDRESS": setup.head, "RAY_AUTH_TOKEN": TOKEN}
     command = [sys.executable, "-m", "rlcore", "launch", *settings]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launch:
         limit = threading.Timer(240, launch.kill)
@@ -388,7 +388,7 @@ def test_a_run_in_a_cluster_that_exists_saves_when_told_to_leave_and_leaves_it_a
         after = launch.communicate()[0]
         limit.cancel()
     assert launch.returncode == 130, "".join([*before, after])
-    assert any(f"trains in the cluster at {place.head}" in line for line in before)
+    assert any(f"trains in the cluster at {setup.head}" in line for line in before)
     steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == f"step_{steps:06}"
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["placement"]

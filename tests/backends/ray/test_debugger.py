@@ -20,7 +20,7 @@ from rlcore_backends.ray import debugging
 
 from rlcore.cli.main import main
 from rlcore.errors import PluginError
-from rlcore.monitor.heartbeat import Place, observe
+from rlcore.monitor.heartbeat import ProcessHandle, observe
 from rlcore.runtime.watchdog import Report
 
 pytest.importorskip("ray", reason="needs requirements/ray.txt")
@@ -138,26 +138,26 @@ def waiting_workers(dashboard, token):
         return {worker["debugger_port"]: worker for worker in json.load(answer)["data"]["result"]["result"]}
 
 
-def held(place):
-    return Report(1.0, [observe(place, with_stacks=True)]).held
+def held(handle):
+    return Report(1.0, [observe(handle, with_stacks=True)]).held
 
 
 def test_every_worker_at_a_breakpoint_says_where_shows_its_variables_and_goes_on(job):
     running = job("multiply", workers=2)
     dashboard = running.line(r"^dashboard (\S+)")[1]
-    shown = Place("worker", "here", *map(int, running.line(r"^shown (\d+) (\d+) (\d+)").groups()))
-    places = sorted({running.line(LISTENING).groups() for _ in range(2)})
-    assert len(places) == 2, "each of the two says its own"
+    shown = ProcessHandle("worker", "here", *map(int, running.line(r"^shown (\d+) (\d+) (\d+)").groups()))
+    handles = sorted({running.line(LISTENING).groups() for _ in range(2)})
+    assert len(handles) == 2, "each of the two says its own"
 
     with pytest.raises(urllib.error.HTTPError, match="403"):
         waiting_workers(dashboard, "somebody else's token")
     listed = waiting_workers(dashboard, running.token)
-    assert sorted((worker["ip"], str(port)) for port, worker in listed.items()) == places
+    assert sorted((worker["ip"], str(port)) for port, worker in listed.items()) == handles
 
     assert held(shown), "a worker that waits is not taken for one that hangs"
     seen = set()
-    places.sort(key=lambda place: listed[int(place[1])]["pid"] != shown.pid)  # the one that is shown is looked at first
-    for host, port in places:
+    handles.sort(key=lambda handle: listed[int(handle[1])]["pid"] != shown.pid)  # the one that is shown is looked at first
+    for host, port in handles:
         client = Client(host, int(port))
         assert client.stopped["reason"] == "breakpoint"
         assert held(shown) or seen, "nor one that is looked at"

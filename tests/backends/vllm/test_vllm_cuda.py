@@ -69,7 +69,7 @@ def test_vllm_has_every_method_that_is_called_as_it_is_called():
     inspect.signature(LLMEngine.add_lora).bind(None, None)
     inspect.signature(LoRARequest).bind("policy", 1, "", load_inplace=True)
     inspect.signature(set_current_vllm_config).bind(None)
-    asked = VllmRollout._parameters(SimpleNamespace(_adapter=SimpleNamespace(stop_token_ids={2})), Sampling(2, 4))
+    asked = VllmRollout._parameters(SimpleNamespace(_family=SimpleNamespace(stop_token_ids={2})), Sampling(2, 4))
     assert isinstance(asked, SamplingParams) and asked.n == 2
     assert "enable_sleep_mode" in {field.name for field in dataclasses.fields(ModelConfig)}
     assert "self.model_executor =" in inspect.getsource(LLMEngine) and "self.sleeping_tags" in inspect.getsource(Executor)

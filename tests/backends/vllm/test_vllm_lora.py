@@ -31,7 +31,7 @@ def publisher(family, folder, **settings):
     model = family.load(folder, torch.float32)
     model = lora.attach(model, LoraConfig(**settings), family.head(model))
     with torch.no_grad():
-        for _, tensor in lora.additions(model):
+        for _, tensor in lora.lora_weights(model):
             tensor.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
     objective = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
     return TorchActor(
@@ -91,7 +91,7 @@ def test_an_engine_draws_with_the_additions_it_was_sent(served):
         with lora.switched_off(actor.model):
             assert (actor.logprobs(drawn) - drawn.rollout_logprobs).abs().max() > 1e-2
         with torch.no_grad():
-            for _, tensor in lora.additions(actor.model):
+            for _, tensor in lora.lora_weights(actor.model):
                 tensor.mul_(-1.5)
 
 
@@ -109,7 +109,7 @@ def test_additions_that_landed_wrongly_are_named(served, monkeypatch):
     if type(engine).__name__ == "TorchRollout":
         monkeypatch.setattr(Tensor, "copy_", lambda self, other: self)
         with torch.no_grad():
-            next(iter(lora.additions(actor.model)))[1].add_(1)
+            next(iter(lora.lora_weights(actor.model)))[1].add_(1)
     else:
         real = vllm_lora.save_file
 
