@@ -22,7 +22,7 @@ from rlcore.protocols import ModelFamily
 
 if TYPE_CHECKING:
     from vllm import LLM
-from .internals import model_runner, preserved_random_state
+from .internals import model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
 from .rollout import VllmRollout
 from .weights import VllmWeightsRollout
 
@@ -61,14 +61,14 @@ def build(
     with preserved_random_state():
         from vllm import LLM
 
-        _register_class(folder)
+        register_class(folder)
         _collect_earlier()
         try:
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
             raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
         if config.tensor_parallel > 1:
-            _unname_shared_memory()
+            unname_shared_memory()
         _check_heads(model_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
@@ -81,7 +81,7 @@ def build(
 def _sleep_level(llm: LLM, backend: Backend) -> int:
     """The backend's `sleep_level`, unless rollout.options turned vLLM's sleep mode on (at least 1) or off (0)."""
     level = getattr(backend.options, "sleep_level", 0)
-    return (level or 1) if llm.llm_engine.vllm_config.model_config.enable_sleep_mode else 0
+    return (level or 1) if sleep_mode(llm) else 0
 
 
 def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int, image_embeds: bool) -> dict[str, Any]:
@@ -115,33 +115,6 @@ def _collect_earlier() -> None:
     """Collect this process's previous engine now, if unreferenced: vLLM destroys the process groups when an engine is
     collected, and later those would be the next engine's."""
     gc.collect()
-
-
-def _unname_shared_memory() -> None:
-    """Unlink the shared memory of vLLM's tensor-parallel processes on AVX-512 CPUs, once all have opened it.
-
-    Why: with `env://` rendezvous the name is the same in every run, and vLLM must create it: what a killed run leaves behind
-        keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
-    Delete when: vLLM's cpu_worker.py makes VLLM_DIST_IDENT of more than `env://`.
-    """
-    from vllm.distributed.parallel_state import get_tp_group
-
-    group = get_tp_group()
-    module = getattr(group.device_communicator, "dist_module", None)
-    if name := getattr(module, "group_name", None):
-        Path("/dev/shm", f"{name.lstrip('/')}_{group.rank_in_group}").unlink(missing_ok=True)
-
-
-def _register_class(folder: Path) -> None:
-    """Register the model's class with vLLM in this process.
-
-    Otherwise vLLM inspects it in a subprocess, which takes some ten seconds and dies where torchvision needs its cure.
-    """
-    from vllm import ModelRegistry
-
-    for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
-        if architecture in ModelRegistry.models:
-            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def _check_heads(model: nn.Module) -> None:

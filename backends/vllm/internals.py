@@ -1,56 +1,19 @@
-"""The place for reach-ins into vLLM's private objects: accessors that several modules share, and a table of every reach-in.
+"""Accessors of vLLM's private objects, and when each can go. Read from vLLM 0.32.
 
-New reach-ins belong here; those that still stand elsewhere name their module. `runner` is vLLM's model runner, `llm_engine` is
-`LLM.llm_engine`, `model` and `layer` are the served modules. Read from vLLM 0.32.
-
-| reach-in (module)                               | for                                    | Delete when
-| ----------------------------------------------- | -------------------------------------- | -----------------------------------
-| llm_engine.model_executor.driver_worker.worker  | model runner of this process           | the `runner` rows below are gone
-|   .model_runner (here)                          |                                        |
-| runner.get_model() (rollout, engine, weights,   | served modules: fingerprints,          | `LLM.apply_model` (public in 0.32)
-|   lora)                                         |   manifest, head sizes, device bytes   |   serves, with every version used
-| runner.kv_caches (here)                         | offloading the key-value cache without | sleep mode works on every device;
-|                                                 |   sleep mode                           |   the CPU worker of 0.32 ignores it
-| runner.reload_weights(weights_iterator=)        | in-place update from the actor's own   | the weight-transfer API takes
-|   (weights)                                     |   tensors                              |   tensors of the calling process
-| finalize_layerwise_reload, runner.model_config  | leaving an update that raised, so that | `reload_weights` cleans up after an
-|   (weights)                                     |   the next one can start               |   error; 0.32 does not
-| llm_engine.vllm_config, set_current_vllm_config | whether sleep mode is on; the          | `reload_weights` sets it itself
-|   (engine, weights)                             |   configuration that layers ask for as |
-|                                                 |   they load                            |
-| llm_engine.add_request, step, abort_request,    | a heartbeat at each step, each group   | `LLM` yields finished requests
-|   has_unfinished_requests (rollout)             |   as soon as it is finished            |
-| llm_engine.reset_encoder_cache (rollout)        | dropping image features of old weights | `LLM` has it, as it has
-|                                                 |                                        |   `reset_prefix_cache`
-| llm_engine.add_lora (lora)                      | LoRA weight sync                       | `LLM` has it
-| runner.lora_manager._adapter_manager.modules,   | reading LoRA weights back, to compare  | vLLM reports checksums of a slot
-|   layer.lora_a_stacked, lora_b_stacked (lora)   |   them with what was sent              |
-| model.hf_to_vllm_mapper, packed_modules_mapping | Hugging Face name -> parameter and     | vLLM has a public map from
-|   (manifest)                                    |   index in a fused layer               |   checkpoint names to parameters
-| layer.tp_rank, tp_size, output_sizes,           | this rank's shard of a sent tensor     | that map has shards too
-|   shard_indices, num_kv_head_replicas           |                                        |
-|   (manifest)                                    |                                        |
-| layer.quant_method, embedding_dim, input_size,  | probing layers whose weight is packed  | packed CPU layers keep a weight
-|   input_size_per_partition,                     |   for oneDNN, and counting their bytes |   that can be read
-|   output_size_per_partition (manifest)          |                                        |
-| layer.cpu_linear (manifest)                     | serving a tied head after an update    | vLLM's reload repacks tied heads
-| layer.process_weights_after_loading, modules in | finding tensors that an update may     | vLLM says which tensors loading
-|   `lora` packages (here)                        |   rewrite                              |   derives from weights
-| layer.attn_backend, head_size (engine)          | refusing head sizes without a kernel   | vLLM refuses them when it starts
-| get_tp_group().rank_in_group,                   | unlinking the name of shared memory    | see `engine._unname_shared_memory`
-|   .device_communicator.dist_module.group_name   |   that a killed run would leave behind |
-|   (engine)                                      |                                        |
-| ModelRegistry.models (engine)                   | loading the model's class in this      | vLLM inspects classes without a
-|                                                 |   process                              |   subprocess
-| global random state (here)                      | undoing vLLM's seeding of every        | vLLM seeds generators of its own
-|                                                 |   generator                            |
+New reach-ins belong here. `runner` is vLLM's model runner. Three places keep their own, next to what needs them: rollout.py
+drives `llm_engine` request by request (until `LLM` yields requests as they finish, has `reset_encoder_cache` and `add_lora`);
+manifest.py reads attributes of served layers (until vLLM has a public map from checkpoint names to the shard of a parameter,
+and packed CPU layers keep a weight that can be read); engine.py asks attention layers for kernels of their head size (until
+vLLM refuses them when it starts).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def model_runner(llm: LLM) -> Any:
-    """vLLM's model runner in this process."""
+    """vLLM's model runner in this process. Delete when: `LLM.apply_model` serves all that is done with it."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
 def derives_from_weights(holder: Any) -> bool:
     """Whether an update may change tensors that this layer or object holds: vLLM has layers rearrange their weights after
-    loading, and a LoRA update writes the layers that serve LoRA."""
+    loading, and a LoRA update writes the layers that serve LoRA. Delete when: vLLM says which tensors it derives."""
     if "lora" in type(holder).__module__.split("."):
         return True
     rearranges = isinstance(holder, nn.Module) and hasattr(holder, "process_weights_after_loading")
@@ -78,7 +41,7 @@ def derives_from_weights(holder: Any) -> bool:
 
 
 def kv_cache_tensors(runner: Any) -> Iterator[Tensor]:
-    """Yield the tensors of the key-value cache."""
+    """Yield the tensors of the key-value cache. Delete when: sleep mode works on every device; the CPU worker ignores it."""
     for cache in runner.kv_caches:
         yield from cache if isinstance(cache, list | tuple) else [cache]
 
@@ -93,3 +56,64 @@ def preserved_random_state() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def sleep_mode(llm: LLM) -> bool:
+    """Whether vLLM's sleep mode is on. Delete when: `LLM` says so."""
+    return llm.llm_engine.vllm_config.model_config.enable_sleep_mode
+
+
+def reload_weights(llm: LLM, runner: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Load weights in place. Delete when: vLLM's weight-transfer API takes tensors of the calling process."""
+    with _updating(llm):
+        runner.reload_weights(weights_iterator=weights)
+
+
+def abandon_reload(llm: LLM, runner: Any) -> None:
+    """Leave a half-done update, so that a full one can follow. Delete when: `reload_weights` cleans up after an error."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with contextlib.suppress(Exception), _updating(llm):
+        finalize_layerwise_reload(runner.get_model(), runner.model_config)
+
+
+def lora_layers(runner: Any) -> dict[str, Any]:
+    """Layers that serve LoRA, by name. Delete when: vLLM reports checksums of a LoRA slot."""
+    return runner.lora_manager._adapter_manager.modules
+
+
+@contextlib.contextmanager
+def _updating(llm: LLM) -> Iterator[None]:
+    """Set the engine's configuration, as vLLM's own worker does: layers ask for it while they load weights."""
+    from vllm.config import set_current_vllm_config
+
+    with torch.no_grad(), set_current_vllm_config(llm.llm_engine.vllm_config):
+        yield
+
+
+def unname_shared_memory() -> None:
+    """Unlink the shared memory of vLLM's tensor-parallel processes on AVX-512 CPUs, once all have opened it.
+
+    Why: with `env://` rendezvous the name is the same in every run, and vLLM must create it: what a killed run leaves behind
+        keeps every later engine of this machine from starting ("create shm in SHMManager failed. errno: 17").
+    Delete when: vLLM's cpu_worker.py makes VLLM_DIST_IDENT of more than `env://`.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    module = getattr(group.device_communicator, "dist_module", None)
+    if name := getattr(module, "group_name", None):
+        Path("/dev/shm", f"{name.lstrip('/')}_{group.rank_in_group}").unlink(missing_ok=True)
+
+
+def register_class(folder: Path) -> None:
+    """Register the model's class with vLLM in this process.
+
+    Otherwise vLLM inspects it in a subprocess, which takes some ten seconds and dies where torchvision needs its cure.
+    Delete when: vLLM inspects classes without a subprocess.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())

@@ -19,6 +19,7 @@ from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import awake
 from rlcore.types import NamedTensors, Receipt
 
+from .internals import lora_layers
 from .manifest import locate
 from .rollout import VllmRollout
 
@@ -84,7 +85,7 @@ class VllmLoraRollout(VllmRollout):
     def _held(self, name: str, like: Tensor) -> Tensor | None:
         """The LoRA matrix in the engine's only slot, without padding to the maximum rank; None where it has no such layer."""
         layer, _, kind = name.removesuffix(".weight").rpartition(".")
-        layers = self._runner.lora_manager._adapter_manager.modules
+        layers = lora_layers(self._runner)
         slot = locate(self._runner.get_model(), f"{layer}.weight", layers.__contains__)
         if slot.layer not in layers:
             return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from rlcore.types import NamedTensors, Receipt
 
 if TYPE_CHECKING:
     from vllm import LLM
+from .internals import abandon_reload, reload_weights
 from .manifest import WeightManifest
 from .rollout import VllmRollout
 
@@ -39,10 +39,9 @@ class VllmWeightsRollout(VllmRollout):
         transfer = self._manifest.transfer(version)
         self.version = None  # until what arrived has been verified
         try:
-            with self._updating():
-                self._runner.reload_weights(weights_iterator=transfer.watch(weights))
+            reload_weights(self._llm, self._runner, transfer.watch(weights))
         except Exception as error:
-            self._leave_reload()
+            abandon_reload(self._llm, self._runner)
             if isinstance(error, RunError):
                 raise
             last = transfer.last or "the first tensor"
@@ -59,18 +58,3 @@ class VllmWeightsRollout(VllmRollout):
 
     def _packed_bytes(self) -> int:
         return self._manifest.packed_bytes()
-
-    def _leave_reload(self) -> None:
-        """Leave a half-done update, so that a full one can follow."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        with contextlib.suppress(Exception), self._updating():
-            finalize_layerwise_reload(self._runner.get_model(), self._runner.model_config)
-
-    @contextlib.contextmanager
-    def _updating(self) -> Iterator[None]:
-        """Set the engine's configuration, as vLLM's own worker does: layers ask for it while they load weights."""
-        from vllm.config import set_current_vllm_config
-
-        with torch.no_grad(), set_current_vllm_config(self._llm.llm_engine.vllm_config):
-            yield

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlcore.distributed.balance import over_ranks, spread
 from rlcore.errors import ConfigError
-from rlcore.types import Batch, Packed, Segment
+from rlcore.types import Batch, Packed, Segment, Vision
 
 Shapes = Sequence[tuple[int, Sequence[int]]]  # per group: prompt tokens, and response tokens of each sample
 
@@ -48,36 +48,10 @@ def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[l
 
 def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     """Build one packed row from the pieces."""
-    axes = max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1)
-    segments: list[Segment] = []
-    input_ids, targets, sources, index = _Row(), _Row(), _Row(), _Row()
-    position_ids: list[Tensor] = []
+    row = _RowBuilder(batch, max((_axes(batch.groups[piece.group].prompt.position_ids) for piece in pieces), default=1))
     for piece in pieces:
-        group, start = batch.groups[piece.group], len(input_ids)
-        prompt, length, after = group.prompt, len(group.prompt.token_ids), group.prompt.next_position
-        input_ids.add(np.asarray(prompt.token_ids))
-        position_ids.append(_positions(prompt.position_ids, length, axes))
-        responses = []
-        for number in piece.samples:
-            tokens, first, here = group.samples[number].token_ids, batch.starts[piece.group][number], len(input_ids)
-            sources.add(np.array([start + length - 1]), np.arange(here, here + len(tokens) - 1))
-            input_ids.add(tokens[:-1])
-            targets.add(tokens)
-            index.add(np.arange(first, first + len(tokens)))
-            responses.append(len(tokens) - 1)
-            position_ids.append(torch.arange(after, after + len(tokens) - 1).expand(axes, -1))
-        segments.append(Segment(start, length, tuple(responses)))
-    positions = torch.cat(position_ids, dim=1)
-    prompts = (batch.groups[piece.group].prompt for piece in pieces)
-    return Packed(
-        input_ids=input_ids.tensor(),
-        position_ids=positions[0] if axes == 1 else positions,
-        segments=tuple(segments),
-        sources=sources.tensor(),
-        targets=targets.tensor(),
-        index=index.tensor(),
-        vision=[prompt.vision for prompt in prompts if prompt.vision is not None],
-    )
+        row.add(piece)
+    return row.packed()
 
 
 def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
@@ -170,7 +144,53 @@ def _size(pieces: Sequence[Piece]) -> int:
     return sum(piece.tokens for piece in pieces)
 
 
-class _Row:
+class _RowBuilder:
+    """A packed row, grown piece by piece: the prompt, then each response without its last token."""
+
+    def __init__(self, batch: Batch, axes: int) -> None:
+        """`axes` of the position ids."""
+        self._batch, self._axes = batch, axes
+        self._input_ids, self._targets, self._sources, self._index = _Integers(), _Integers(), _Integers(), _Integers()
+        self._positions: list[Tensor] = []  # [axes, tokens]
+        self._segments: list[Segment] = []
+        self._vision: list[Vision] = []
+
+    def add(self, piece: Piece) -> None:
+        group, start = self._batch.groups[piece.group], len(self._input_ids)
+        prompt = group.prompt
+        self._input_ids.add(np.asarray(prompt.token_ids))
+        self._positions.append(_positions(prompt.position_ids, len(prompt.token_ids), self._axes))
+        last = start + len(prompt.token_ids) - 1
+        first = self._batch.starts[piece.group]
+        lengths = [self._respond(group.samples[one].token_ids, last, first[one], prompt.next_position) for one in piece.samples]
+        self._segments.append(Segment(start, len(prompt.token_ids), tuple(lengths)))
+        if prompt.vision is not None:
+            self._vision.append(prompt.vision)
+
+    def packed(self) -> Packed:
+        positions = torch.cat(self._positions, dim=1)
+        return Packed(
+            input_ids=self._input_ids.tensor(),
+            position_ids=positions[0] if self._axes == 1 else positions,
+            segments=tuple(self._segments),
+            sources=self._sources.tensor(),
+            targets=self._targets.tensor(),
+            index=self._index.tensor(),
+            vision=self._vision,
+        )
+
+    def _respond(self, tokens: NDArray[np.integer], last: int, first: int, position: int) -> int:
+        """Add a response whose prompt ends at `last` in the row and whose tokens start at `first` in [N]; its input tokens."""
+        here, length = len(self._input_ids), len(tokens) - 1
+        self._sources.add(np.array([last]), np.arange(here, here + length))
+        self._input_ids.add(tokens[:-1])
+        self._targets.add(tokens)
+        self._index.add(np.arange(first, first + length + 1))
+        self._positions.append(torch.arange(position, position + length).expand(self._axes, -1))
+        return length
+
+
+class _Integers:
     """Integers of a packed row, appended part by part."""
 
     def __init__(self) -> None:

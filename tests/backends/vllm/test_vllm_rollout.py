@@ -324,7 +324,7 @@ def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, 
 def test_a_weight_that_is_served_in_wider_numbers_is_what_was_sent(engine, model, monkeypatch):
     """As biases of a bfloat16 model are where there is AMX."""
     name, manifest = NAMES["norm"], engine._manifest
-    parameter = manifest.parameter(manifest.place(name).layer, "weight")
+    parameter = manifest.parameter(manifest.slot(name).layer, "weight")
     parameter.data = parameter.data.double()
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_manifest", WeightManifest(engine._runner.get_model(), manifest.dtype, {}))
