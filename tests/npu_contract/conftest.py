@@ -9,14 +9,14 @@ from rlcore import registry
 NPU = registry.load("backends", "npu")
 BACKEND = NPU(NPU.Options(deterministic=True, cores=1))
 os.environ.update(BACKEND.environment())  # before anything imports torch
-NPU_FOLDER = Path(__file__).parents[2] / "backends" / "npu"
+NPU_FOLDER = str(Path(__file__).parents[2] / "backends" / "npu")
 RAN: set[tuple[str, str]] = set()  # file and name of every function of the backend that has run
 
 
 def note(frame, event, argument):
-    file = Path(frame.f_code.co_filename)
-    if event == "call" and file.is_relative_to(NPU_FOLDER):
-        RAN.add((file.name, frame.f_code.co_name))
+    file = frame.f_code.co_filename
+    if event == "call" and file.startswith(NPU_FOLDER):
+        RAN.add((Path(file).name, frame.f_code.co_name))
 
 
 sys.setprofile(note)
