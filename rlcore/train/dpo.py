@@ -6,17 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rlcore.checkpoint.folder import latest_checkpoint
 from rlcore.config.schema import RunConfig
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
 from rlcore.protocols import ModelFamily
-from rlcore.train.loop import Loop
 from rlcore.train.session import Session
 from rlcore.train.sft import response_length, written
-from rlcore.train.supervised import SupervisedTask
+from rlcore.train.supervised import SupervisedTask, run
 from rlcore.types import Batch, Group, Prompt, Row
 
 
@@ -26,12 +24,7 @@ def train(
     """Run the `dpo` section. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    saved = latest_checkpoint(folder) if resume else None
-    with Session(config, backend, folder, console) as session:
-        check_pairs(session.source.rows, session.resolved)
-        session.start().load("dpo")
-        session.announce(begin)
-        Loop(comparison(session), session, folder).go(saved)
+    run("dpo", check_pairs, comparison, config, backend, folder, resume, console, begin)
 
 
 def comparison(session: Session) -> SupervisedTask:

@@ -18,7 +18,7 @@ from rlcore.monitor.console import Console
 from rlcore.protocols import ModelFamily
 from rlcore.train.loop import Loop
 from rlcore.train.session import Session
-from rlcore.train.supervised import SupervisedTask
+from rlcore.train.supervised import SupervisedTask, run
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 
@@ -28,12 +28,7 @@ def train(
     """`rlcore sft`: run the `sft` section by itself. `begin` is called before anything is written."""
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps, rows_per_step, optimizer)")
-    saved = latest_checkpoint(folder) if resume else None
-    with Session(config, backend, folder, console) as session:
-        check_targets(session.source.rows, session.resolved)
-        session.start().load("sft")
-        session.announce(begin)
-        Loop(imitation(session, session.source), session, folder).go(saved)
+    run("sft", check_targets, imitation, config, backend, folder, resume, console, begin)
 
 
 def warm_up(session: Session, folder: Path) -> None:
@@ -81,8 +76,9 @@ def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
     return len(token_ids)
 
 
-def imitation(session: Session, source: PromptSource) -> SupervisedTask:
+def imitation(session: Session, source: PromptSource | None = None) -> SupervisedTask:
     """SFT task: minimize the mean negative log-probability of the target tokens."""
+    source = session.source if source is None else source
     config, encoder, family = session.config.sft, session.placement.encoder, session.resolved.family
     assert config is not None
 

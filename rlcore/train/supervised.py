@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
+from rlcore.checkpoint.folder import latest_checkpoint
+from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import PromptSource
+from rlcore.device import Backend
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor import metrics
 from rlcore.monitor.console import Console
+from rlcore.train.loop import Loop
 from rlcore.train.session import Session
-from rlcore.types import Batch, Metrics
+from rlcore.types import Batch, Metrics, Row
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,16 @@ class SupervisedTask:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """No state besides what every checkpoint holds."""
+
+
+def run(
+    command: str, check: Callable[[Sequence[Row], ResolvedModel], None], task: Callable[[Session], SupervisedTask],
+    config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object],
+) -> None:  # fmt: skip
+    """A whole run of such a task. `check` refuses rows before the run folder exists, which `begin` makes."""
+    saved = latest_checkpoint(folder) if resume else None
+    with Session(config, backend, folder, console) as session:
+        check(session.source.rows, session.resolved)
+        session.start().load(command)
+        session.announce(begin)
+        Loop(task(session), session, folder).go(saved)
