@@ -304,7 +304,7 @@ class Packed:
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, or [3, T] where the family has multi-axis positions
     segments: tuple[Segment, ...]
-    sources: Tensor  # [M] int64, index in T of the hidden state that predicts the target
+    predictors: Tensor  # [M] int64, index in T of the hidden state that predicts the target
     targets: Tensor  # [M] int64
     index: Tensor  # [M] int64, index of the target in the batch's [N]
     vision: Sequence[Vision]  # one per group that has images, in row order

@@ -41,9 +41,9 @@ class ValueForward(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """[M] values, each at the token that predicts the target."""
         part = Slice(packed.tokens, self.settings.sequence)
-        hidden = part.at(self.family.hidden(self.backbone, packed, part), packed.sources)
+        hidden = part.at(self.family.hidden(self.backbone, packed, part), packed.predictors)
         values = functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float()).flatten().clone()
-        return part.all_of(values, packed.sources)  # cloned above: an FSDP module must not return a view
+        return part.all_of(values, packed.predictors)  # cloned above: an FSDP module must not return a view
 
 
 class TorchCritic(TrainedModel):

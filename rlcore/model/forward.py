@@ -39,9 +39,9 @@ class Forward(nn.Module):
     def forward(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """[M] log-probabilities and [M] entropies of the row's targets, float32; without `entropy`, zeros in their place."""
         self.settings.beat()
-        part, sources = Slice(packed.tokens, self.settings.sequence), packed.sources
-        hidden = part.at(self.family.hidden(self.model, packed, part), sources)
-        targets = packed.targets[part.held(sources)].to(self.settings.device)
+        part, predictors = Slice(packed.tokens, self.settings.sequence), packed.predictors
+        hidden = part.at(self.family.hidden(self.model, packed, part), predictors)
+        targets = packed.targets[part.held(predictors)].to(self.settings.device)
         head, settings = self.family.head(self.model), self.settings
         logprobs, spread = token_logprobs(hidden, head, targets, settings.temperature, settings.tile_bytes, entropy)
-        return part.all_of(logprobs, sources), part.all_of(spread, sources)
+        return part.all_of(logprobs, predictors), part.all_of(spread, predictors)

@@ -27,7 +27,7 @@ class LoadedModel:
     module: nn.Module
     family: ModelFamily
     sharding: Sharding | None = None  # None: whole on this device
-    source: Path | None = None  # folder that a meta model's weights are still to be read from
+    weights_from: Path | None = None  # folder that a meta model's weights are still to be read from
     tower: nn.Module | None = None  # vision encoder that stays whole on every rank
 
 
@@ -42,8 +42,8 @@ class PackedModel:
         hold_frozen(forward, settings.compute_dtype)
         if sharding:
             sharding.apply(forward, self.family.blocks(self.model), loaded.tower)
-        if loaded.source:
-            read(forward, self.model, self.family.hf_name, loaded.source, sharding.home if sharding else settings.device)
+        if loaded.weights_from:
+            read(forward, self.model, self.family.hf_name, loaded.weights_from, sharding.home if sharding else settings.device)
         self.working = WorkingCopy(forward, settings.compute_dtype, made_elsewhere=sharding is not None)
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ class Piece:
     tokens: int
 
 
-def plan(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
+def plan_microbatches(groups: Shapes, cap: int, names: Sequence[str] | None = None) -> list[list[Piece]]:
     """Plan micro-batches of at most `cap` forwarded tokens for groups of these shapes.
 
     As few as first-fit-decreasing finds, then balanced over that many where the cap allows.
@@ -61,8 +61,8 @@ def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Pac
 
 
 def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Piece]]:
-    """`plan` for a batch, cached for all passes over the same samples. With `whole_groups`, ConfigError names a group that does
-    not fit into one micro-batch."""
+    """`plan_microbatches` for a batch, cached for all passes over the same samples. With `whole_groups`, ConfigError names a
+    group that does not fit into one micro-batch."""
     shapes, names = _shapes(batch), _names(batch)
     rows = _planned(shapes, cap, names)
     if whole_groups:
@@ -82,7 +82,7 @@ def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list
 
 @lru_cache(maxsize=512)  # enough for one step on that many ranks
 def _planned(shapes: tuple[tuple[int, tuple[int, ...]], ...], cap: int, names: tuple[str, ...]) -> list[list[Piece]]:
-    return plan(shapes, cap, names)
+    return plan_microbatches(shapes, cap, names)
 
 
 def _shapes(batch: Batch) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -150,7 +150,7 @@ class _RowBuilder:
     def __init__(self, batch: Batch, axes: int) -> None:
         """`axes` of the position ids."""
         self._batch, self._axes = batch, axes
-        self._input_ids, self._targets, self._sources, self._index = _Integers(), _Integers(), _Integers(), _Integers()
+        self._input_ids, self._targets, self._predictors, self._index = _Integers(), _Integers(), _Integers(), _Integers()
         self._positions: list[Tensor] = []  # [axes, tokens]
         self._segments: list[Segment] = []
         self._vision: list[Vision] = []
@@ -173,7 +173,7 @@ class _RowBuilder:
             input_ids=self._input_ids.tensor(),
             position_ids=positions[0] if self._axes == 1 else positions,
             segments=tuple(self._segments),
-            sources=self._sources.tensor(),
+            predictors=self._predictors.tensor(),
             targets=self._targets.tensor(),
             index=self._index.tensor(),
             vision=self._vision,
@@ -182,7 +182,7 @@ class _RowBuilder:
     def _respond(self, tokens: NDArray[np.integer], last: int, first: int, position: int) -> int:
         """Add a response whose prompt ends at `last` in the row and whose tokens start at `first` in [N]; its input tokens."""
         here, length = len(self._input_ids), len(tokens) - 1
-        self._sources.add(np.array([last]), np.arange(here, here + length))
+        self._predictors.add(np.array([last]), np.arange(here, here + length))
         self._input_ids.add(tokens[:-1])
         self._targets.add(tokens)
         self._index.add(np.arange(first, first + length + 1))
@@ -218,4 +218,4 @@ def _positions(position_ids: Tensor | None, length: int, axes: int) -> Tensor:
 
 
 _ZERO, _NONE = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), sources=_NONE, targets=_NONE, index=_NONE, vision=())
+_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), predictors=_NONE, targets=_NONE, index=_NONE, vision=())

@@ -39,12 +39,12 @@ class Factory:
     ) -> tuple[TorchActor | None, Reference | None]:
         """The actor, if it is trained here, and the reference, if log-probabilities are compared here."""
         resolved, actor = self.resolved, None
-        module, source = self._module(folder)
+        module, weights_from = self._module(folder)
         settings = replace(self._settings(), temperature=task.temperature)
         switched = self.config.model.lora is not None and trained  # with LoRA off, the actor is the reference
         tower = resolved.encoder_tower(module)
         fixed = copy.deepcopy(module, {id(tower): tower}) if trained and compared and not switched else module
-        loaded = LoadedModel(module, resolved.family, self._sharding(), source, tower)
+        loaded = LoadedModel(module, resolved.family, self._sharding(), weights_from, tower)
         if trained:
             actor = TorchActor(
                 replace(loaded, module=resolved.trainable(module)), settings, task.objective, task.optimizer, task.schedule,
@@ -61,10 +61,10 @@ class Factory:
 
     def critic(self, task: TrainingTask, config: CriticConfig) -> TorchCritic:
         resolved = self.resolved
-        module, source = self._module(resolved.critic_folder())
+        module, weights_from = self._module(resolved.critic_folder())
         if (tower := resolved.encoder_tower(module)) is not None:
             tower.requires_grad_(False)
-        loaded = LoadedModel(module, resolved.family, self._sharding(), source)
+        loaded = LoadedModel(module, resolved.family, self._sharding(), weights_from)
         return TorchCritic(
             loaded, self._settings(), self.config.algorithm, config.optimizer, task.schedule, resolved.backend.adamw
         )

@@ -7,7 +7,7 @@ from rlcore.data.prompts import Prompts, encode_all
 from rlcore.data.rows import load_rows
 from rlcore.device import Backend
 from rlcore.model.loading import family_of, resolve
-from rlcore.model.packing import plan as microbatches
+from rlcore.model.packing import plan_microbatches
 from rlcore.model.resolved import MODEL_CACHE
 
 CAP = "train.max_tokens_per_microbatch"
@@ -35,7 +35,7 @@ def describe(config: RunConfig, training: Prompts, held_out: Prompts | None) -> 
     ranks = _data_ranks(config)
     full = [(longest_prompt, [longest_response] * group)] * -(-share // ranks)
     cap = train.max_tokens_per_microbatch
-    most = len(microbatches(full, cap))
+    most = len(plan_microbatches(full, cap))
     longest = longest_prompt + longest_response
     lines = [
         ("training rows", _rows(training)),

@@ -73,7 +73,7 @@ def seeded(seed: int) -> torch.Generator:
 def packed_logprobs(family, model, batch: Batch, cap: int) -> Tensor:
     logprobs = torch.full((len(batch.rollout_logprobs),), torch.nan)
     for packed in microbatches(batch, cap):
-        logits = family.hidden(model, packed)[packed.sources] @ family.head(model).T
+        logits = family.hidden(model, packed)[packed.predictors] @ family.head(model).T
         logprobs[packed.index] = logits.log_softmax(-1).gather(-1, packed.targets[:, None])[:, 0]
     return logprobs
 
