@@ -50,20 +50,22 @@ class Console:
             self.say(f"    {row.id} (answer {row.answer!r}, score {_shown(group_scores[best])})\n    | {text}")
 
 
-def grpo_line(number: int, steps: int, row: Metrics) -> str:
+def grpo_line(number: int, steps: int, numbers: Metrics) -> str:
     """Format a step's number, score, update metrics and stage times."""
-    parts = [f"step {number}/{steps}", f"score {row['grpo/score/mean']:.3f}" if "grpo/score/mean" in row else "no score"]
-    if "eval/score" in row:
-        parts.append(f"eval {row['eval/score']:.3f}")
+    score = f"score {numbers['grpo/score/mean']:.3f}" if "grpo/score/mean" in numbers else "no score"
+    parts = [f"step {number}/{steps}", score]
+    if "eval/score" in numbers:
+        parts.append(f"eval {numbers['eval/score']:.3f}")
     known = {
         "entropy": ("actor/entropy", ".2f"), "kl": ("actor/kl_loss", ".4f"), "kl in reward": ("actor/kl_penalty", ".4f"),
         "grad": ("grad_norm", ".3g"),
         "mismatch": ("mismatch/mean", ".1e"), "length": ("response_length/mean", ".0f"),
     }  # fmt: skip
-    parts += [f"{label} {row[name]:{form}}" for label, (name, form) in known.items() if name in row]
-    parts.append(f"{row['timing/all']:.1f} s")
+    parts += [f"{label} {numbers[name]:{form}}" for label, (name, form) in known.items() if name in numbers]
+    parts.append(f"{numbers['timing/all']:.1f} s")
     stages = ("resharding_to_infer", "rollout", "reward", "reference_model", "old_log_p", "update")
-    times = " ".join(f"{stage} {row[f'timing/{stage}']:.1f}" for stage in stages if row.get(f"timing/{stage}", 0) >= 0.05)
+    took = {stage: numbers.get(f"timing/{stage}", 0) for stage in stages}
+    times = " ".join(f"{stage} {seconds:.1f}" for stage, seconds in took.items() if seconds >= 0.05)
     return "  ".join(parts) + (f" ({times})" if times else "")
 
 

@@ -209,7 +209,7 @@ class GrpoStep:
     drawn: int
     began: float
 
-    def row(self) -> Metrics:
+    def metrics(self) -> Metrics:
         task, iteration, config = self.task, self.iteration, self.task.config
         batch, inputs = iteration.batch, iteration.inputs
         assert batch.advantages is not None, "`learn` has set them"
@@ -236,15 +236,15 @@ class GrpoStep:
     def records(self) -> Iterator[dict[str, Any]]:
         return sample_records(self.iteration, self.task.config.algorithm)
 
-    def line(self, row: Metrics) -> str:
-        return grpo_line(self.number, self.task.steps, row)
+    def line(self, numbers: Metrics) -> str:
+        return grpo_line(self.number, self.task.steps, numbers)
 
-    def show(self, row: Metrics, console: Console) -> None:
+    def show(self, numbers: Metrics, console: Console) -> None:
         console.show(self.iteration.batch.groups, self.iteration.scores)
         limit = self.task.config.rollout.max_mismatch
-        if row.get("mismatch/mean", 0.0) > limit:
+        if numbers.get("mismatch/mean", 0.0) > limit:
             console.warn(
-                f"the engine's log-probabilities differ from the actor's by {row['mismatch/mean']:.3f} on average,"
+                f"the engine's log-probabilities differ from the actor's by {numbers['mismatch/mean']:.3f} on average,"
                 f" more than rollout.max_mismatch {limit}; likely causes: a low rollout.top_p or top_k, or another precision in"
                 " the engine"
             )

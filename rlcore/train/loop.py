@@ -35,7 +35,7 @@ class Step(Protocol):
         """Prompts drawn in the whole run so far."""
         ...
 
-    def row(self) -> Metrics:
+    def metrics(self) -> Metrics:
         """Line of metrics.jsonl; called after the step's evaluation and checkpoint."""
         ...
 
@@ -43,11 +43,11 @@ class Step(Protocol):
         """Lines of samples.jsonl."""
         ...
 
-    def line(self, row: Metrics) -> str:
+    def line(self, numbers: Metrics) -> str:
         """Line on the console."""
         ...
 
-    def show(self, row: Metrics, console: Console) -> None:
+    def show(self, numbers: Metrics, console: Console) -> None:
         """Print samples and warnings after that line."""
         ...
 
@@ -122,13 +122,13 @@ class Loop:
             with self.clock.span("save_checkpoint") if self.clock else nullcontext():
                 self._save()
         self.random = random_states()
-        row, records = step.row(), [*step.records()]
+        numbers, records = step.metrics(), [*step.records()]
         if evaluation:
-            row, records = row | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
-        self.sinks.write(number, row, records)
+            numbers, records = numbers | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
+        self.sinks.write(number, numbers, records)
         if number % self.task.log_every == 0 or number == self.task.steps:
-            self.console.step(step.line(row), self.task.log_every)
-        step.show(row, self.console)
+            self.console.step(step.line(numbers), self.task.log_every)
+        step.show(numbers, self.console)
         self.console.warn(failures(evaluation.scores, "evaluation: ") if evaluation else None)
 
     def _trained(self, number: int) -> Step:
@@ -145,9 +145,9 @@ class Loop:
     def _evaluate_before(self) -> None:
         began = time.perf_counter()
         evaluation = self.task.evaluate()
-        row = evaluation.metrics() | {"timing/evaluate": time.perf_counter() - began}
-        self.sinks.write(0, row, evaluation_records(evaluation))
-        score = f"eval {row['eval/score']:.3f}" if "eval/score" in row else "eval without a score"
+        numbers = evaluation.metrics() | {"timing/evaluate": time.perf_counter() - began}
+        self.sinks.write(0, numbers, evaluation_records(evaluation))
+        score = f"eval {numbers['eval/score']:.3f}" if "eval/score" in numbers else "eval without a score"
         self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
         self.console.warn(failures(evaluation.scores, "evaluation: "))
 

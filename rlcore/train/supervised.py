@@ -28,16 +28,16 @@ class SupervisedStep:
     numbers: Metrics
     text: str
 
-    def row(self) -> Metrics:
+    def metrics(self) -> Metrics:
         return self.numbers
 
     def records(self) -> Iterable[Mapping[str, Any]]:
         return ()
 
-    def line(self, row: Metrics) -> str:
+    def line(self, numbers: Metrics) -> str:
         return self.text
 
-    def show(self, row: Metrics, console: Console) -> None:
+    def show(self, numbers: Metrics, console: Console) -> None:
         """Print nothing more."""
 
 
@@ -60,13 +60,13 @@ class SupervisedTask:
         began = time.perf_counter()
         batch = self.batch()
         self.session.interruption.hold()
-        row = self.session.placement.actor.update(batch)
+        numbers = self.session.placement.actor.update(batch)
         if self.session.config.model.images_are_read_once:
-            row |= metrics.images(batch.groups)
-        row["timing/all"] = time.perf_counter() - began
-        shown = "  ".join(f"{name.rpartition('/')[2]} {row[name]:.4f}" for name in self.shown)
-        text = f"{self.name} {number}/{self.steps}  {shown}  grad {row['grad_norm']:.3g}"
-        return SupervisedStep(self.source.drawn, row, text)
+            numbers |= metrics.images(batch.groups)
+        numbers["timing/all"] = time.perf_counter() - began
+        shown = "  ".join(f"{name.rpartition('/')[2]} {numbers[name]:.4f}" for name in self.shown)
+        text = f"{self.name} {number}/{self.steps}  {shown}  grad {numbers['grad_norm']:.3g}"
+        return SupervisedStep(self.source.drawn, numbers, text)
 
     def evaluate(self) -> NoReturn:
         raise NotImplementedError(f"{self.name} samples nothing")
