@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rlcore.types import Packed
 
 
-
 class Reference(Protocol):
     def logprobs(self, batch: Batch) -> Tensor:
         """[N] float32: log p(token | preceding tokens), packed order."""

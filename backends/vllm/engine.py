@@ -20,11 +20,12 @@ from rlcore.errors import ConfigError, PluginError, nearest
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 
-if TYPE_CHECKING:
-    from vllm import LLM
 from .internals import model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
 from .rollout import VllmRollout
 from .weights import VllmWeightsRollout
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 _IMAGES_A_PROMPT = 16
 _LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams raise lower ones to this

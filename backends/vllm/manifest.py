@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,6 @@ from torch import Tensor, nn
 from rlcore.distributed.fingerprint import compare, fingerprint
 from rlcore.errors import RunError
 from rlcore.types import NamedTensors
-
-if TYPE_CHECKING:
-    pass
-
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, for the dense product
 

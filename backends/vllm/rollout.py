@@ -15,11 +15,12 @@ from rlcore.rollout.sampler import folded
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, Prompt, Sample, Sampling
 
+from .internals import derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
+
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
-from .internals import derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
 
 
 class VllmRollout:

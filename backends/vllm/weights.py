@@ -13,11 +13,12 @@ from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import awake
 from rlcore.types import NamedTensors, Receipt
 
-if TYPE_CHECKING:
-    from vllm import LLM
 from .internals import abandon_reload, reload_weights
 from .manifest import WeightManifest
 from .rollout import VllmRollout
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 class VllmWeightsRollout(VllmRollout):

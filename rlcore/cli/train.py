@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlcore.cli.run_folder import RECORD, Claim
+from rlcore.cli.settings import load_settings, prepared_backend
 from rlcore.config import loader
 from rlcore.config.schema import RunConfig
 from rlcore.errors import ConfigError, WorkerDied
@@ -23,7 +24,6 @@ from rlcore.runtime import jemalloc
 
 if TYPE_CHECKING:
     from rlcore.monitor.console import Console
-from rlcore.cli.settings import load_settings, prepared_backend
 
 _HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with it, or another folder"
 

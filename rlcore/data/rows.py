@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlcore import registry
 from rlcore.config.sections import DatasetConfig
@@ -15,9 +15,6 @@ from rlcore.data.files import Record, check_text, read_records
 from rlcore.data.images import check_pictures, pictures
 from rlcore.errors import ConfigError, PluginError, RlcoreError
 from rlcore.types import Row
-
-if TYPE_CHECKING:
-    pass
 
 
 def rows(

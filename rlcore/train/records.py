@@ -28,8 +28,6 @@ class Iteration:
     update: Metrics
 
 
-
-
 def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
     """`grpo/score/*` over samples that have a value, `reward/<part>` each reward's mean, `reward/{timeout,error}` counts,
     and the share of groups without two different scores."""

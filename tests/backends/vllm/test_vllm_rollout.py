@@ -218,7 +218,6 @@ def _drop(weights, name, other):
     del weights[name]
 
 
-
 def _misshapen(weights, name, other):
     weights[name] = weights[name][:-1]
 
