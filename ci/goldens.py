@@ -1,7 +1,7 @@
-"""Writes rlcore/diagnose/conformance/goldens.json: what the models of `rlcore check` give in float64 on a processor.
+"""Writes rlcore/diagnose/conformance/goldens.json: float64 CPU results of the models of `rlcore check`.
 
-Transformers' own forward pass, a sample at a time; norms, softmax, loss and AdamW from their formulas. Nothing of rlcore is in
-the numbers but the inputs. Angles of positions, and a vision tower's rotation by them, are float32 in transformers, and here.
+Transformers' own forward pass, one sample at a time; norms, softmax, loss and AdamW from their formulas. Only the inputs come
+from rlcore. Rotary angles, and a vision tower's rotation by them, are float32 in transformers, and here.
 
     python ci/goldens.py
 """
@@ -27,10 +27,10 @@ CLASSES = {"text": AutoModelForCausalLM, "vision": AutoModelForImageTextToText}
 
 
 def goldens(kind: str, case: Case) -> dict[str, Any]:
-    """Log-probabilities, the parts of the loss and the norm of its gradient; log-probabilities again after some steps."""
+    """Log-probabilities, loss terms and gradient norm; log-probabilities again after some steps."""
     model = CLASSES[kind].from_pretrained(case.folder, dtype=torch.float64, attn_implementation="sdpa")
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):  # float32 inside
+        if type(module).__name__.endswith("RMSNorm"):  # transformers' computes in float32
             module.forward = MethodType(root_mean_square, module)
     state: dict[str, tuple[Tensor, Tensor]] = {}
     found: dict[str, Any] = {}
@@ -72,14 +72,14 @@ def samples(case: Case) -> Iterator[tuple[Any, list[int]]]:
 def images(prompt: Any, ids: Tensor) -> dict[str, Tensor]:
     if prompt.vision is None:
         return {}
-    kinds = (ids == max(set(prompt.token_ids), key=prompt.token_ids.count)).int()  # the placeholder is the commonest token
+    kinds = (ids == max(set(prompt.token_ids), key=prompt.token_ids.count)).int()  # the most frequent token is the placeholder
     assert kinds.sum() == 6, "tokens of the picture"
     return {"pixel_values": prompt.vision["pixel_values"].double(), "image_grid_thw": prompt.vision["image_grid_thw"],
             "mm_token_type_ids": kinds}  # fmt: skip
 
 
 def losses(logprobs: Tensor, entropy: Tensor, case: Case) -> dict[str, Tensor]:
-    """The clipped surrogate (arXiv 1707.06347), the k3 estimate of the divergence and the entropy: means over tokens."""
+    """The clipped surrogate (arXiv 1707.06347), the k3 KL estimate and the entropy: means over tokens."""
     batch, keep = case.batch, case.batch.loss_mask
     ratio = (logprobs - batch.old_logprobs).exp()
     clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
@@ -91,7 +91,7 @@ def losses(logprobs: Tensor, entropy: Tensor, case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def adamw(model: Any, state: dict[str, tuple[Tensor, Tensor]], step: int) -> None:
-    """arXiv 1711.05101; vectors are not decayed."""
+    """arXiv 1711.05101; no weight decay on vectors."""
     (fast, slow), rate = OPTIMIZER.betas, OPTIMIZER.lr
     for name, weight in model.named_parameters():
         first, second = state.setdefault(name, (torch.zeros_like(weight), torch.zeros_like(weight)))

@@ -1,7 +1,7 @@
-"""Plants known bugs, one at a time, each in a copy of the tree, and says which test catches it; exit status 1 if one survives.
+"""Mutation tests: applies known bugs one at a time, each to a copy of the tree; exit status 1 if no test catches one.
 
-The bugs are in ci/mutants/*.toml: what is wrong, the file, the text that stands in it once and what replaces it, the tests that
-must fail, and `hangs = true` where they may also never end.
+The bugs are in ci/mutants/*.toml: a description, the file, a text that occurs in it once and its replacement, the tests that
+must fail, and `hangs = true` where they may also hang.
 
     python ci/mutants.py [--list] [--only PATTERN] [--file PATH] [--jobs N]
 """
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BUGS = ROOT / "ci" / "mutants"
-LIMIT = 120.0  # seconds of one test
+LIMIT = 120.0  # seconds per test
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -42,37 +42,37 @@ class Mutant:
     file: str
     old: str
     new: str
-    test: str  # as pytest names tests, below tests/; several with a space between
-    hangs: bool = False  # tests that do not end have caught it too
+    test: str  # pytest ids relative to tests/, separated by spaces
+    hangs: bool = False  # a timeout counts as caught
 
     @property
     def tests(self) -> list[str]:
         return [f"tests/{name}" for name in self.test.split()]
 
     def applied(self, text: str) -> str:
-        """The file's text with the bug in it; ValueError unless there is one place for it."""
+        """The file's text with the bug applied; ValueError unless `old` occurs exactly once."""
         if (count := text.count(self.old)) != 1:
             raise ValueError(f"{self.file} has {count} times {self.old!r}, not once")
         return text.replace(self.old, self.new)
 
 
 class Outcome(NamedTuple):
-    """Of a run of tests."""
+    """Result of a test run."""
 
-    status: int | None  # pytest's; None where it did not end
-    failed: str  # the first test that did
+    status: int | None  # pytest's exit status; None on timeout
+    failed: str  # the first failed test
     seconds: float
     said: str
 
 
 def read() -> list[Mutant]:
-    """All of them, in the order of their files."""
+    """All mutants, in file order."""
     entries = (entry for file in sorted(BUGS.glob("*.toml")) for entry in tomllib.loads(file.read_text("utf-8"))["mutant"])
     return [Mutant(**entry) for entry in entries]
 
 
 class Copy:
-    """A copy of the tree, with a Python that imports the copy and, for the rest, what this Python imports."""
+    """A copy of the tree, with a Python that imports the copy and otherwise this Python's packages."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.tree = folder, folder / "tree"
@@ -84,7 +84,7 @@ class Copy:
 
     @cached_property
     def python(self) -> Path:
-        """An environment of its own: tests start processes with whatever PYTHONPATH they like."""
+        """A separate virtual environment: tests start processes with a PYTHONPATH of their own."""
         venv.create(self._folder / "python", symlinks=True)
         imports = self._folder / "imports"
         imports.mkdir()
@@ -101,7 +101,7 @@ class Copy:
         return python
 
     def test(self, tests: Sequence[str]) -> Outcome:
-        """Runs them to the first that fails."""
+        """Run the tests, stopping at the first failure."""
         command = [self.python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
         began, said = time.monotonic(), self._folder / "said"
         with said.open("wb") as output:
@@ -120,14 +120,14 @@ class Copy:
 
 
 def _files() -> list[str]:
-    """What git tracks here and what it would, as it stands."""
+    """Tracked files and untracked ones that are not ignored."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     return [name for name in names if (ROOT / name).is_file()]
 
 
 def _run(tests: Sequence[str], mutant: Mutant | None = None) -> Outcome:
-    """Of these tests, in a copy with that bug."""
+    """Run these tests in a copy with the bug applied."""
     with tempfile.TemporaryDirectory(prefix="rlcore-mutant-", ignore_cleanup_errors=True) as folder:
         copy = Copy(Path(folder))
         if mutant:
@@ -137,7 +137,7 @@ def _run(tests: Sequence[str], mutant: Mutant | None = None) -> Outcome:
 
 
 def sound(mutants: Iterable[Mutant], jobs: int) -> bool:
-    """Whether all their tests pass where no bug is planted: a process for the tests of each file."""
+    """Whether all their tests pass without any bug; one process per test file."""
     files: dict[str, dict[str, None]] = {}
     for test in (test for mutant in mutants for test in mutant.tests):
         files.setdefault(test.partition("::")[0], {})[test] = None
@@ -150,7 +150,7 @@ def sound(mutants: Iterable[Mutant], jobs: int) -> bool:
 
 
 def verdict(mutant: Mutant) -> tuple[bool, str]:
-    """Whether it was caught, and a line that says by what."""
+    """Whether it was caught, and a report line naming the test."""
     outcome = _run(mutant.tests, mutant)
     caught = bool(outcome.failed) or (outcome.status is None and mutant.hangs)
     by = outcome.failed or ("does not end" if outcome.status is None else f"pytest's status {outcome.status}")
@@ -173,7 +173,7 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{one.file}: {one.bug}  [{one.test}]" for one in mutants))
         return 0
-    os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(options.jobs)  # tests/conftest.py shares the processor by it
+    os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(options.jobs)  # tests/conftest.py divides the cores by it
     began = time.monotonic()
     if not sound(mutants, options.jobs):
         return 1

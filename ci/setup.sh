@@ -17,7 +17,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-de
 echo "installing the cpu stack into .venv (about 1 GB to fetch, once)"
 "${pip[@]}" "${find[@]}" -r requirements/cpu.txt -r requirements/ray.txt -r requirements/dev.txt
 "${pip[@]}" --no-build-isolation --editable .
-# Compiled here on every core, not at the first import on one. Some files are for other Pythons; that they fail is no news.
+# Compile on all cores now, not on one at the first import. Files for other Python versions fail; that is expected.
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 .venv/bin/python -m compileall -qq -j 0 "$packages"/{torch,transformers,vllm} || true
 touch .venv/installed

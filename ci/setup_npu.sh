@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv-npu: the packages of .venv and, over them, the real wheels that tests/npu_contract holds the npu backend against.
-# Exit status 75, with the reason, where they cannot be had.
+# Makes .venv-npu: the packages of .venv plus the real wheels that tests/npu_contract tests the npu backend against.
+# Exit status 75, with the reason, if they cannot be obtained.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=.venv-npu wheels=tests/npu_contract/wheels.txt pinned=tests/npu_contract/pinned.txt
@@ -24,7 +24,7 @@ rm -rf $folder
 echo "installing torch-npu and vllm-ascend into $folder (about 300 MB to fetch, once)"
 fetch -r "$wheels"
 fetch -r "$pinned" --target $folder/pinned
-# Only now, so that pip leaves what is below alone.
+# Only now, so that pip leaves the packages below alone.
 site=(.venv/lib/python*/site-packages)
 echo "import site; site.addsitedir('$PWD/${site[0]}')" >"$folder/lib/python$python/site-packages/below.pth"
 touch $folder/installed

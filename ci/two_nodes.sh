@@ -4,8 +4,8 @@
 #   ci/two_nodes.sh [together] [missing] [cut]     each a scenario; default: all
 #
 # together  a run of two steps over both nodes ends with status 0 on each
-# missing   only the head comes: an error within the limit, which names who is there and how many are missing
-# cut       the cable is pulled in mid-run: both nodes say so and end with an error, in bounded time
+# missing   only the head starts: an error within the limit, listing the nodes present and the number missing
+# cut       the cable is pulled in mid-run: both nodes report it and end with an error, in bounded time
 #
 # Needs root and iproute2. Exit status 77: this machine does not allow it; the reason is on stderr.
 set -euo pipefail
@@ -80,7 +80,7 @@ launch() {
 ended() { within "$2" grep -q "^status" "$folder/$1.log" || fail "node $1 ends within $2 s" "$1"; }
 expect() { grep -qF "$2" "$folder/$1.log" || fail "node $1 says '$2'" "$1"; }
 
-# Prints what still runs in the namespaces.
+# Prints processes still running in the namespaces.
 nothing_left() {
     local left
     left=$(for node in "${nodes[@]}"; do ip netns pids "$node"; done)

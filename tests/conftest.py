@@ -1,4 +1,4 @@
-"""The tests run on the cpu backend: its environment stands before anything imports torch, its cures before transformers."""
+"""The tests run on the cpu backend: its environment is set before torch is imported, its patches before transformers."""
 
 import importlib
 import os
@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Before any test file is imported, in every process of the tests and all that those start."""
+    """Runs before any test file is imported, in every test process; child processes inherit it."""
     if config.getoption("bf16") is not None:
         os.environ["RLCORE_CPU_BF16"] = config.getoption("bf16")
 
@@ -26,7 +26,7 @@ def pytest_configure(config):
 CPU = registry.load("backends", "cpu")
 BACKEND = CPU(CPU.Options()).sharing(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 os.environ.update(BACKEND.environment())
-CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # nothing that an earlier vLLM left behind
+CACHE = tempfile.TemporaryDirectory(prefix="rlcore-vllm-")  # no cache of an earlier vLLM
 os.environ["VLLM_CACHE_ROOT"] = CACHE.name
 BACKEND.prepare()
 importlib.import_module("tripwire").arm()  # here: it imports torch
@@ -47,7 +47,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_teardown(item):
-    """vLLM changes rounding in the process that loads it, and the tests after it are others then."""
+    """vLLM changes rounding in the process that loads it, which would affect later tests."""
     if "vllm" in sys.modules and not item.vllm_was_here and not item.path.name.startswith("test_vllm_"):
         pytest.fail("this test loaded vLLM into the tests' process; call its file test_vllm_*.py, or run it in one of its own")
 
@@ -59,7 +59,7 @@ def backend():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Where this session's tiny models are made."""
+    """Cache folder of this session's tiny models."""
     return tmp_path_factory.mktemp("models")
 
 
@@ -82,7 +82,7 @@ def cluster():
 
 
 def shared(*parts: str) -> Path:
-    """Real rows that stand beside some checkouts; skips where they do not."""
+    """Real data beside some checkouts; skips where there is none."""
     path = Path(__file__).parents[2].joinpath("shared", *parts)
     if not path.exists():
         pytest.skip(f"needs {'/'.join(('..', 'shared', *parts))}, which is not here")

@@ -1,4 +1,4 @@
-"""Packages that are only said to be installed."""
+"""Fake installed packages: metadata only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def distribution(folder: Path, name: str, version: str, summary: str = "", **more: str) -> None:
-    """What pip leaves of a package, beside its modules; `more` are its other files by stem."""
+    """A package's dist-info as pip writes it; `more` are further metadata files by stem."""
     place = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n")

@@ -1,4 +1,4 @@
-"""A device that is wrong in two ways: attention is rounded to bf16, and ranks keep their own part of what they were to sum."""
+"""A backend with two faults: attention is rounded to bf16, and reductions return each rank's own part."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class LossyBackend(CpuBackend):
 
 
 def dropped(tensors: list[torch.Tensor], group: Any, *_: Any) -> Any:
-    """The ranks wait for each other, and that is all."""
+    """A barrier instead of a reduction."""
     processes = torch.distributed.ProcessGroup.unbox(group)._get_backend(torch.device("cpu"))
     return tensors, processes.allreduce([torch.zeros(1)]).boxed()

@@ -1,4 +1,4 @@
-"""Programs that start a Ray of their own, in a process of their own; what they say, and whether they leave anything behind."""
+"""Programs that start their own Ray in a separate process; their output, and whether they leave processes behind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import time
 
 import psutil
 
-PATIENCE = 45  # seconds for anything one waits for
+PATIENCE = 45  # seconds; limit of every wait
 
 
 class Job:
-    """A Python program and everything it starts, all of which knows its token."""
+    """A Python program and all its descendants, identified by a token in their environment."""
 
     def __init__(self, *program, **variables):
         self.token = secrets.token_hex(16)
@@ -27,7 +27,7 @@ class Job:
             env=os.environ | {"RAY_AUTH_TOKEN": self.token} | variables,
         )  # fmt: skip
         self.said = []
-        self.limit = threading.Timer(2 * PATIENCE, self.kill)  # a job that waits for ever ends the lines it is asked for
+        self.limit = threading.Timer(2 * PATIENCE, self.kill)  # killing a hanging job ends its output
         self.limit.start()
 
     def __enter__(self):
@@ -38,7 +38,7 @@ class Job:
         self.kill()
 
     def line(self, pattern):
-        """The match in the first line that has one from here on."""
+        """The match in the next line that matches."""
         for line in self.process.stdout:
             self.said.append(line)
             if match := re.search(pattern, line):
@@ -46,7 +46,7 @@ class Job:
         raise AssertionError(f"the job ended without {pattern!r}:\n{''.join(self.said)}")
 
     def end(self):
-        """Its exit status, when every process it started is gone."""
+        """Its exit status, once every process it started is gone."""
         self.said += self.process.stdout
         status = self.process.wait(PATIENCE)
         limit = time.monotonic() + PATIENCE
@@ -56,7 +56,7 @@ class Job:
         return status
 
     def processes(self, name=""):
-        """Those that run, of this name."""
+        """Running processes of this name."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

@@ -11,7 +11,7 @@ ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
 
 
 def settings(model: Path, /, **sections: Any) -> dict[str, Any]:
-    """The smallest run that a test can wait for: the plain sampler, one thread, fp32."""
+    """A minimal run: the plain sampler, one thread, fp32."""
     return {
         "model": {"path": str(model), "precision": "fp32"},
         "backend": {"options": {"threads": 1}},

@@ -1,4 +1,4 @@
-"""The walks of docs/architecture.md pass functions that are there, and its floors are those that are tested."""
+"""The walks of docs/architecture.md name existing functions, and its layers are the tested ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASSED = [(name, path) for first, second, path in NAMED.findall(PAGE) for name i
 
 
 def defined(path: str) -> set[str]:
-    """Functions and classes of a file, and the methods of its classes with and without the class."""
+    """Functions and classes of a file, and its methods with and without class name."""
     names = set()
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""docs/backends.md says what is: each device's options, and the driver that its CUDA needs."""
+"""docs/backends.md is up to date: each device's options, and the driver that its CUDA needs."""
 
 from __future__ import annotations
 

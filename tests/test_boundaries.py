@@ -1,4 +1,4 @@
-"""The core imports no engine; neither it nor the adapters name a device, in their code or while they run."""
+"""The core imports no engine; neither it nor rlcore_adapters names a device, in code or at run time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def imported(module: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def words(module: ast.Module) -> Iterator[tuple[int, str]]:
-    """Identifiers and strings of the code. Text that stands as a statement of its own documents: docstrings."""
+    """Identifiers and strings of the code, except docstrings (bare string statements)."""
     documents = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
     for node in ast.walk(module):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
@@ -99,7 +99,7 @@ def test_the_walk_sees_what_it_is_there_for():
 
 
 def test_a_run_on_the_plain_sampler_imports_no_engine(tmp_path, tiny_llama):
-    """A whole run: what needs no engine never costs an engine's import."""
+    """A complete run: without an engine, none is imported."""
     program = (
         "import sys\nfrom pathlib import Path\n"
         "from rlcore.cli.main import main\n"

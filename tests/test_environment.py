@@ -1,4 +1,4 @@
-"""What stands in the environment of every process of a run: what the user has set, else what the device's plugin says."""
+"""Environment of every process of a run: the user's settings, else the device plugin's."""
 
 from __future__ import annotations
 

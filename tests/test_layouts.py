@@ -1,4 +1,4 @@
-"""One batch, cut in every way: padded by transformers, packed sample by sample, packed with shared prompts; in one, two and
+"""One batch in every layout: padded by transformers, packed sample by sample, packed with shared prompts; in one, two and
 eight micro-batches; on one rank and on two. Loss and gradient are the same for every algorithm."""
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SETTINGS = {
     "sequence_tis": {"correction": "sequence_tis"},
     "geometric": {"correction": "geometric", "correction_low": 0.98, "correction_high": 1.02},
 }
-SHARED = {1: 4096, 2: 60, 8: 28}  # micro-batches of these 16 samples, and the token cap that gives so many
-ROUNDING = 3e-6  # of fp32 against float64: transformers' own padded pass in fp32 is 1.6e-6 away
-ALONE = {1: 4096, 2: 200, 8: 50}  # the same where every sample brings its own prompt
+SHARED = {1: 4096, 2: 60, 8: 28}  # number of micro-batches of these 16 samples -> token cap
+ROUNDING = 3e-6  # fp32 against float64: transformers' own padded fp32 pass differs by 1.6e-6
+ALONE = {1: 4096, 2: 200, 8: 50}  # likewise, with a prompt copy per sample
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def family(tiny_llama):
 
 
 def batch_of(family):
-    """Two prompts x 8 responses of 1 to 9 tokens; everything an algorithm may look at is off by a little."""
+    """Two prompts x 8 responses of 1 to 9 tokens; every input of an algorithm is slightly perturbed."""
     random = torch.Generator().manual_seed(1)
 
     def near(values, width):
@@ -67,7 +67,7 @@ def batch_of(family):
 
 
 def alone(batch):
-    """Every sample with a prompt of its own."""
+    """Every sample with its own copy of the prompt."""
     return replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])
 
 
@@ -81,7 +81,7 @@ def actor_of(family, folder, config, cap, sharding=None):
 
 
 def gradient_of(actor, batch):
-    """The whole loss, and the gradient as one vector, when the optimizer is about to step."""
+    """The whole loss, and the gradient as one vector, just before the optimizer steps."""
     seen = []
     hook = actor.learner.optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.cat([parameter.grad.flatten() for parameter in actor.model.parameters()]))
@@ -94,7 +94,7 @@ def gradient_of(actor, batch):
 
 
 def padded(family, folder, batch, config, shift=None):
-    """Loss and gradient from transformers' own forward pass of a padded rectangle in float64, with the same formula on top."""
+    """Loss and gradient from transformers' own padded forward pass in float64, with the same loss formula."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     if shift is not None:
         weights = list(model.parameters())
@@ -197,7 +197,7 @@ def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
 
 
 def test_two_ranks_have_the_gradient_of_one(family, tiny_llama, tmp_path):
-    """Each with half of every weight, and with all of them."""
+    """With sharded weights, and with replicated ones."""
     addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), *addresses]
@@ -213,7 +213,7 @@ def test_two_ranks_have_the_gradient_of_one(family, tiny_llama, tmp_path):
 
 
 def rank(folder, results, address, replicas, mine):
-    """What one of two ranks does: each algorithm on its own prompt of the two, of which one makes more rows than the other."""
+    """One of two ranks: each algorithm on its own prompt; one prompt makes more rows than the other."""
     from torch import distributed as dist
 
     from rlcore.distributed import world

@@ -1,4 +1,4 @@
-"""The list of planted bugs (ci/mutants.py) is whole: each has one place and a test, and no package or backend is without."""
+"""The list of mutants (ci/mutants.py) is complete: each has one place and a test; every package and backend has some."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_there_are_many_some_of_every_package_and_each_is_named_once():
 
 
 def test_a_copy_imports_itself_and_its_bug_is_caught(tmp_path):
-    """With what stands on PYTHONPATH, which tests change as they like."""
+    """Whatever PYTHONPATH is, since tests change it."""
     copy = mutants.Copy(tmp_path)
     file = copy.tree / "backends" / "common" / "environment.py"
     (copy.tree / "tests" / "test_planted.py").write_text(

@@ -1,4 +1,4 @@
-"""A package imports only packages below it, for type checking too, and no module imports itself by way of others."""
+"""A package imports only packages below it, for type checking too, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"rlcore": "rlcore", "rlcore_backends": "backends", "rlcore_adapters": "adapters"}
-CORE = (  # from the ground up; what stands in one line does not import each other
+CORE = (  # bottom up; packages in one line do not import each other
     ["errors"], ["types"], ["checks", "config"], ["monitor", "distributed"], ["device"], ["protocols"], ["registry"],
     ["data", "rewards"], ["checkpoint", "algorithms"], ["model"], ["runtime"], ["rollout", "train"], ["diagnose"], ["cli"],
     ["__main__"],
@@ -20,7 +20,7 @@ ADAPTERS = (["models", "datasets"],)
 
 
 def module_of(file: Path) -> str:
-    """The name under which a file is imported."""
+    """Module name of a file."""
     top = next(name for name, folder in FOLDERS.items() if file.is_relative_to(ROOT / folder))
     parts = [top, *file.relative_to(ROOT / FOLDERS[top]).with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -30,7 +30,7 @@ MODULES = {module_of(file): file for folder in FOLDERS.values() for file in sort
 
 
 def imported(module: str) -> Iterator[str]:
-    """This project's modules that a module imports, anywhere in its file."""
+    """Modules of this project that a module imports, anywhere in its file."""
     file = MODULES[module]
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

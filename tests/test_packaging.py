@@ -1,4 +1,4 @@
-"""What is installed is what stands in the tree, under four names of our own."""
+"""The wheel contains exactly the files of the tree, under our four top-level names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA = ("py.typed", "requirements/*.txt", "conformance/*.json", "conformance/*.y
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> set[str]:
-    """The files of a freshly built wheel. Built from a copy, so that nothing of the build is left in the tree."""
+    """Files of a freshly built wheel, built from a copy to keep the tree clean."""
     folder = tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""ruff and pyright have nothing to say."""
+"""ruff and pyright report nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def said(*program: str) -> str:
-    """Nothing where the program is content."""
+    """Output of a failing program, else an empty string."""
     result = subprocess.run([sys.executable, "-m", *program], cwd=ROOT, capture_output=True, text=True, check=False)
     return "" if result.returncode == 0 else result.stdout[-4000:] + result.stderr[-4000:]
 

@@ -1,5 +1,5 @@
-"""A call of `torch.cuda` by code that must not name a device fails where it is made: on a machine without such a device most of
-them do nothing, and nobody would notice."""
+"""Calls of `torch.cuda` by device-independent code fail immediately: on a machine without such a device most of them do
+nothing and would go unnoticed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PARTS = ("", ".memory", ".random", ".nvtx", ".amp", ".graphs")
 
 
 def arm() -> None:
-    """For the rest of this process. Others may call what they like."""
+    """Guard torch.cuda for the rest of this process; packages not in GUARDED may still call it."""
     for part in _PARTS:
         module = sys.modules.get(f"torch.cuda{part}")
         for name, function in list(vars(module).items()) if module else ():

@@ -1,7 +1,7 @@
-"""What a step must cost: floating-point operations of its useful work, by stage, and how many this machine does a second.
+"""Lower bound of a step's cost: useful floating-point operations by stage, and this machine's operations per second.
 
-Useful is what the gradient needs: each token of prompts and responses once, no padding, nothing computed again. A backward
-pass is two forward passes.
+Useful work is what the gradient needs: each prompt and response token once, no padding, no recomputation. A backward
+pass counts as two forward passes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def forward_flops(model: Any, groups: Sequence[Any]) -> float:
-    """Of one pass: matrices at every token, the head at response tokens, attention over what each token sees."""
+    """One forward pass: matrices at every token, the LM head at response tokens, attention over visible tokens."""
     config = model.config.get_text_config()
     layers = sum(weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2 and ".layers." in name)
     head = config.vocab_size * config.hidden_size
@@ -32,7 +32,7 @@ def forward_flops(model: Any, groups: Sequence[Any]) -> float:
 
 
 def rate(model: Any, dtype: torch.dtype, rows: int = 2048, repeats: int = 7) -> float:
-    """Operations a second of the products of a training step alone: each layer's output, the gradient of its input and that
+    """Operations per second of a training step's matmuls alone: each layer's output, the gradient of its input and that
     of its weight, at these rows, medians."""
     shapes = Counter(tuple(w.shape) for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name)
     seconds = operations = 0.0

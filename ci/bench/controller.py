@@ -1,5 +1,5 @@
-"""What a controller does with a step's responses: pickling, unpickling, making tensors of them, dealing them to ranks, and what
-a rank does to pack its own, at 512 prompts x 8 samples x 2,048 tokens (8.4 million response tokens)."""
+"""Controller overhead per step: pickling, unpickling, building tensors and splitting a batch across ranks, plus one rank's
+packing of its part, at 512 prompts x 8 samples x 2,048 tokens (8.4 million response tokens)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def responses(prompts: int, samples: int, prompt: int, response: int) -> list[Any]:
-    """Groups of random tokens, all responses at their limit."""
+    """Groups of random tokens, all responses of maximum length."""
     from rlcore.types import Group, Prompt, Row, Sample
 
     random = np.random.default_rng(0)

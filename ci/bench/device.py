@@ -1,7 +1,7 @@
 """A device's training speed: an update of a random Qwen3 (tokens/s, model FLOP utilisation, memory), and the attention and head
-kernels beside plain torch. For GPUs and NPUs; `--backend cpu --shape tiny` shows on a processor that it runs.
+kernels against plain torch. For GPUs and NPUs; `--backend cpu --shape tiny` is a smoke test on a CPU.
 
-Utilisation counts useful operations only (bounds.py), over the device's own rate of dense products in the compute dtype.
+Utilisation counts useful operations only (bounds.py), relative to the device's dense matmul rate in the compute dtype.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.loaded import LoadedModel
 
-SHAPES = {  # width, layers, query heads, key heads, inner width, words
+SHAPES = {  # hidden size, layers, query heads, key heads, intermediate size, vocabulary
     "tiny": (256, 2, 4, 2, 768, 8192),
     "0.5B": (1024, 24, 16, 8, 3072, 151_936),
     "1.5B": (2048, 24, 16, 8, 6144, 151_936),
 }
-RATES = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 products a second, by their maker's data sheets
+RATES = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s from the vendor's data sheets
 MFU = 0.45  # the target
 
 
@@ -91,7 +91,7 @@ def measure(shape: str, options: Any, backend: Any, dtype: Any, name: str) -> No
         MinibatchSchedule(total_steps=99), backend.adamw,
     )  # fmt: skip
     counts = hasattr(states, "max_memory_allocated")
-    actor.update(batch)  # compiles, and makes the optimizer's moments
+    actor.update(batch)  # compiles, and allocates the optimizer's moments
     if counts:
         states.reset_peak_memory_stats(device)
     seconds = median(options.repeats, partial(actor.update, batch), states)
@@ -113,7 +113,7 @@ def measure(shape: str, options: Any, backend: Any, dtype: Any, name: str) -> No
 
 
 def random_model(shape: str, device: Any) -> tuple[Any, Any]:
-    """A Qwen3 that never touches a disk, and the adapter of its family."""
+    """A Qwen3 built in memory, and its model family."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -172,7 +172,7 @@ def head(shape: str, row: Any, device: Any, dtype: Any) -> list[Callable[[], Non
 
 
 def median(repeats: int, call: Callable[[], object], states: Any) -> float:
-    """Seconds, until the device has finished."""
+    """Seconds, device synchronized."""
     call()
     times = []
     for _ in range(repeats):

@@ -1,6 +1,6 @@
 """The log-probability head alone, forward and backward: rlcore's tiles against log_softmax of the whole logits.
 
-Each side runs in a process of its own. `extra` is the peak of resident memory above the inputs, gradients included.
+Each side runs in its own process. `extra` is peak resident memory above the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SHAPES = {"target": (1024, 151_936, 256), "smollm2": (4096, 49_152, 576)}  # tokens, vocabulary, width
-EXTRA_MB, TIME_RATIO = 500, 1.2  # the targets, at the shape of that name
+EXTRA_MB, TIME_RATIO = 500, 1.2  # the targets, at shape "target"
 SWEEP = (0.5, 1.0, 2.0, 4.0, 8.0, 32.0, 256.0)
 
 
@@ -50,7 +50,7 @@ def described(result: Mapping[str, float]) -> str:
 
 
 def apart(side: str, shape: str, repeats: int, tile_mib: float) -> dict[str, float]:
-    """`measure` in a process of its own: one side's memory is not the other's."""
+    """Run `measure` in a subprocess, so that memory is measured per side."""
     command = [sys.executable, __file__, "--side", side, "--shape", shape, "--repeats", str(repeats)]
     command += ["--tile-mib", str(tile_mib)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

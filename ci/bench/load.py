@@ -1,5 +1,5 @@
-"""Memory of two ranks that load SmolLM2-135M to train it in fp32, from files in bf16 as models are published: each reads its
-own rows, or the whole model. Anonymous memory, without the pages of mapped files, which processes share."""
+"""Memory of two ranks that load SmolLM2-135M for fp32 training from bf16 files, as models are published: each reads its
+own rows, or the whole model. Anonymous memory only: processes share the pages of mapped files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def publish(folder: Path) -> None:
-    """The model, with its weights in bf16, into `folder`."""
+    """Save the model to `folder` in bf16."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -57,11 +57,11 @@ def publish(folder: Path) -> None:
 
 
 def measured(process: type) -> type:
-    """The same worker process, which watches its own memory."""
+    """The worker process class with memory sampling added."""
 
     class Measured(process):
         def grown(self) -> tuple[int, int, int]:
-            """Bytes: growth by loading, the model's size, and growth at the worst moment."""
+            """Bytes: growth after loading, model size, peak growth while loading."""
             import threading
 
             before, most, done = anonymous(), [0], threading.Event()

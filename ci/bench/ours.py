@@ -1,5 +1,5 @@
 """rlcore's side of a race: `python ours.py RUN.yaml STEPS` trains through a placement and trainer.step, as `rlcore grpo`
-does, and prints a line of JSON a step in the stages of peer_trl.py."""
+does, and prints one JSON line per step with the stages of peer_trl.py."""
 
 from __future__ import annotations
 

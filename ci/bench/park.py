@@ -1,6 +1,6 @@
-"""What a process keeps of the system's memory when 1 GiB of tensors is parked and woken: under its malloc, and under jemalloc.
+"""Resident memory of a process after 1 GiB of tensors is offloaded and restored: under the default malloc and jemalloc.
 
-Every round is a process of its own. Parked on a CPU, weights stay in host memory as a copy; what need not be kept does not.
+Every round runs in its own process. Offloaded on a CPU, weights are copied in host memory; tensors not kept are freed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def round_of(size: float) -> list[float]:
-    """Resident memory above what the process had before, at each stop, GiB; and seconds."""
+    """Growth of resident memory (GiB) after allocation and after each move, then seconds of purging."""
     import torch
 
     from rlcore.runtime import jemalloc
@@ -49,7 +49,7 @@ def round_of(size: float) -> list[float]:
     tensors, between = [], []
     for _ in range(int(TOTAL_MIB / size)):
         tensors.append(torch.ones(int(size * 2**18)))
-        between.append(torch.ones(64))  # what stays where it is, as much does in a run
+        between.append(torch.ones(64))  # small tensors that stay, as in a real run
     found = [resident() - before]
     for keep in (False, True):
         part = OffloadedTensors(lambda: tensors, keep)

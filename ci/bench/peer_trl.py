@@ -1,7 +1,7 @@
-"""TRL's side of a race: one of the peer programs, run as it stands, with a clock around its stages.
+"""TRL's side of a race: runs one of the peer programs unchanged and times its stages.
 
-`python peer_trl.py PROGRAM [ARGUMENT ...]` prints a line of JSON a step. Environment: what the program itself reads, and
-FILLER, words put before every chat prompt; GROUP, samples of a prompt in place of the program's.
+`python peer_trl.py PROGRAM [ARGUMENT ...]` prints one JSON line per step. Environment: the program's own variables, and
+FILLER, words put before every chat prompt; GROUP, samples per prompt instead of the program's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import datasets  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
-spent: defaultdict[str, float] = defaultdict(float)  # of the step so far
+spent: defaultdict[str, float] = defaultdict(float)  # seconds by stage in the current step
 sizes: defaultdict[str, int] = defaultdict(int)
 
 
 class Watchdog(TrainerCallback):
-    """Times whole steps; what is neither generation nor scoring is the update."""
+    """Times whole steps; time outside generation and scoring counts as the update."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         spent.clear()

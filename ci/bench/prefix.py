@@ -76,7 +76,7 @@ def main() -> None:
             start = time.perf_counter()
             update()
             times[name].append(time.perf_counter() - start)
-        if repeat == 0:  # the models are still the same
+        if repeat == 0:  # both models still have the same weights
             for hook in hooks:
                 hook.remove()
     names = [name for name, _ in padded.named_parameters()]

@@ -1,4 +1,4 @@
-"""The first two commands of a new user: `make setup` and `make quickstart` in a clone in an empty folder, timed and judged."""
+"""A new user's first two commands, `make setup` and `make quickstart`, timed and checked in a fresh clone."""
 
 from __future__ import annotations
 

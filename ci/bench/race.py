@@ -1,4 +1,4 @@
-"""What the races share: each side in a process of its own, and the table that sets them side by side."""
+"""Shared by the races: runs each side in its own process and prints the comparison table."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).parent
-PEERS = HERE.parents[2] / "shared" / "bench"  # the peer programs stand beside some checkouts
+PEERS = HERE.parents[2] / "shared" / "bench"  # only some checkouts have the peer programs
 STAGES = ("generate", "score", "update", "sync", "all")
 Steps = list[dict[str, float]]
 
 
 def check(program: str) -> Path:
-    """The peer program, or the end of this run with the reason."""
+    """Path of the peer program; exits with the reason if the race cannot run."""
     path = PEERS / program
     if not path.is_file():
         sys.exit(f"skipped: {path} is not here")
@@ -31,12 +31,12 @@ def check(program: str) -> Path:
 
 
 def theirs(program: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Steps:
-    """TRL's steps, without the first."""
+    """TRL's steps, excluding the first."""
     return _run("TRL", [str(HERE / "peer_trl.py"), str(program), *arguments], environment or {})
 
 
 def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], steps: int) -> Steps:
-    """rlcore's steps on these rows, without the first: it warms the engine up."""
+    """rlcore's steps on these rows, excluding the first (engine warm-up)."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "rows.jsonl")
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,7 +47,7 @@ def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], s
 
 
 def table(rlcore: Steps, trl: Steps) -> str:
-    """Medians by stage, how many times as long TRL takes, as it ran and at equal response tokens, and what bounds.py says."""
+    """Medians by stage, TRL/rlcore ratios (raw and at equal response tokens), and the bounds of bounds.py."""
     lines = [f"{'':10}{'rlcore':>10}{'TRL':>10}{'TRL / rlcore':>15}{'bound':>10}{'rlcore / bound':>16}"]
     for stage in STAGES:
         a, b, bound = _median(rlcore, stage), _median(trl, stage), _median(rlcore, f"{stage} bound")
@@ -72,7 +72,7 @@ def _per_token(steps: Steps) -> float:
 
 
 def _run(side: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Steps:
-    """The JSON lines that the program prints, all but the first."""
+    """The program's JSON lines, except the first."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder,

@@ -1,6 +1,6 @@
 """A GRPO step of a tiny Qwen2, rlcore beside TRL: 2 prompts x 8 samples, at most 16 new tokens, reward the share of sevens.
 
-TRL runs ../shared/bench/trl_tiny.py as it stands. rlcore samples with torch too: vLLM's attention on a CPU has no kernel for
+TRL runs ../shared/bench/trl_tiny.py unchanged. rlcore samples with torch too: vLLM's attention on a CPU has no kernel for
 heads of 16. Each side's first step is not counted. Ratios above 1: rlcore is faster.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def settings(model: str) -> dict[str, object]:
-    """trl_tiny.py's, as a run file."""
+    """Settings of trl_tiny.py as a run file."""
     return {
         "model": {"path": model, "precision": "fp32"},
         "data": {"max_prompt_tokens": 16},

@@ -1,6 +1,6 @@
 """A GRPO step of SmolLM2-135M, rlcore beside TRL: 8 prompts x 8 samples, at most 64 new tokens, KL 0.04.
 
-TRL runs ../shared/bench/trl_smol.py as it stands (transformers' generate; its vLLM mode fails on a CPU). Each side's first
+TRL runs ../shared/bench/trl_smol.py unchanged (transformers' generate; its vLLM mode fails on a CPU). Each side's first
 step is not counted. Ratios above 1: rlcore is faster.
 """
 
@@ -12,13 +12,13 @@ import race
 
 from rlcore import registry
 
-SAMPLES = 64  # a step
-TARGETS = {  # by precision, prompt tokens, samples of a prompt
+SAMPLES = 64  # per step
+TARGETS = {  # by precision, prompt tokens, samples per prompt
     ("fp32", 45, 8): 2.5, ("fp32", 256, 8): 3.5, ("fp32", 256, 16): 4.0, ("bf16", 45, 8): 8.0, ("bf16", 256, 16): 18.0,
     ("default", 45, 8): 7.0,
 }  # fmt: skip
 BARE_PROMPT = 45  # tokens of a question in SmolLM2's chat template, its system text included
-WORD = "one "  # a token of SmolLM2's
+WORD = "one "  # one SmolLM2 token
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def settings(options: argparse.Namespace) -> dict[str, object]:
-    """trl_smol.py's, as a run file. Its micro-batch is 16 padded sequences; ours may hold as many tokens."""
+    """Settings of trl_smol.py as a run file. Its micro-batch is 16 padded sequences; the token cap here equals that."""
     precision, group = options.precision, options.group
     return {
         "model": {"path": "smollm2", "precision": "auto" if precision == "default" else precision},
@@ -66,7 +66,7 @@ def settings(options: argparse.Namespace) -> dict[str, object]:
 
 
 def rows(filler: str) -> list[dict[str, str]]:
-    """trl_smol.py's."""
+    """Rows of trl_smol.py."""
     return [
         {"prompt": f"{filler}What is {a}+{a * 3 + 1}? Reply with the number only.", "answer": str(4 * a + 1)}
         for a in range(512)

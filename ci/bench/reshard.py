@@ -1,5 +1,5 @@
-"""Weights of SmolLM2-135M in fp32 from two FSDP ranks into the vLLM engine of each: against copying the same bytes once,
-into new memory and over what is there, and how much memory it takes beside both."""
+"""Weight sync of SmolLM2-135M in fp32 from two FSDP ranks into each one's vLLM engine: against copying the same bytes once,
+into new or existing memory, and the extra peak memory."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def main() -> None:
 
 
 def measured(process: type) -> type:
-    """The same worker process, which can time itself."""
+    """The worker process class with timing added."""
 
     class Measured(process):
         def take(self, what: str) -> tuple[float, int, int, float]:
-            """Seconds, bytes, growth of the peak in bytes, and seconds of checks."""
+            """Seconds, bytes, growth of peak memory in bytes, seconds spent in checks."""
             from rlcore.distributed import fsdp
 
             before, checks = peak(), 0.0

@@ -1,4 +1,4 @@
-"""The cpu stack as `rlcore grpo` starts it, and the model that most benches run."""
+"""The cpu stack as `rlcore grpo` starts it, and the model of most benchmarks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def backend() -> Any:
 
 
 def start() -> None:
-    """Before torch is imported."""
+    """Call before torch is imported."""
     own = backend()
     own.settle(os.environ)
     own.prepare()
 
 
 def smollm2() -> tuple[Path, Any]:
-    """Its folder and its adapter."""
+    """Its folder and its model family."""
     from rlcore.model.loading import family_of, resolve
     from rlcore.model.resolved import MODEL_CACHE
 

@@ -1,5 +1,5 @@
-"""What travels between the controller and two workers on Ray in a step of 128 prompts x 8 samples with images: bytes and
-seconds, when each call sends all that it is about, and as placements do it. The workers unpickle and pack; no model runs."""
+"""Traffic between the controller and two Ray workers in a step of 128 prompts x 8 samples with images: bytes and seconds,
+when each call sends all its data, and as placements do it (shared objects). Workers unpickle and pack; no model runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def step(options: argparse.Namespace, shared: bool) -> dict[str, tuple[float, fl
 
 
 def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[], None]]:
-    """A placement of workers that run no model; without `shared` nothing is put where several calls find it."""
+    """A placement of workers that run no model; without `shared` every call sends its data anew."""
     import ray
     from rlcore_backends.ray import pools as ray_pools
     from rlcore_backends.ray import store as ray_store
@@ -98,7 +98,7 @@ def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[],
 
 
 def reading(process: type) -> type:
-    """A worker process that reads what it is sent."""
+    """A worker process that only unpacks its arguments."""
     from rlcore.monitor.heartbeat import Heartbeat
 
     class Reader:
@@ -151,7 +151,7 @@ def image_tokens(options: argparse.Namespace) -> Any:
 
 
 def with_pictures(options: argparse.Namespace) -> list[Any]:
-    """Prompts of one image each; only its size, since pixels are sent to the encoder in any case."""
+    """Prompts of one image each, by size only: the pixels go to the encoder in any case."""
     import torch
 
     from rlcore.types import Prompt, Row

@@ -1,5 +1,5 @@
-"""One update of SmolLM2-135M against the time that its useful matrix products alone would take (bounds.py), its peak
-memory, and what packing and bookkeeping cost at 1,024 samples."""
+"""One update of SmolLM2-135M against the time of its useful matmuls alone (bounds.py), its peak memory, and the cost of
+packing and bookkeeping at 1,024 samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.model.loaded import LoadedModel
 
-SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples of each, prompt tokens, most response tokens
+SHAPES = {"short": (8, 8, 45, 64), "long": (4, 16, 256, 64)}  # prompts, samples each, prompt tokens, max response tokens
 BOUNDS, BOOKKEEPING = {"fp32": 1.3, "bf16": 1.6}, 0.02  # the targets
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     model = stack.backend().fuse(family.load(folder, torch.float32))
     actor = TorchActor(LoadedModel(model, family), settings, goal, OptimizerConfig(), MinibatchSchedule(total_steps=9))
     bound = 3 * bounds.forward_flops(actor.model, batch.groups) / bounds.rate(actor.model, dtype)
-    actor.update(batch)  # makes the optimizer's moments
+    actor.update(batch)  # allocates the optimizer's moments
     times = [timed(lambda: actor.update(batch)) for _ in range(options.repeats)]
     took = statistics.median(times)
     print(f"{prompts} prompts of {prompt} tokens x {samples} responses of up to {response}, rows of {options.max_tokens}")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def batch_of(prompts: int, samples: int, prompt: int, response: int, words: int = 40_000) -> Any:
-    """Random tokens; responses of a third of the limit up to all of it."""
+    """Random tokens; response lengths from a third of the limit up to the limit."""
     import torch
 
     from rlcore.types import Batch, Group, Prompt, Row, Sample
@@ -83,7 +83,7 @@ def batch_of(prompts: int, samples: int, prompt: int, response: int, words: int 
 
 
 def bookkeeping(batch: Any, cap: int) -> None:
-    """All that an update does besides running the model: tensors, advantages, shares, rows, and the loss of given numbers."""
+    """An update without the model: tensors, advantages, loss weights, packed rows, and the loss of given log-probs."""
     import torch
 
     from rlcore.algorithms.advantages import advantages

@@ -1,5 +1,5 @@
-"""Reference, old log-probabilities and update of a Qwen2.5-VL with a frozen vision tower: each image read once a step, once a
-pass, or by each sample for itself (with its own prompt). 4 prompts with an image of 256 tokens, 8 samples each."""
+"""Reference, old log-probabilities and update of a Qwen2.5-VL with a frozen vision tower: each image encoded once per step,
+once per pass, or once per sample (with its own prompt). 4 prompts with an image of 256 tokens, 8 samples each."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def embedded(batch, encoder):
-    """The batch with its prompts' images read."""
+    """The batch with its prompts' images encoded."""
     prompts = encoder.embed([group.prompt for group in batch.groups])
     return replace(batch, groups=[replace(group, prompt=prompt) for group, prompt in zip(batch.groups, prompts, strict=True)])
 

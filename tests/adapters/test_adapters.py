@@ -1,4 +1,4 @@
-"""Model families: what `encode` and `hidden` give is what transformers gives, and nothing is said twice."""
+"""Model families: `encode` and `hidden` match transformers, and nothing is declared twice."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
 
 
 def batch_of(prompts: list[Prompt], responses: list[list[int]]) -> Batch:
-    """One sample for each length listed, of tokens that mean nothing."""
+    """One sample of random tokens for each length listed."""
     groups = []
     for prompt, lengths in zip(prompts, responses, strict=True):
         tokens = [torch.randint(8, 500, (length,), generator=seeded(length)).tolist() for length in lengths]
@@ -79,7 +79,7 @@ def packed_logprobs(family, model, batch: Batch, cap: int) -> Tensor:
 
 
 def sample_logprobs(model, image_token: int | None, batch: Batch) -> Tensor:
-    """Each sample by itself through transformers' own forward pass."""
+    """Each sample alone through transformers' own forward pass."""
     logprobs = []
     for group in batch.groups:
         prompt = group.prompt
@@ -367,7 +367,7 @@ HEADS = {"tied": (True, False), "untied": (False, False), "tied, with a head of 
 
 
 def filled(family, folder: Path) -> torch.nn.Module:
-    """The outline with the folder's weights. What is tied stays so, as it does where weights are dealt over ranks."""
+    """The meta model with the folder's weights; tied weights stay tied, as they do when sharded over ranks."""
     model = family.meta_model(folder, torch.float32)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -379,7 +379,7 @@ def filled(family, folder: Path) -> torch.nn.Module:
 
 @pytest.fixture(params=HEADS)
 def headed(request, models, tmp_path):
-    """Makes a model folder by family: tied, untied, or one whose config says tied where the weights hold another head."""
+    """Makes a model folder by family: tied, untied, or config says tied but the files hold a separate head."""
     tied, own = HEADS[request.param]
 
     def make(name: str) -> tuple[Path, bool]:
@@ -518,7 +518,7 @@ def never(source):
 
 @pytest.fixture
 def resolved(models, backend, tmp_path):
-    """Of a model whose generation prompt opens a tag."""
+    """A resolved model whose generation prompt opens a tag."""
     shutil.copytree(made("tiny_llama", models)[0], tmp_path / "thinking")
     template = tmp_path / "thinking" / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")

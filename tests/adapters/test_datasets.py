@@ -1,4 +1,4 @@
-"""Published rows become our rows; generated rows are verifiable and their splits disjoint."""
+"""Published data sets convert to our rows; generated rows are verifiable and their splits disjoint."""
 
 from __future__ import annotations
 

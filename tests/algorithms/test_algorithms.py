@@ -1,4 +1,4 @@
-"""Every algorithm against formulas written from the papers in float64 NumPy, response by response; no code is ours."""
+"""Every algorithm against the papers' formulas in float64 NumPy, response by response, independent of rlcore code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlcore.config.algorithm import PRESETS, AlgorithmConfig
 from rlcore.model.optimizer import StepStatistics
 from rlcore.types import AdvantageInputs, Batch, Group, Prompt, Row, Sample, Score, TokenView, ValueView
 
-LIMIT = 12  # tokens of the longest response
+LIMIT = 12  # maximum response length in tokens
 GROUPS, SAMPLES = 3, 4
 VARIANTS = {
     **{name: {"name": name} for name in PRESETS},
@@ -44,14 +44,14 @@ VARIANTS = {
 
 
 class Case:
-    """Random responses of three prompts, with everything that was ever computed of them, as lists of float64 arrays."""
+    """Random responses to three prompts and all their per-token values, as lists of float64 arrays."""
 
     def __init__(self, seed=0):
         random = np.random.default_rng(seed)
         self.lengths = random.integers(1, LIMIT + 1, GROUPS * SAMPLES)
         self.lengths[0] = LIMIT
         self.rewards = np.round(random.uniform(0, 1, GROUPS * SAMPLES), 1)
-        self.rewards[SAMPLES : 2 * SAMPLES] = 0.5  # a group without spread
+        self.rewards[SAMPLES : 2 * SAMPLES] = 0.5  # a group of equal rewards
         self.valid = np.ones(GROUPS * SAMPLES, bool)
         self.valid[-1] = False
         self.rewards[-1] = 0
@@ -86,7 +86,7 @@ def estimate(ahead, kind):
 
 
 def paper_advantages(case, config):
-    """A list of arrays, one a response."""
+    """One array per response."""
     rewards = case.rewards.copy()
     for i, n in enumerate(case.lengths):
         start = LIMIT * (1 - config.overlong_share)
@@ -131,7 +131,7 @@ def paper_advantages(case, config):
 
 
 def paper_loss(case, new, config, advantages, held):
-    """The whole loss at log-probabilities `new`; what a paper puts under a stop-gradient is taken from `held`."""
+    """The whole loss at log-probabilities `new`; values under a stop-gradient in the papers come from `held`."""
     counted = case.valid & ~((case.lengths == LIMIT) & config.mask_truncated)
     total, tokens, responses = 0.0, case.lengths[counted].sum(), counted.sum()
     for i in np.flatnonzero(counted):
@@ -173,7 +173,7 @@ def paper_loss(case, new, config, advantages, held):
 
 
 def our_batch(case, config):
-    """The batch as the trainer hands it to the update."""
+    """The batch as the trainer passes it to the update."""
     from rlcore.config.schema import RunConfig
     from rlcore.train.advantages import advantage_inputs, with_advantages
 
@@ -259,7 +259,7 @@ def test_values_learn_the_returns_and_the_clip_holds_them_back():
 
 
 def test_a_value_that_is_not_held_back_is_not_counted_as_clipped():
-    """Near 0 the old value plus the difference is not the new value in float32."""
+    """In float32, old + (new - old) != new near 0."""
     random = torch.Generator().manual_seed(0)
     old = torch.randn(10_000, generator=random)
     values = torch.randn(10_000, generator=random) * 1e-3
@@ -278,7 +278,7 @@ EXACT = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
 def test_equal_rewards_have_no_advantage_whatever_their_value_and_number(settings, dtype):
-    """A mean of equal numbers rounds, in float64 too. What compares within a group is given groups that differ."""
+    """Even in float64 a mean of equal numbers rounds. Estimators that compare within a group need groups that differ."""
     config, random = AlgorithmConfig(**settings), np.random.default_rng(0)
     beside = 0.0 if config.advantage in ("group", "leave_one_out", "batch_over_group") else None
     for size in (1, 2, 3, 5, 6, 7, 11, 30, 38, 64, 100):
@@ -311,7 +311,7 @@ def test_scores_that_are_equal_teach_nothing_with_a_penalty_on_length_either(nam
 
 
 def test_scores_are_compared_in_double_precision():
-    """Two scores that float32 cannot tell apart."""
+    """Two scores that float32 cannot distinguish."""
     case = Case()
     case.rewards[:], case.rewards[:2], case.valid[:] = 1000.0, (1000.0, 1000.0 + 1e-5), True
     given = our_batch(case, AlgorithmConfig(group_size=SAMPLES, advantage_std="none")).advantages
@@ -325,7 +325,7 @@ REPORTED = {"large gaps": 3.0, "small gaps": 0.3}
 def test_what_is_reported_off_policy_has_its_definition(gap):
     random = np.random.default_rng(3)
     new, old, engine = (random.normal(-2, 1, 40) for _ in range(3))
-    old, engine = new + 0.1 * gap * old, new + gap * engine + gap  # the engine's are not only spread but shifted
+    old, engine = new + 0.1 * gap * old, new + gap * engine + gap  # the engine's have a bias as well as noise
     view = TokenView(
         flat([new]), torch.ones(40), torch.arange(40) // 4, flat([engine]), flat([random.normal(0, 1, 40)]),
         old_logprobs=flat([old]),
@@ -367,7 +367,7 @@ def test_a_name_stands_for_these_settings(name):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if AlgorithmConfig(name=name).kl_in == "reward"])
 def test_a_divergence_in_the_reward_pulls_along_its_own_gradient(name):
-    """Exactly, over three words: the policy gradient of the estimate is the gradient of the divergence. That of k3 is not."""
+    """Exact, over a vocabulary of three: the policy gradient of the estimate equals the KL gradient; that of k3 does not."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, generator=random, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(3, generator=random, dtype=torch.float64).log_softmax(0)
@@ -410,7 +410,7 @@ def test_a_group_has_signal_when_its_valid_rewards_differ():
 
 
 def bandit_gradient(correction):
-    """Of the expected reward of a softmax over four arms, estimated from what a slightly different engine drew."""
+    """Estimated and exact policy gradient of a four-armed softmax bandit, sampled by a slightly different engine."""
     random = torch.Generator().manual_seed(0)
     rewards = torch.tensor([0.0, 0.2, 0.5, 1.0])
     logits = torch.tensor([0.3, -0.2, 0.1, 0.0], requires_grad=True)

@@ -1,4 +1,4 @@
-"""A run that is stopped, however it is stopped, goes on as if it had not been."""
+"""A run resumed after any kind of stop equals one that was not interrupted."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from rlcore.runtime.signals import Interruption
 
 REWARD = "test_resume.graded"
 STEPS = 5
-TRAIN_CALLS, EVAL_CALLS = 2 * 4, 3  # of the reward: a step's, an evaluation's
+TRAIN_CALLS, EVAL_CALLS = 2 * 4, 3  # reward calls per step, per evaluation
 calls = 0
 
 
 def graded(response, answer, fields, *, signal: int = 0, call: int = 0):
-    """A score with some spread; on its `call`-th call it sends `signal` to its own process."""
+    """A varying score; its `call`-th call sends `signal` to its own process."""
     module = importlib.import_module("test_resume")  # whatever name this file runs under
     module.calls += 1
     if module.calls == call:
@@ -43,13 +43,13 @@ def graded(response, answer, fields, *, signal: int = 0, call: int = 0):
 
 
 def reward_call(step: int) -> int:
-    """The second reward call of that step's samples, evaluations (before, and after every second step) counted in."""
+    """Index of that step's second reward call, counting evaluations (initial, and after every second step)."""
     return EVAL_CALLS + (step - 1) * TRAIN_CALLS + ((step - 1) // 2) * EVAL_CALLS + 2
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_llama):
-    """A run with a warm start, a reference, minibatches, evaluation, epochs of five rows and a checkpoint every two steps."""
+    """A run with warm start, reference, minibatches, evaluation, epochs of five rows, a checkpoint every two steps."""
     if "vllm" in sys.modules:
         pytest.fail("an earlier test loaded vLLM into this process, which changes rounding; call its file test_vllm_*.py")
     rows = {"name": "arithmetic", "options": {"count": 5, "max_value": 9}}
@@ -79,7 +79,7 @@ def command(tmp_path_factory, tiny_llama):
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch, backend):
+def _environment(monkeypatch, backend):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     importlib.import_module("test_resume").calls = 0
     yield
@@ -96,7 +96,7 @@ def uninterrupted(tmp_path_factory, command):
 
 
 def numbers(folder):
-    """metrics.jsonl without what a clock or the operating system says."""
+    """metrics.jsonl without time and memory metrics."""
     clock = re.compile(r"timing/.*|memory/.*|sync/.*seconds|.*_tps|tps_throughput")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [json.dumps({name: value for name, value in row.items() if not clock.fullmatch(name)}) for row in rows]
@@ -119,7 +119,7 @@ def steps(folder):
 
 
 def test_the_run_that_is_compared_with_says_something(uninterrupted):
-    """It learns, its reference is not its policy, and it passes more than one epoch."""
+    """It learns, its reference differs from its policy, and it runs more than one epoch."""
     rows = [json.loads(line) for line in numbers(uninterrupted)]
     assert steps(uninterrupted) == [0, 1, 2, 3, 4, 5]
     assert all(row["grad_norm"] > 0 for row in rows[1:])
@@ -127,7 +127,7 @@ def test_the_run_that_is_compared_with_says_something(uninterrupted):
 
 
 def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
-    """Killed while step 4 is scored: step 3 is written but not in the checkpoint of step 2, and is done again."""
+    """Killed while step 4 is scored: step 3 is logged but not checkpointed, so it runs again from step 2."""
     folder = tmp_path / "run"
     killed = [f"reward.0.options={{signal: {int(signal.SIGKILL)}, call: {reward_call(4)}}}"]
     program = "import sys; from rlcore.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -154,7 +154,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 def test_every_kind_of_state_is_resumed(command, tmp_path, overrides):
-    """Stopped in step 4, gone on from step 2 or 3, against the same run left alone."""
+    """Stopped in step 4, resumed from step 2 or 3, against the same run uninterrupted."""
     stopped = [f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {reward_call(4)}}}", *overrides]
     assert main([*command, str(tmp_path / "whole"), *overrides]) == 0
     importlib.import_module("test_resume").calls = 0
@@ -165,7 +165,7 @@ def test_every_kind_of_state_is_resumed(command, tmp_path, overrides):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted, tmp_path, number, capsys):
-    """While step 4 is scored nothing of it is worth keeping: step 3 is saved."""
+    """While step 4 is scored it has no state to keep: step 3 is saved."""
     folder, before = tmp_path / "run", signal.getsignal(number)
     assert main([*command, str(folder), f"reward.0.options={{signal: {int(number)}, call: {reward_call(4)}}}"]) == 130
     assert capsys.readouterr().err == "rlcore: interrupted\n"
@@ -209,11 +209,11 @@ def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
     assert files() == before
 
 
-# training that samples nothing
+# training without sampling
 
 
 def at_draw(call, act):
-    """`PromptSource.draw` that acts before its `call`-th call; each of them draws a random number too, as a data set may."""
+    """`PromptSource.draw` that calls `act` before its `call`-th call; each call uses a random number, as a data set may."""
     real, calls = PromptSource.draw, []
 
     def draw(self, count):
@@ -231,7 +231,7 @@ def die():
 
 @pytest.fixture(params=["sft", "dpo"])
 def training(request, tmp_path, tiny_llama):
-    """Six steps of two rows of five, with a checkpoint every second."""
+    """Six steps of two rows of five, with a checkpoint every second step."""
     rows = [{"prompt": f"{n} + {n}?", "answer": "", "good": f"It is {2 * n}.", "bad": f"{n}"} for n in range(5)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"answer": None, "target": "good", **({"rejected": "bad"} if request.param == "dpo" else {})}
@@ -247,7 +247,7 @@ def training(request, tmp_path, tiny_llama):
 
 
 def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(training, tmp_path, monkeypatch):
-    """Interrupted in the fourth step, whose third is saved; dead in the fourth, which has the second to go on from."""
+    """Interrupted in step 4: step 3 is saved. Killed in step 4: resumes from step 2."""
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
         patch.setattr(PromptSource, "draw", at_draw(0, die))
@@ -269,11 +269,11 @@ def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(tra
         assert_same_state(folder, whole, last=6)
 
 
-# one process a run folder
+# one process per run folder
 
 
 def meddling(response, answer, fields, *, command: list[str], folder: str):
-    """Tries, on its first call, to go on with the run that calls it, from another process."""
+    """On its first call, tries to resume the calling run from another process."""
     module = importlib.import_module("test_resume")
     module.calls += 1
     if module.calls == 1:
@@ -308,7 +308,7 @@ def test_death_gives_a_run_folder_back(tmp_path):
         holder.kill()
     with Claim(tmp_path) as claim:
         claim.take()
-        claim.take()  # again by the same process, as after a worker's death
+        claim.take()  # the same process may claim again, as after a worker died
         assert claim.taken
 
 
@@ -322,7 +322,7 @@ def test_a_run_that_began_while_another_was_loading_is_not_written_over(tmp_path
 
 
 def filling(response, answer, fields, *, call: int):
-    """From its `call`-th call on no file of this process grows beyond 200 KB."""
+    """From its `call`-th call on, files of this process are limited to 200 KB."""
     module = importlib.import_module("test_resume")
     module.calls += 1
     if module.calls == call:
@@ -411,7 +411,7 @@ def test_random_states_come_back():
     assert (random.random(), numpy.random.rand(), torch.rand(1).item()) == first
 
 
-# what was written
+# files of a run
 
 
 def test_lines_of_unfinished_steps_are_dropped_whatever_characters_a_sample_holds(tmp_path):
@@ -468,7 +468,7 @@ def test_inside_a_step_the_first_signal_waits_and_the_second_does_not():
 def test_a_signal_that_nobody_could_catch_stops_before_the_next_step():
     class Ends:
         def __del__(self):
-            send()  # what is raised here, Python prints and forgets
+            send()  # Python prints and ignores exceptions raised here
 
     with Interruption() as interruption:
         Ends()

@@ -1,4 +1,4 @@
-"""The command line: what it says of every mistake, and one whole small run."""
+"""The command line: its error for every mistake, and one complete small run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlcore.monitor.console import Console
 
 
 def never(response, answer, fields):
-    """A reward that fails on every second sample of a text's length, and gives 1 to the others."""
+    """A reward that fails for every second text length and otherwise gives 1."""
     if len(response) % 2:
         raise RuntimeError("no verdict")
     return 1.0
@@ -39,7 +39,7 @@ def _threads(backend):
 
 @pytest.fixture
 def start(tmp_path, tiny_llama, capsys):
-    """Runs a command on a run file; gives its status, stdout, stderr and run folder."""
+    """Run a command on a run file; returns its status, stdout, stderr and run folder."""
 
     def run(*overrides, command="grpo", folder=tmp_path / "run", **sections):
         file = write(tmp_path, tiny_llama, **sections)
@@ -54,7 +54,7 @@ def start(tmp_path, tiny_llama, capsys):
 
 @pytest.fixture
 def refused(start):
-    """The one message of a run that does not start, and leaves nothing behind."""
+    """The error message of a run that does not start and leaves nothing behind."""
 
     def run(*overrides, **sections):
         status, _, said, folder = start(*overrides, **sections)
@@ -380,12 +380,12 @@ def test_a_run_without_a_checkpoint_is_not_restarted(tmp_path):
         train._restarting(run, tmp_path, False, 5, Console(0))
 
 
-# one whole run
+# one complete run
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama):
-    """Two steps with everything on: warm start, reference, evaluation, minibatches, TensorBoard."""
+    """Two steps with all features: warm start, reference, evaluation, minibatches, TensorBoard."""
     folder = tmp_path_factory.mktemp("whole")
     values = settings(
         tiny_llama,
@@ -411,8 +411,8 @@ def lines(path):
 
 def test_a_run_writes_its_settings_its_surroundings_and_a_line_a_step(whole):
     assert main(["show", str(whole / "config.yaml")]) == 0
-    surroundings = json.loads((whole / "environment.json").read_text(encoding="utf-8"))
-    assert surroundings["packages"]["torch"] == torch.__version__
+    environment = json.loads((whole / "environment.json").read_text(encoding="utf-8"))
+    assert environment["packages"]["torch"] == torch.__version__
     assert [row["step"] for row in lines(whole / "metrics.jsonl")] == [0, 1, 2]
     assert [row["step"] for row in lines(whole / "sft" / "metrics.jsonl")] == [1, 2]
     assert list((whole / "tensorboard").glob("events.*"))
@@ -460,7 +460,7 @@ def test_the_numbers_of_a_step_are_those_of_its_samples(whole):
 
 
 def test_the_times_of_a_step_fit_in_it(whole):
-    """One process does one thing at a time."""
+    """A single process overlaps nothing."""
     for row in lines(whole / "metrics.jsonl")[1:]:
         stages = [f"timing/{name}" for name in ("resharding_to_infer", "data", "rollout", "reward", "adv", "reference_model")]
         parts = [row[name] for name in [*stages, "timing/old_log_p", "timing/update", "timing/other"]]
@@ -560,7 +560,7 @@ def test_pictures_reach_the_end_of_a_step(start, models):
 
 
 def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models):
-    """Its header reads, its pixels do not: known when the row is drawn."""
+    """Its header is valid, its pixels are not: detected when the row is drawn."""
     folder = models / "cli_vl_broken"
     registry.load("models", "tiny_qwen2_5_vl")(folder, hidden_size=64, layers=2, vision_layers=2)
     picture = tmp_path / "whole.png"

@@ -27,7 +27,7 @@ def file(tmp_path):
 
 
 def refused(file, *overrides):
-    """What is said of the smallest run file with these overrides."""
+    """The error of a minimal run file with these overrides."""
     with pytest.raises(ConfigError) as caught:
         loader.load(file, overrides)
     assert caught.value.status == 2
@@ -266,7 +266,7 @@ def test_every_example_parses(example):
 
 
 def processor_seconds():
-    """Of finished child processes: what a busy machine does not stretch."""
+    """CPU time of finished child processes: independent of machine load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,4 +1,4 @@
-"""Reading rows, naming mistakes, and the stream of prompts."""
+"""Reading rows, error messages, and the stream of prompts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from rlcore.model.loading import resolve
 from rlcore.types import Prompt, Row
 
 
-class LetterAdapter:
-    """One token a letter of the only message."""
+class LetterFamily:
+    """Model family with one token per letter of the only message."""
 
     def __init__(self):
         self.encoded = 0
@@ -435,7 +435,7 @@ def test_a_data_set_without_rows_is_named():
 
 @pytest.mark.parametrize(("count", "step"), [(5, 1), (5, 3), (4, 4), (3, 7)])
 def test_each_epoch_is_a_permutation(count, step):
-    source = PromptSource(letters(count), LetterAdapter(), 100, seed=3)
+    source = PromptSource(letters(count), LetterFamily(), 100, seed=3)
     drawn = []
     while len(drawn) < 6 * count:
         drawn += [prompt.row.id for prompt in source.draw(step)]
@@ -449,43 +449,43 @@ def test_a_source_resumed_by_its_integer_goes_on_as_if_never_stopped(place):
     def ids(source, count):
         return [prompt.row.id for prompt in source.draw(count)]
 
-    whole = ids(PromptSource(letters(5), LetterAdapter(), 100, seed=1), 20)
-    resumed = PromptSource(letters(5), LetterAdapter(), 100, seed=1)
+    whole = ids(PromptSource(letters(5), LetterFamily(), 100, seed=1), 20)
+    resumed = PromptSource(letters(5), LetterFamily(), 100, seed=1)
     resumed.drawn = place
     assert ids(resumed, 20 - place) == whole[place:]
     assert resumed.drawn == 20
 
 
 def test_the_seed_decides_the_order():
-    orders = [[p.row.id for p in PromptSource(letters(20), LetterAdapter(), 100, seed=seed).draw(20)] for seed in (1, 1, 2)]
+    orders = [[p.row.id for p in PromptSource(letters(20), LetterFamily(), 100, seed=seed).draw(20)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_long_prompts_are_dropped_and_counted():
-    source = PromptSource(letters(5), LetterAdapter(), 3)
+    source = PromptSource(letters(5), LetterFamily(), 3)
     assert source.dropped_long == 2
     assert {row.id for row in source.rows} == {"r:0", "r:1", "r:2"} == {prompt.row.id for prompt in source.draw(9)}
 
 
 def test_a_refused_long_prompt_is_named_with_its_numbers():
     with pytest.raises(ConfigError, match=r"r:3: 4 prompt tokens, .*max_prompt_tokens is 3 \(2 of 5 rows .*raise it to 5"):
-        PromptSource(letters(5), LetterAdapter(), 3, "refuse")
+        PromptSource(letters(5), LetterFamily(), 3, "refuse")
 
 
 def test_no_prompt_left_is_said_with_the_shortest():
     with pytest.raises(ConfigError, match=r"all 3 prompts are longer than data\.max_prompt_tokens 1; the shortest has 2"):
-        PromptSource(letters(4)[1:], LetterAdapter(), 1)
+        PromptSource(letters(4)[1:], LetterFamily(), 1)
 
 
 def test_prompts_are_encoded_once_while_they_fit_the_cache():
-    family = LetterAdapter()
+    family = LetterFamily()
     source = PromptSource(letters(4), family, 100)
     source.draw(40)
     assert family.encoded == 4
 
 
 def test_the_cache_is_bounded_and_changes_nothing():
-    family = LetterAdapter()
+    family = LetterFamily()
     prompts = Prompts(letters(4), family, cache_bytes=1500)
     tokens = [[prompt.token_ids for prompt in prompts] for _ in range(3)]
     assert tokens[0] == tokens[1] == tokens[2] and family.encoded == 12
@@ -493,8 +493,8 @@ def test_the_cache_is_bounded_and_changes_nothing():
 
 
 def test_evaluation_prompts_are_each_row_once_in_order():
-    prompts = encode_all(letters(5), LetterAdapter(), 4)
-    assert prompts.dropped_long == 1 and encode_all(letters(5), LetterAdapter(), 5).dropped_long == 0
+    prompts = encode_all(letters(5), LetterFamily(), 4)
+    assert prompts.dropped_long == 1 and encode_all(letters(5), LetterFamily(), 5).dropped_long == 0
     assert [prompt.row.id for prompt in prompts] == [f"r:{i}" for i in range(4)] == [p.row.id for p in prompts[0:4]]
     assert prompts[-1].row.id == "r:3"
 

@@ -1,4 +1,4 @@
-"""rlcore check: the cpu backend passes, a lossy one fails where it is wrong, and one from elsewhere is installed and passes."""
+"""rlcore check: the cpu backend passes, a lossy one fails where it is wrong, and an installed third-party one passes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ VLLM = importlib.util.find_spec("vllm") is not None
 
 
 def rlcore(folder, *arguments, path=()):
-    """The command in a process of its own, with more to import from."""
+    """Run the command in its own process with additional import paths."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "rlcore", *arguments]
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def check(folder, *arguments, path=()):
-    """Exit status, what was printed, and each measurement's verdict by its name."""
+    """Exit status, output, and each measurement's verdict by name."""
     done = rlcore(folder, "check", *arguments, path=path)
     lines = re.findall(r"^  (pass|FAIL|skipped) +(.*?)(?:  +.*)?$", done.stdout, re.MULTILINE)
     return done, {what: verdict for verdict, what in lines}
@@ -54,7 +54,7 @@ def test_the_cpu_backend_passes(tmp_path):
 
 
 def test_the_goldens_are_what_transformers_gives_in_float64(tmp_path):
-    """Computed anew, by nothing of rlcore's."""
+    """Recomputed without rlcore."""
     spec = importlib.util.spec_from_file_location("goldens", ROOT / "ci" / "goldens.py")
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
@@ -65,7 +65,7 @@ def test_the_goldens_are_what_transformers_gives_in_float64(tmp_path):
 
 
 def test_a_lossy_backend_fails_where_it_is_wrong_and_nowhere_else(tmp_path):
-    """Attention in bf16 shows in whatever reads it; a sum that is not made, in sums and in norms over ranks."""
+    """bf16 attention shows in everything downstream of it; a missing reduction in sums and norms over ranks."""
     distribution(tmp_path, "lossy", "1.0", entry_points="[rlcore.backends]\nlossy = lossy_backend:LossyBackend\n")
     sections = [f"--only={name}" for name in ("operators", "numbers", "ranks")]
     command = ["--backend", "lossy", "backend.options.threads=1", *sections]
@@ -83,9 +83,9 @@ def test_a_lossy_backend_fails_where_it_is_wrong_and_nowhere_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Where pip has put the example."""
+    """Where pip has installed the example."""
     folder = tmp_path_factory.mktemp("installed")
-    shutil.copytree(ROOT / "examples" / "new_backend", folder / "source")  # setuptools writes beside what it builds
+    shutil.copytree(ROOT / "examples" / "new_backend", folder / "source")  # setuptools writes into its source folder
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     result = subprocess.run([*command, str(folder), str(folder / "source")], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

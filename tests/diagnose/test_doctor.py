@@ -1,4 +1,4 @@
-"""rlcore doctor over machines that lack things: child processes with altered environments, and trees made here."""
+"""rlcore doctor on incomplete machines: child processes with altered environments, and generated file trees."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAUNCHER = registry.load("launchers", "ray")
 
 
 def run(*arguments, limit=None, **environment):
-    """The command in a process of its own, which must not import torch; with `limit` open files."""
+    """Run the command in its own process, which must not import torch; with `limit` open files."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_PORT", "MASTER_ADDR", "NNODES")}
 
     def lower():
@@ -64,7 +64,7 @@ def written(path, text):
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory):
-    """One machine with everything wrong that can be arranged without root."""
+    """A machine with every fault that can be set up without root."""
     folder = tmp_path_factory.mktemp("spoiled")
     distribution(folder, "apex", "0.9.10.dev0", "Pyramid toolkit to add Velruse, Flash Messages,CSRF, ReCaptcha and Sessions")
     distribution(folder, "transformers", "4.1.0")
@@ -226,7 +226,7 @@ def test_npus_need_the_nodes_beside_them(tmp_path):
 
 @pytest.fixture
 def ascend(tmp_path):
-    """A machine as CANN's, NNAL's and the driver's installers leave it, less the programs."""
+    """A machine as the CANN, NNAL and driver installers leave it, without the binaries."""
     written(tmp_path / "usr/local/Ascend/driver/version.info", "Version=25.5.0\nascendhal_version=7.35.23\n")
     written(tmp_path / "usr/local/Ascend/cann/set_env.sh", "")
     info = "package_name=Ascend-cann-toolkit\nversion=9.1.0\ninnerversion=V100R001C25\narch=aarch64\n"
@@ -237,19 +237,19 @@ def ascend(tmp_path):
     return tmp_path, {"ASCEND_HOME_PATH": str(base / "cann"), "ATB_HOME_PATH": str(base / "nnal/atb/latest/atb/cxx_abi_1")}
 
 
-def ascend_findings(root, environment):
+def ascend_results(root, environment):
     return {result.what: result for result in NPU(root, environment).check_results()}
 
 
 def test_the_toolkits_of_ascend_are_read_where_they_are(ascend):
-    found = ascend_findings(*ascend)
+    found = ascend_results(*ascend)
     assert [(found[what].verdict, found[what].seen) for what in ("CANN", "NNAL")] == [("ok", "9.1.0")] * 2
     assert found["Ascend driver"].seen.startswith("25.5.0;")
 
 
 def test_a_toolkit_whose_script_was_not_sourced_names_the_script(ascend):
     root, _ = ascend
-    found = ascend_findings(root, {})
+    found = ascend_results(root, {})
     assert found["CANN"].seen == "ASCEND_HOME_PATH is not set"
     assert f"source {root}/usr/local/Ascend/cann/set_env.sh" in found["CANN"].remedy
     assert found["NNAL"].seen == "ATB_HOME_PATH is not set" and "nnal/atb/set_env.sh" in found["NNAL"].remedy
@@ -258,13 +258,13 @@ def test_a_toolkit_whose_script_was_not_sourced_names_the_script(ascend):
 def test_a_toolkit_of_another_version_or_nowhere_is_said(ascend):
     root, environment = ascend
     written(root / "usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", "version=8.5.0\n")
-    assert ascend_findings(root, environment)["CANN"].seen == "8.5.0, not ==9.1.0"
-    gone = ascend_findings(root, {**environment, "ASCEND_HOME_PATH": "/nowhere/cann"})["CANN"]
+    assert ascend_results(root, environment)["CANN"].seen == "8.5.0, not ==9.1.0"
+    gone = ascend_results(root, {**environment, "ASCEND_HOME_PATH": "/nowhere/cann"})["CANN"]
     assert gone.seen == "ASCEND_HOME_PATH is /nowhere/cann, which is not there"
 
 
 def test_doctor_for_npu_runs_where_torch_does_not(ascend):
-    """A CANN of another version and a libhccl.so that does load, in a whole command; torch-npu is not installed here."""
+    """The whole command with another CANN version and a loadable libhccl.so; torch-npu is not installed here."""
     root, environment = ascend
     written(root / "usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", "version=8.5.0\n")
     if shutil.which("gcc") is None:
@@ -286,7 +286,7 @@ def test_doctor_for_npu_runs_where_torch_does_not(ascend):
 
 
 def test_a_library_that_the_loader_does_not_find_says_how_to_find_it(ascend):
-    found = ascend_findings(*ascend)["libhccl.so"]
+    found = ascend_results(*ascend)["libhccl.so"]
     if found.verdict == "ok":
         pytest.skip("CANN is on this machine's loader path")
     assert "libhccl.so: cannot open shared object file" in found.seen and "cann/set_env.sh" in found.remedy
@@ -316,26 +316,26 @@ def test_jemalloc_that_is_preloaded_from_nowhere_is_said():
     assert host.jemalloc({"LD_PRELOAD": "/nowhere/libjemalloc.so.2"}).verdict == "warning"
 
 
-def launcher_findings(**environment):
+def launcher_results(**environment):
     return {result.what: result for result in LAUNCHER.check_results(environment)}
 
 
 def test_the_way_to_the_head_names_the_interface():
-    assert launcher_findings(MASTER_ADDR="127.0.0.1")["MASTER_ADDR"].seen == "127.0.0.1 is reached by lo as 127.0.0.1"
-    loopback = launcher_findings(MASTER_ADDR="localhost", NNODES="2")["MASTER_ADDR"]
+    assert launcher_results(MASTER_ADDR="127.0.0.1")["MASTER_ADDR"].seen == "127.0.0.1 is reached by lo as 127.0.0.1"
+    loopback = launcher_results(MASTER_ADDR="localhost", NNODES="2")["MASTER_ADDR"]
     assert loopback.verdict == "failure" and "no address that other nodes reach" in loopback.seen
-    assert launcher_findings(MASTER_ADDR="no.such.host.invalid")["MASTER_ADDR"].verdict == "failure"
+    assert launcher_results(MASTER_ADDR="no.such.host.invalid")["MASTER_ADDR"].verdict == "failure"
 
 
 def test_ports_that_are_none_and_clusters_that_exist():
-    assert launcher_findings(RAY_PORT="many")["RAY_PORT"].seen == "'many' is no port"
-    assert launcher_findings(RAY_PORT="70000")["RAY_PORT"].verdict == "failure"
-    assert "RAY_PORT" not in launcher_findings(RAY_ADDRESS="10.0.0.1:6766")
+    assert launcher_results(RAY_PORT="many")["RAY_PORT"].seen == "'many' is no port"
+    assert launcher_results(RAY_PORT="70000")["RAY_PORT"].verdict == "failure"
+    assert "RAY_PORT" not in launcher_results(RAY_ADDRESS="10.0.0.1:6766")
 
 
 @pytest.mark.parametrize(("value", "verdict"), [("lo", "ok"), ("=lo", "ok"), ("^docker", "ok"), ("lo,nosuch", "failure")])
 def test_interfaces_are_named_as_collectives_read_them(value, verdict):
-    assert launcher_findings(HCCL_SOCKET_IFNAME=value)["HCCL_SOCKET_IFNAME"].verdict == verdict
+    assert launcher_results(HCCL_SOCKET_IFNAME=value)["HCCL_SOCKET_IFNAME"].verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights between pools: whole, in order, a bucket at a time, and a changed bit is named."""
+"""Weights between pools: complete, in order, bucket by bucket; a changed bit is reported by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def ends(backend):
-    """One sender and two receivers, each in a thread."""
+    """One sender and two receivers, one thread each."""
     address = node_address.free_endpoint("127.0.0.1")
     groups = [None] * 3
     threads = [threading.Thread(target=lambda i=i: groups.__setitem__(i, backend.group(address, i, 3))) for i in range(3)]
@@ -31,7 +31,7 @@ def ends(backend):
 
 
 def sent(ends, bucket, spoil=None):
-    """What each receiver got, or the error it raised."""
+    """Weights of each receiver, or the error it raised."""
     received = [None, None]
 
     def receive(number):
@@ -49,13 +49,13 @@ def sent(ends, bucket, spoil=None):
     for thread in threads:
         thread.start()
     threads[1].join(timeout=60)
-    if spoil is None:  # otherwise the others wait for one that has given up
+    if spoil is None:  # otherwise the others wait for a failed rank
         threads[0].join(timeout=60)
     return received
 
 
 class Spoiling:
-    """A group on whose way one byte of a message of that length changes."""
+    """A group that changes one byte in each message of a given length."""
 
     def __init__(self, group, size):
         self.group, self.size = group, size

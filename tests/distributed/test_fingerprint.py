@@ -54,7 +54,7 @@ def test_order_is_seen(dtype, width):
 
 
 def test_the_order_of_whole_blocks_is_seen():
-    """Of those that are hashed each by itself."""
+    """Blocks that are hashed separately."""
     tensor = numbers(4, 2 * fingerprints._COLUMNS)
     assert fingerprint(tensor[[0, 2, 1, 3]]) != fingerprint(tensor)
 
@@ -83,15 +83,14 @@ def test_the_global_random_state_is_left_alone():
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
-    torch._C.set_num_threads(1)  # vLLM has made torch.set_num_threads do nothing, where it is loaded
+    torch._C.set_num_threads(1)  # vLLM, if loaded, has made torch.set_num_threads a no-op
     yield
     torch._C.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fingerprints_cost_a_few_passes_over_memory(one_thread, dtype):
-    """A pass multiplies the same bytes, as 64-bit words, by one row of numbers. Time is this thread's own, so that it does not
-    matter what else runs."""
+    """A pass multiplies the same bytes, as 64-bit words, by one row of numbers. Thread CPU time, to be independent of load."""
     tensor, seconds = numbers(8_000_000, dtype=dtype), {}
     words = tensor.view(torch.int64)[: tensor.nbytes // 8 // 4096 * 4096].view(-1, 4096)
     row = torch.ones(4096, dtype=torch.int64)
@@ -100,7 +99,7 @@ def test_fingerprints_cost_a_few_passes_over_memory(one_thread, dtype):
             started = time.thread_time()
             work()
             seconds[name] = min(seconds.get(name, 9.0), time.thread_time() - started)
-    assert seconds["fingerprint"] < 5 * seconds["pass"], seconds  # 3
+    assert seconds["fingerprint"] < 5 * seconds["pass"], seconds  # measured: 3
 
 
 def test_agreement_says_nothing():
@@ -137,7 +136,7 @@ def test_a_device_without_integer_products_has_the_same_fingerprints(monkeypatch
 
 
 class Attention(nn.Module):
-    """A layer without weights that holds tensors in every way there is."""
+    """A layer without weights that holds tensors in every possible way."""
 
     def __init__(self):
         super().__init__()
@@ -264,7 +263,7 @@ def test_what_a_sleep_gives_up_with_the_weights_must_be_back_after_the_update(mo
     kept = model.attention.mask.clone()
     model.attention.mask.zero_()
     constants.check("waking", "do this", given_up=True)
-    constants.note()  # another sleep, or the update: what was before the first one counts
+    constants.note()  # another sleep, or the update: the values before the first sleep count
     with pytest.raises(RunError, match=named("attention.mask")):
         constants.check("the event", "do this", updated=True)
     model.attention.mask.copy_(kept)

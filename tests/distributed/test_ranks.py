@@ -1,4 +1,4 @@
-"""What two ranks agree on: a fault of one stops both, and one writes for all."""
+"""Agreement of two ranks: an error of one stops both, and one writes for all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlcore.errors import NonFinite
 
 
 def main(mine, address):
-    """One of two ranks; only the second has found something."""
+    """One of two ranks; only the second has an error."""
     world.join(mine, 2, address, "gloo", torch.device("cpu"), replicas=1, sequence=1)
     world.agree(None)
     fault = NonFinite("the loss is not finite", {"what": "loss"}) if mine else None

@@ -1,4 +1,4 @@
-"""Four ranks, of which 2 or 4 share each row: log-probabilities, entropies, values and gradients are those of one."""
+"""Four ranks with sequence parallelism of 2 or 4: log-probabilities, entropies, values and gradients equal one rank's."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from rlcore.model.resolved import ResolvedModel
 from rlcore.model.vision import VisionEncoder
 from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
 
-MODELS = {  # fewer key and value heads than ranks, and a number of them that the ranks do not divide
+MODELS = {  # fewer KV heads than ranks, and a KV head count not divisible by them
     "tiny_llama": {"hidden_size": 96, "heads": 12, "key_value_heads": 3, "layers": 2},
     "tiny_qwen3": {"hidden_size": 64, "heads": 4, "key_value_heads": 1, "layers": 2},
     "tiny_qwen2_5_vl": {"layers": 2, "vision_layers": 2},
 }
-BOUND = 1e-5  # of each parameter's gradient by itself; most are within 5e-7
+BOUND = 1e-5  # relative, per parameter gradient; most are within 5e-7
 CAP = 80  # several micro-batches
 UNCLIPPED = OptimizerConfig(max_grad_norm=1e9)
 
@@ -48,7 +48,7 @@ def loss(view):
 
 
 def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, sharding=None):
-    family = adapter_of(folder)
+    family = family_of(folder)
     model = family.load(folder, torch.float32)
     if frozen:
         family.vision_tower(model).requires_grad_(False)
@@ -62,14 +62,14 @@ def actor_of(folder, cap=CAP, frozen=False, checkpointed=False, sequence=None, s
 
 
 def critic_of(folder, sequence=None, sharding=None):
-    family = adapter_of(folder)
+    family = family_of(folder)
     model, settings = family.load(folder, torch.float32), settings_of(CAP, sequence)
     role = TorchCritic(LoadedModel(model, family, sharding), settings, AlgorithmConfig(), UNCLIPPED, MinibatchSchedule(1))
     fill([("head", role.forward.head.weight)], {"head": torch.linspace(-1, 1, 96)[None]})
     return role
 
 
-def adapter_of(folder):
+def family_of(folder):
     return registry.load("families", folder.name.removeprefix("tiny_"))(folder)
 
 
@@ -77,11 +77,11 @@ def settings_of(cap, sequence):
     return ForwardSettings(torch.device("cpu"), torch.float32, cap, 0.9, sequence)
 
 
-# what the rows hold
+# contents of the rows
 
 
 def batch_of(groups):
-    """One sample is masked out: a rank does not learn from all the targets it holds."""
+    """One sample is masked out, so a rank does not train on all its targets."""
     random = torch.Generator().manual_seed(2)
     batch = Batch.of(groups)
     drawn = [torch.randn(len(batch.loss_mask), generator=random) for _ in range(3)]
@@ -98,7 +98,7 @@ def samples(*lengths):
 def questions(folder):
     """Three prompts with four samples each."""
     rows = [Row(text, [{"role": "user", "content": text}]) for text in ("3 + 4?", "What is 12 + 30?", "5?")]
-    return batch_of([Group(adapter_of(folder).encode(row), samples(9, 4, 1, 6)) for row in rows])
+    return batch_of([Group(family_of(folder).encode(row), samples(9, 4, 1, 6)) for row in rows])
 
 
 def pictures(folder, heights_of_each=((56, 112), (84,), ())):
@@ -109,25 +109,25 @@ def pictures(folder, heights_of_each=((56, 112), (84,), ())):
         images = [Image.fromarray(random.integers(0, 255, (height, 112, 3), dtype=np.uint8)) for height in heights]
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "Which?"}]
         row = Row(str(number), [{"role": "user", "content": parts}], images=images)
-        groups.append(Group(adapter_of(folder).encode(row), samples(5, 2)))
+        groups.append(Group(family_of(folder).encode(row), samples(5, 2)))
     return batch_of(groups)
 
 
 def a_picture_for_one(folder):
-    """Two rows, one of them without an image. Where two pairs share rows, one pair's tower has nothing to read."""
+    """Two rows, one without an image: with two groups of two ranks, one group's tower has no input."""
     return pictures(folder, ((84,), ()))
 
 
 def pictures_read(folder):
-    """The same, as a frozen tower has read them before."""
-    batch, family = pictures(folder), adapter_of(folder)
+    """`pictures` with embeddings computed by a frozen tower."""
+    batch, family = pictures(folder), family_of(folder)
     tower = family.vision_tower(family.load(folder, torch.float32))
     prompts = VisionEncoder(tower, family, settings_of(CAP, None), 2).embed([group.prompt for group in batch.groups])
     return replace(batch, groups=[replace(group, prompt=prompt) for group, prompt in zip(batch.groups, prompts, strict=True)])
 
 
 def shortest(_):
-    """A row of two tokens: fewer than there are ranks. Where two pairs share rows, one pair has none."""
+    """A row of two tokens, fewer than ranks: with two groups of two ranks, one group has no row."""
     return batch_of([Group(Prompt(Row("short", []), [9], [9]), samples(2))])
 
 
@@ -142,11 +142,11 @@ CASES = {
 }
 
 
-# what a rank finds
+# results of a rank
 
 
 def found(models, case, sharing=1, ranks=world.ALONE):
-    """Of one optimizer step: what it is given and makes of each of its tokens, where they stand in [N], and the gradients."""
+    """One optimizer step: inputs and results of each local token, their indices in [N], and the gradients."""
     name, role_of, options, rows = CASES[case]
     sharding = Sharding(ranks.mesh, torch.float32) if ranks.mesh else None
     role, gradients = role_of(models / name, sequence=ranks.sequence, sharding=sharding, **options), {}
@@ -168,7 +168,7 @@ def seen(losses, tokens, count):
 
 
 def kept(models, sequence=None):
-    """The bytes that one pass over a long row keeps for the backward pass, weights aside."""
+    """Bytes that a forward pass over a long row saves for backward, excluding weights."""
     role, storages = actor_of(models / "tiny_llama", cap=4096, sequence=sequence), {}
 
     def keep(tensor):
@@ -178,13 +178,13 @@ def kept(models, sequence=None):
     prompt = Prompt(Row("long", []), [9] * 1000, [9] * 1000)
     (step,) = role.schedule.steps(batch_of([Group(prompt, samples(50, 50, 50, 50))]), role.objective, 0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _losses = list(role._losses(step))  # held: what is freed may be counted again under its old address
+        _losses = list(role._losses(step))  # keep alive: a freed address could be reused and miscounted
     weights = {weight.untyped_storage().data_ptr() for weight in role.model.parameters()}
     return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
 
 
 def rank(models, results, mine, *addresses):
-    """What one of four ranks does: it shares rows with one other, then with all."""
+    """One of four ranks: shares rows with one other rank, then with all."""
     from torch import distributed as dist
 
     kind = registry.load("backends", "cpu")
@@ -197,7 +197,7 @@ def rank(models, results, mine, *addresses):
         dist.destroy_process_group()
 
 
-# and what it must find
+# expected results
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def sharing(request):
 
 @pytest.fixture(scope="module")
 def theirs(results, sharing):
-    """What each of the ranks found."""
+    """Results of each rank."""
     return [torch.load(results / f"{sharing} {mine}.pt", weights_only=True) for mine in range(4)]
 
 
@@ -235,7 +235,7 @@ def test_every_rank_has_what_one_rank_has(folders, theirs, sharing, case):
     alone = found(folders, case)
     for one in (each[case] for each in theirs):
         for name, expected in alone["tokens"].items():
-            values = one["tokens"].get(name, torch.empty(0))  # a rank without rows sees none
+            values = one["tokens"].get(name, torch.empty(0))  # a rank without rows has none
             assert torch.allclose(values, expected[one["places"]], rtol=BOUND, atol=BOUND), name
         assert one["gradients"].keys() == alone["gradients"].keys()
         for name, expected in alone["gradients"].items():
@@ -244,7 +244,7 @@ def test_every_rank_has_what_one_rank_has(folders, theirs, sharing, case):
 
 
 def test_a_rank_keeps_its_share_of_a_long_row(folders, theirs, sharing):
-    share = {2: 0.6, 4: 0.4}[sharing]  # masks, and heads repeated until the ranks divide them, are not shared
+    share = {2: 0.6, 4: 0.4}[sharing]  # masks and repeated KV heads are not split
     assert max(each["kept"] for each in theirs) < share * kept(folders)
 
 

@@ -1,4 +1,4 @@
-"""bf16 compute is the fp32 model to rounding: log-probabilities, gradient, and weights that stay fp32."""
+"""bf16 compute equals the fp32 model up to rounding: log-probabilities and gradient; weights stay fp32."""
 
 from __future__ import annotations
 

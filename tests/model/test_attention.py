@@ -1,5 +1,5 @@
-"""What packed attention keeps for the backward pass, and what a device's kernel is asked. That the numbers of plain torch are
-right is test_layouts.py's."""
+"""Tensors packed attention saves for backward, and the calls a device kernel receives. test_layouts.py tests the values of
+plain torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = 67
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_keep_their_inputs_and_output_and_nothing_of_the_size_of_scores(dtype):
-    """As large as the square of a row, scores or masks would outgrow everything else."""
+    """Quadratic in row length, saved scores or masks would dominate memory."""
     kept = []
 
     def keep(tensor):
@@ -34,8 +34,8 @@ def test_layers_keep_their_inputs_and_output_and_nothing_of_the_size_of_scores(d
 
 @pytest.mark.parametrize("tile_bytes", [1, 2000, 20_000, 2**21])
 def test_no_tile_changes_a_number(tile_bytes, monkeypatch):
-    """Long spans are cut, several stretches of one span and several prompts share tiles, and prompts and responses of any
-    lengths stand beside each other: all give the softmax over what each query sees."""
+    """Long spans are split, several pieces of one span and several prompts share tiles, and prompts and responses of any
+    lengths are adjacent: all give the softmax over each query's visible keys."""
     monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
     layout.cache_clear()
     segments = (Segment(0, 30, (8, 9)), Segment(47, 20, ()), Segment(67, 5, (1, 0, 70, 3)), Segment(146, 1, (40, 40)))
@@ -54,7 +54,7 @@ def test_no_tile_changes_a_number(tile_bytes, monkeypatch):
 
 
 def one_by_one(query, key, value, spans, scale):
-    """A kernel: each span by itself, in float64."""
+    """A kernel that computes each span separately in float64."""
     outputs = []
     for number in range(len(spans.query_starts) - 1):
         own, seen = (slice(*starts[number : number + 2].tolist()) for starts in (spans.query_starts, spans.key_starts))
@@ -69,7 +69,7 @@ def one_by_one(query, key, value, spans, scale):
 
 
 def test_a_kernel_that_knows_nothing_of_prefixes_computes_the_yardstick():
-    """And its gradients, those of shared keys included."""
+    """Gradients too, including those of shared keys."""
     random = torch.Generator().manual_seed(0)
     found = []
     for way in (packed_attention, partial(ragged_attention, one_by_one)):
@@ -108,7 +108,7 @@ def test_a_kernel_is_given_rows_in_its_dtypes_only(dtypes, calls, tiny_llama, mo
     with torch.no_grad():
         model = family.load(tiny_llama, torch.float32)
         expected = family.hidden(model, packed)
-        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, None)  # as it was, afterwards
+        monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, None)  # restored afterwards
         attention.use(counted, dtypes)
         assert torch.allclose(family.hidden(model, packed), expected, atol=1e-5)
     assert asked == [torch.float32] * calls

@@ -1,4 +1,4 @@
-"""The value model: what it looks at, how it learns, and what it says of that."""
+"""The value model: its inputs, its training and its metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batch(family):
 
 
 def critic_of(family, folder, **settings):
-    """With a head that says something: a new one says 0."""
+    """A critic with a nonzero head: a new one gives 0."""
     model = family.load(folder, torch.float32)
     critic = TorchCritic(
         LoadedModel(model, family), SETTINGS, AlgorithmConfig(**settings), OptimizerConfig(lr=1e-3), MinibatchSchedule(1)
@@ -83,7 +83,7 @@ def test_a_new_critic_expects_nothing(family, tiny_llama, batch):
 
 
 def test_in_bf16_it_runs_on_what_it_has_just_learned(family, tiny_llama, batch):
-    """Its copies of the weights, beside a new one's that was given the weights."""
+    """Its bf16 copies equal those of a new critic that loaded the weights."""
     settings = replace(SETTINGS, compute_dtype=torch.bfloat16)
     learned, fresh = (
         TorchCritic(LoadedModel(model, family), settings, AlgorithmConfig(), OptimizerConfig(lr=1e-2), MinibatchSchedule(1))

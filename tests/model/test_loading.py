@@ -1,4 +1,4 @@
-"""Where models come from: a folder, or a source that makes one once."""
+"""Model loading: from a folder, or from a source that creates one once."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path)
 
 @pytest.mark.skipif(not SMOLLM2, reason="needs the packages of requirements/cpu.txt")
 def test_smollm2_unpacks_into_a_chat_model():
-    folder = resolve(ModelConfig(path="smollm2"), Path.home() / ".cache/rlcore/models")  # kept: unpacking takes half a minute
+    folder = resolve(ModelConfig(path="smollm2"), Path.home() / ".cache/rlcore/models")  # cached: unpacking takes half a minute
     tokenizer = AutoTokenizer.from_pretrained(folder)
     family = family_of(folder, ModelConfig(path="smollm2"))
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in family.stop_token_ids

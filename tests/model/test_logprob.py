@@ -1,4 +1,4 @@
-"""The tiled head against the whole logits."""
+"""The tiled LM head against full logits."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from rlcore.model import logprob
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Of six tokens and six words."""
+    """Tiles of six tokens and six vocabulary entries."""
     monkeypatch.setattr(logprob.token_logprobs, "__defaults__", (1.0, 4 * 6 * 6, True))
 
 
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_the_whole_logits(temperature, entropy_weight
 
 
 def test_a_weight_in_the_compute_dtype_has_a_gradient_in_it():
-    """So is a sharded one, gathered for its layer; sums over tokens are float32 all the same."""
+    """Also a sharded weight, gathered for its layer; sums over tokens are still float32."""
     hidden, weight, targets = inputs(tokens=400)
     rounded = weight.detach().bfloat16().requires_grad_()
     for each in (rounded, weight := rounded.detach().float().requires_grad_()):

@@ -1,4 +1,4 @@
-"""Low-rank additions: nothing at first, only they learn, the engine gets the sum, the reference is the model without them."""
+"""LoRA: zero at first, the only trained weights, merged for the engine; the reference is the model without LoRA."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plain(family, folder):
     return family.load(folder, torch.float32)
 
 
-def with_additions(family, folder, **settings):
+def with_lora(family, folder, **settings):
     model = plain(family, folder)
     return lora.attach(model, LoraConfig(**settings), family.head(model))
 
@@ -53,7 +53,7 @@ def actor_of(model, family):
 
 @pytest.fixture
 def trained(family, tiny_llama, batch):
-    actor = actor_of(with_additions(family, tiny_llama, rank=4), family)
+    actor = actor_of(with_lora(family, tiny_llama, rank=4), family)
     for _ in range(3):
         actor.update(batch)
     return actor
@@ -61,7 +61,7 @@ def trained(family, tiny_llama, batch):
 
 def test_they_change_nothing_until_they_learn(family, tiny_llama, batch):
     before = TorchReference(LoadedModel(plain(family, tiny_llama), family), SETTINGS).logprobs(batch)
-    assert torch.equal(actor_of(with_additions(family, tiny_llama), family).logprobs(batch), before)
+    assert torch.equal(actor_of(with_lora(family, tiny_llama), family).logprobs(batch), before)
 
 
 def test_only_they_learn_and_the_reference_stays_the_model_without_them(trained, family, tiny_llama, batch):
@@ -92,7 +92,7 @@ def test_the_engine_and_the_saved_folder_hold_the_sum(trained, family, tiny_llam
 
 def test_a_checkpoint_brings_them_and_their_moments_back(trained, family, tiny_llama, batch, tmp_path):
     trained.save(tmp_path)
-    again = actor_of(with_additions(family, tiny_llama, rank=4), family)
+    again = actor_of(with_lora(family, tiny_llama, rank=4), family)
     again.load(tmp_path)
     assert torch.equal(again.logprobs(batch), trained.logprobs(batch))
     assert again.update(batch) == trained.update(batch)
@@ -100,7 +100,7 @@ def test_a_checkpoint_brings_them_and_their_moments_back(trained, family, tiny_l
 
 
 def test_targets_choose_layers_by_the_end_of_their_name(family, tiny_llama):
-    model = with_additions(family, tiny_llama, targets=["q_proj", "layers.1.mlp.up_proj"])
+    model = with_lora(family, tiny_llama, targets=["q_proj", "layers.1.mlp.up_proj"])
     wrapped = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     assert wrapped == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
 
@@ -114,4 +114,4 @@ def test_the_head_and_frozen_layers_have_none(family, tiny_llama):
 
 def test_a_target_that_is_not_there_lists_what_is(family, tiny_llama):
     with pytest.raises(ConfigError, match=r"model.lora.targets: .*\['qproj'\]; the model has .*q_proj"):
-        with_additions(family, tiny_llama, targets=["qproj"])
+        with_lora(family, tiny_llama, targets=["qproj"])

@@ -1,4 +1,4 @@
-"""The optimizer step: its rate, its checks, and what a step costs in memory with checkpointed layers."""
+"""The optimizer step: learning rate, checks, and peak memory with checkpointed layers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def actor_of(family, folder, schedule=None, kind=None, **settings):
 
 
 def moments(actor):
-    """First and second, flat."""
+    """First and second moments, flattened."""
     states = actor.learner.optimizer.state.values()
     return [torch.cat([state[name].flatten() for state in states]) for name in ("exp_avg", "exp_avg_sq")]
 
@@ -159,7 +159,7 @@ def test_moments_decay_by_the_betas(family, tiny_llama):
 
 
 def test_the_first_step_of_a_warm_up_is_taken_at_the_rate_that_is_reported(family, tiny_llama):
-    """AdamW's first step moves a weight by the rate, whatever its gradient."""
+    """AdamW's first step moves a weight by the learning rate, whatever its gradient."""
     actor = actor_of(family, tiny_llama, lr=1e-2, warmup_steps=4, eps=1e-12)
     before = flat_weights(actor)
     assert actor.update(batch_of(family))["lr"] == 2.5e-3
@@ -168,7 +168,7 @@ def test_the_first_step_of_a_warm_up_is_taken_at_the_rate_that_is_reported(famil
 
 
 def test_weights_decay_and_vectors_do_not(family, tiny_llama):
-    """At a gradient of 0 the decay is all that moves anything."""
+    """With zero gradients only weight decay changes weights."""
     actor = actor_of(family, tiny_llama, lr=1e-2, weight_decay=0.5)
     before = {name: weight.detach().clone() for name, weight in actor.model.named_parameters()}
     batch = batch_of(family)
@@ -216,7 +216,7 @@ def test_a_share_without_a_token_that_counts_hides_nothing_of_the_others(family,
 
 
 def test_masked_tokens_are_in_no_number(family, tiny_llama):
-    """One sample of four does not count; the others against NumPy."""
+    """One sample of four is masked; the others are compared with NumPy."""
     actor, batch = actor_of(family, tiny_llama), batch_of(family)
     kept = (batch.sequence != 1).numpy()
     batch = replace(batch, loss_mask=torch.from_numpy(kept), rollout_logprobs=torch.linspace(-9, -3, len(kept)))
@@ -231,7 +231,7 @@ def test_masked_tokens_are_in_no_number(family, tiny_llama):
     assert told["actor/pg_loss"] == pytest.approx(-advantages.mean(), rel=1e-4)
 
 
-# shares of a batch
+# minibatches
 
 
 @pytest.mark.parametrize(("groups", "minibatches"), [(8, 4), (5, 4), (3, 4), (1, 4), (7, 2), (4, 1), (0, 3)])
@@ -246,7 +246,7 @@ def test_there_are_as_many_optimizer_steps_as_the_schedule_counts_on(groups, min
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo", "rloo"])
 def test_an_empty_share_counts_in_the_schedule_and_moves_nothing(family, tiny_llama, name):
-    """One group over four shares: three optimizer steps of it have nothing to do."""
+    """One group in four minibatches: three optimizer steps are empty."""
     batch, kind = batch_of(family).select([0]), objective(AlgorithmConfig(name=name), 8)
     spread = actor_of(family, tiny_llama, MinibatchSchedule(8, minibatches=4), kind, weight_decay=0.1)
     alone = actor_of(family, tiny_llama, MinibatchSchedule(8), kind, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""No micro-batch above the cap, nothing lost, nothing doubled."""
+"""No micro-batch above the token cap, no token lost or duplicated."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_the_cap_holds_and_every_sample_is_in_one_piece(groups, cap):
 
 
 def test_ten_thousand_batches_stay_under_the_cap_and_are_spread_over_ranks():
-    """Long tails, as responses have; the cap just holds the longest sample in every fourth."""
+    """Long-tailed lengths, as of responses; in every fourth batch the cap just fits the longest sample."""
     random = np.random.default_rng(0)
     for number in range(10_000):
         prompts = random.integers(1, 200, random.integers(1, 12))
@@ -94,8 +94,7 @@ def test_a_group_above_the_cap_is_split_and_its_prompt_repeated():
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_one_plan_serves_every_pass_over_the_same_samples(monkeypatch, ranks):
-    """Reference, old log-probabilities and an update of one optimizer step; a plan depends on the cap, and on nothing else of a
-    batch."""
+    """Reference, old log-probabilities and an update of one optimizer step; a plan depends only on lengths and the cap."""
     asked, real = [], packing.plan_microbatches
     noted = lambda groups, cap, names=None: asked.append(cap) or real(groups, cap, names)  # noqa: E731
     monkeypatch.setattr(packing, "plan_microbatches", noted)
@@ -141,7 +140,7 @@ def test_a_share_of_a_batch_keeps_its_own_tokens():
 
 
 def test_ranks_make_the_same_number_of_passes():
-    """The one with less to do makes passes without a target: in each, ranks gather weights together."""
+    """The rank with less work runs passes without targets, because every pass all-gathers weights."""
     batch = Batch.of([group("long", 50, [40, 40, 40]), group("short", 4, [2])])
     rows = [microbatches(part, 100) for part, _ in deal(batch, 2, 100)]
     assert [len(each) for each in rows] == [3, 3]

@@ -1,5 +1,5 @@
-"""One recipe for bf16: float32 weights that learn, copies in bf16 that the model runs on, sums in float32. In every test the
-precision is said, so that it means the same on every processor."""
+"""bf16 training: float32 master weights, bf16 copies for compute, float32 sums. Every test sets the precision explicitly,
+so that results do not depend on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rounded(family, tiny_llama):  # noqa: F811
 
 
 def run_on(model, working):
-    """What the model holds while it runs."""
+    """The weights the model computes with."""
     with working():
         return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
@@ -38,7 +38,7 @@ def test_a_model_runs_on_its_weights_rounded_and_keeps_them_whole(rounded):
 
 
 def test_the_copies_follow_the_weights_whoever_changes_them(rounded, batch, tmp_path):  # noqa: F811
-    """An optimizer step (fused: it leaves no trace on a tensor), a checkpoint, a hand."""
+    """By an optimizer step (fused: no version counter changes), a checkpoint, or a direct write."""
 
     def same():
         weights = {name: weight.detach().to(LOW) for name, weight in rounded.model.named_parameters()}
@@ -69,7 +69,7 @@ def test_the_copies_are_made_once_an_optimizer_step(rounded, batch, monkeypatch)
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32():
-    """In bf16 the sum of equal gradients stops at 256 of them."""
+    """In bf16 a sum of equal gradients stops growing at 256 of them."""
     layer = torch.nn.Linear(4, 1, bias=False)
     working, states = WorkingCopy(layer, LOW), torch.ones(1, 4, dtype=LOW)
     with working():
@@ -100,7 +100,7 @@ def test_tied_weights_have_one_copy_and_one_gradient(models):
 
 
 def test_what_does_not_learn_is_held_in_the_compute_dtype(rounded, family, tiny_llama, batch):  # noqa: F811
-    """A reference, and what low-rank additions stand beside; the additions themselves learn in float32."""
+    """The reference, and the base weights under LoRA; LoRA weights are trained in float32."""
     fixed = TorchReference(LoadedModel(family.load(tiny_llama, torch.float32).requires_grad_(False), family), rounded.settings)
     assert {weight.dtype for weight in fixed.model.parameters()} == {LOW} and not fixed.working.tensors()
     assert torch.equal(fixed.logprobs(batch), rounded.logprobs(batch))
@@ -113,7 +113,7 @@ def test_what_does_not_learn_is_held_in_the_compute_dtype(rounded, family, tiny_
 
 
 def test_switching_additions_off_leaves_what_learns_as_it_is(family, tiny_llama):  # noqa: F811
-    """FSDP2 settles a layer's gradient dtype by what asks for gradients at its first forward pass."""
+    """FSDP2 fixes a layer's gradient dtype by requires_grad at its first forward pass."""
     model = family.load(tiny_llama, torch.float32)
     model = lora.attach(model, LoraConfig(rank=2), family.head(model))
     asking = [weight.requires_grad for weight in model.parameters()]
@@ -123,7 +123,7 @@ def test_switching_additions_off_leaves_what_learns_as_it_is(family, tiny_llama)
 
 
 def test_rotary_tables_are_float32_in_a_bf16_model(family, tiny_llama):  # noqa: F811
-    """The trainer's and the plain sampler's."""
+    """In the trainer and the plain sampler."""
     places, tables = torch.tensor([[0, 1000, 1001]]), []
     for model in (family.load(tiny_llama, torch.float32), family.load(tiny_llama, LOW), torch_sampler._load(tiny_llama, LOW)):
         tables.append(model.model.rotary_emb(torch.zeros(1, 3, 8, dtype=model.dtype), position_ids=places))

@@ -1,4 +1,4 @@
-"""A frozen vision tower reads each image once a step for every role; one that learns reads it in every pass."""
+"""A frozen vision tower encodes each image once per step for all roles; a trained one encodes it in every pass."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(models):
 
 @pytest.fixture(scope="module")
 def other(models):
-    """The same with other weights."""
+    """A folder of the same model with other weights."""
     return make(models, "other", seed=1)
 
 
@@ -75,7 +75,7 @@ def family(folder):
 
 @pytest.fixture(scope="module")
 def prompts(family):
-    """With two, no, three and one image, of two sizes."""
+    """Prompts with two, no, three and one image, of two sizes."""
     colors = (["red", "blue"], [], ["green", "black", "white"], ["gray"])
     rows = []
     for number, shown in enumerate(colors):
@@ -86,13 +86,13 @@ def prompts(family):
 
 
 class Reads:
-    """Of each call, how many images, and the tower that read them."""
+    """Number of images and the tower, for each call."""
 
     def __init__(self):
         self.images, self.towers = [], []
 
     def take(self):
-        """The images read and the number of towers that did, since the last time."""
+        """Images encoded and number of towers used since the last call."""
         result = sum(self.images), len({id(tower) for tower in self.towers})
         self.images, self.towers = [], []
         return result
@@ -100,7 +100,7 @@ class Reads:
 
 @pytest.fixture
 def read(monkeypatch):
-    """Every call of any tower, whoever made it."""
+    """Records every call of any tower."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
 
     reads, real = Reads(), Tower.forward
@@ -208,7 +208,7 @@ def test_a_tower_that_learns_has_a_gradient(family, folder, prompts):
 
 @pytest.fixture
 def start(tmp_path, folder, capsys):
-    """Runs a small job whose every row has one picture; gives its status, metrics, stderr and folder."""
+    """Run a small job with one image per row; returns its status, metrics, stderr and folder."""
     figures = {"name": "geometry_figures", "options": {"count": 16, "kinds": ["dots"], "largest": 5}}
     held_out = {"name": "geometry_figures", "options": {"split": "test", "count": 5, "kinds": ["dots"], "largest": 5}}
     settings = {
@@ -240,12 +240,12 @@ def by_length(response, answer, fields):
 
 
 def of_the_model(rows):
-    """What depends on weights and draws alone. The rest: seconds, bytes, and rounding between engine and trainer."""
+    """Metrics that depend on weights and samples only: no seconds, bytes, or engine/trainer rounding."""
     return [{name: value for name, value in row.items() if not name.startswith(SECONDS_BYTES_ROUNDING)} for row in rows]
 
 
 def fused(monkeypatch):
-    """From here on every role reads the pixels itself, with a tower that stays frozen."""
+    """From here on every role encodes the pixels itself, with a frozen tower."""
     monkeypatch.setattr(ModelConfig, "images_are_read_once", property(lambda self: False))
 
 
@@ -309,7 +309,7 @@ POOLS = "{train: {roles: [actor, reference, rollout]}, see: {roles: [vision], de
 
 @pytest.mark.parametrize("placement", [f"placement={{{AWAY}}}", f"placement={{kind: ray, pools: {POOLS}}}"])
 def test_where_the_encoder_is_changes_no_number(start, other, cluster, monkeypatch, placement):
-    """Parked between its uses, with everything else; in a pool of its own, that loads nothing but the tower."""
+    """Offloaded between uses, like everything else; or in its own pool, which loads only the tower."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     tower = f"vision.path={other}"
     _, here, _, _ = start(EVALUATED, tower, name="here")
@@ -351,7 +351,7 @@ def with_tower(folder, tower, target):
 
 
 def test_a_tower_of_its_own_is_the_fused_model_with_that_tower(start, folder, other, tmp_path, monkeypatch):
-    """The numbers of every role, the engine's included, and what is saved."""
+    """The numbers of every role, including the engine, and the saved model."""
     status, apart, err, run = start(f"vision.path={other}", "vision.images_per_batch=3", name="apart")
     assert status == 0, err
     _, own, _, _ = start(name="own")
@@ -434,7 +434,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(start, o
 
 
 def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder, other, tmp_path, backend):
-    """Each runs the whole tower, on its own half of the prompts; the weights after an update are those of one rank."""
+    """Each runs the whole tower on its half of the prompts; weights after an update equal one rank's."""
     settings = {
         "model": {"path": str(folder), "freeze": ["vision"], "precision": "fp32"}, "vision": {"path": str(other)},
         "dpo": {"steps": 1},
@@ -456,7 +456,7 @@ def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder
 
 
 def updated(worker, ranks=1, mine=0):
-    """The weights after one step of preferences, to which this rank gives its part."""
+    """The weights after one DPO step, with this rank's part of the batch."""
     worker.load("dpo")
     prompts = worker.resolved.prompts(0).draw(4)
     own = prompts[4 * mine // ranks : 4 * (mine + 1) // ranks]

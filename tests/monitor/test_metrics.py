@@ -1,4 +1,4 @@
-"""Metrics equal the durations and lengths that were put in."""
+"""Metrics equal the given durations and lengths."""
 
 import json
 import time
@@ -87,7 +87,7 @@ def test_failed_rewards_are_counted_and_left_out_of_the_mean():
 
 
 def test_a_group_has_signal_by_one_definition():
-    """A failed reward is no score of its own: without it these samples all scored the same."""
+    """A failed reward is not a score: without it, these samples all scored the same."""
     same, apart = [Score(1.0), Score(1.0), Score(None, "error")], [Score(1.0), Score(0.5), Score(None, "error")]
     failed, single = [Score(None, "timeout"), Score(None, "error")], [Score(1.0), Score(None, "error")]
     groups = [same, apart, failed, single]

@@ -1,4 +1,4 @@
-"""The npu backend on the real torch_npu, over a CANN that computes nothing: what is called is real, numbers mean nothing."""
+"""The npu backend on the real torch_npu over a stub CANN: calls are real, computed values are meaningless."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ NPU = registry.load("backends", "npu")
 BACKEND = NPU(NPU.Options(deterministic=True, cores=1))
 os.environ.update(BACKEND.environment())  # before anything imports torch
 NPU_FOLDER = str(Path(__file__).parents[2] / "backends" / "npu")
-RAN: set[tuple[str, str]] = set()  # file and name of every function of the backend that has run
+RAN: set[tuple[str, str]] = set()  # (file, name) of every backend function that has run
 
 
 def note(frame, event, argument):

@@ -1,8 +1,8 @@
 """A CANN without kernels, for the torch_npu that is installed: fake_cann.py FOLDER compiles it there.
 
 With LD_LIBRARY_PATH=FOLDER the real torch_npu then imports and runs on this machine. Memory, copies, streams and events work;
-operators and collectives return success and compute nothing: what they should have written is whatever the memory held.
-Names alone are read from the wheel: those that it misses, and those that it looks up when it runs.
+operators and collectives return success and compute nothing: their outputs are uninitialized memory. From the wheel only
+names are read: undefined symbols, and those that it looks up at run time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROVIDED_BY_PYTHON = ("Py", "_Py", "_ITM", "__gmon")
 
 
 def build(packages: Path, folder: Path) -> int:
-    """Of the wheels in `packages`; how many functions there are."""
+    """Build the stub library for the wheels in `packages`; returns its number of functions."""
     folder.mkdir(parents=True, exist_ok=True)
     ours = [*packages.glob("torch_npu/lib/*.so"), *packages.glob("torch_npu/_C*.so")]
     written = Path(__file__).with_suffix(".c")
@@ -52,7 +52,7 @@ def _symbols(which: str, *files: Path | str) -> set[str]:
 
 
 def _nothing(name: str) -> str:
-    if name.startswith(("_ZTI", "_ZTV", "_ZTS")):  # what C++ knows of a class
+    if name.startswith(("_ZTI", "_ZTV", "_ZTS")):  # C++ typeinfo and vtables
         return f"char {name}[256];\n"
     return f'long {name}(void) {{ fake_cann_called("{name}"); return 0; }}\n'
 

@@ -1,4 +1,4 @@
-"""One of two processes that meet through HCCL: ranks.py RANK STORE ENDPOINT. Prints what is not a matter of kernels."""
+"""One of two processes of an HCCL group: ranks.py RANK STORE ENDPOINT. Prints results that do not depend on kernels."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the npu backend takes from torch_npu, and the core from a device's module, as their source says it."""
+"""Names the npu backend uses of torch_npu, and the core of a device module, parsed from their source."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Use:
 
 
 def of_torch_npu() -> list[Use]:
-    """Names below torch_npu and torch.npu in the npu backend, also in programs that stand there as text."""
+    """Names under torch_npu and torch.npu used in the npu backend, including programs in strings."""
     uses = [use for file in NPU_FILES for tree in _programs(file) for use in _uses(tree, file.name)]
     return sorted(set(uses), key=lambda use: (use.where, use.name, use.positional))
 
 
 def of_device_modules() -> set[str]:
-    """Attributes that the core asks of torch.get_device_module(...)."""
+    """Attributes of torch.get_device_module(...) that the core uses."""
     names = set()
     for file in ROOT.glob("rlcore/**/*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def imports(file: Path, package: str) -> set[tuple[str, str]]:
 
 
 def attributes(file: Path, owner: str) -> set[str]:
-    """Names read of what stands under `owner` in the source, as in `self._runner.NAME`."""
+    """Attributes of `owner` that the source reads, as in `self._runner.NAME`."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)]
     return {node.attr for node in nodes if ast.unparse(node.value) == owner}
 
@@ -78,7 +78,7 @@ def _uses(tree: ast.Module, where: str) -> Iterator[Use]:
 
 
 def _chain(node: ast.AST, aliases: dict[str, str]) -> str | None:
-    """"torch_npu.optim.NpuFusedAdamW" of such an expression."""
+    """Dotted name of an expression, as in torch_npu.optim.NpuFusedAdamW."""
     first, _, rest = (ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else "").partition(".")
     name = f"{aliases.get(first, first)}.{rest}" if rest else aliases.get(first, "")
     return name if name.startswith(("torch_npu.", "torch.npu.")) else None

@@ -1,4 +1,4 @@
-"""Every operator that the npu path sends, and every name of torch_npu that the backend uses, is in the real wheel, as used.
+"""Every operator the npu path dispatches and every torch_npu name the backend uses exists in the real wheel, as used.
 
 Two wheels: the one that runs under this torch, and the pinned one, whose operators and their schemas are read from its library.
 """
@@ -24,15 +24,15 @@ from rlcore import registry
 
 PINNED = source.ROOT / ".venv-npu/pinned/torch_npu"
 SIMULATED = source.ROOT / "tests/simulated_npu"
-ABSENT = {"aten::linalg_eig", "aten::cummax"}  # in torch; not in torch_npu, which would go to the processor
+ABSENT = {"aten::linalg_eig", "aten::cummax"}  # in torch but not in torch_npu, which falls back to the CPU
 USES = source.of_torch_npu()
 CALLS = [use for use in USES if use.keywords is not None]
-INSTEAD = {"aten::_copy_from": "aten::copy_", "aten::index.Tensor_out": "aten::index.Tensor"}  # what torch_npu is asked for
+INSTEAD = {"aten::_copy_from": "aten::copy_", "aten::index.Tensor_out": "aten::index.Tensor"}  # name torch_npu gets
 
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory) -> set[str]:
-    """The operators of a run on the simulated device: a warm start, GRPO with a reference, parts that leave and come back."""
+    """Operators of a run on the simulated device: warm start, GRPO with a reference, offloading."""
     folder = tmp_path_factory.mktemp("run")
     python = source.ROOT / ".venv/bin/python"
     environment = {
@@ -69,7 +69,7 @@ def has_kernel(name: str) -> bool:
 
 
 def named(library: bytes, name: str) -> bool:
-    """Whether the library holds the operator's name as a text of its own, by which it would register a kernel."""
+    """Whether the library contains the operator's name as a whole string, as a kernel registration does."""
     return b"\0" + name.partition("::")[2].encode() + b"\0" in library
 
 
@@ -85,7 +85,7 @@ def test_the_pinned_wheel_names_every_operator_of_a_run(sent, library):
 
 
 def find(name: str):
-    """What stands under that name, or AttributeError."""
+    """The object of that name; AttributeError if there is none."""
     first, *rest = name.split(".")
     found = {"torch_npu": torch_npu, "torch": torch}[first]
     for part in rest:
@@ -94,7 +94,7 @@ def find(name: str):
 
 
 def parameters(name: str, text: str | None = None) -> list[inspect.Parameter] | None:
-    """Of an operator by its schema (or the one in `text`), of a function by its signature; None where neither is said."""
+    """Parameters from an operator's schema (or `text`) or a function's signature; None if neither is available."""
     operator = name.rpartition(".")[2]
     if text is not None or (name == f"torch_npu.{operator}" and hasattr(torch.ops.npu, operator)):
         schema = torch._C.parse_schema(text) if text else getattr(torch.ops.npu, operator).default._schema
@@ -163,7 +163,7 @@ ELSEWHERE = {
 
 
 def test_every_environment_variable_is_read_by_what_is_installed_or_listed_here():
-    """The second kind is only documented: nothing in these wheels reads it."""
+    """Listed ones are only documented: nothing in these wheels reads them."""
     names = {*npu_backend.DEFAULTS, *npu_backend.NEEDED, *npu_backend.DETERMINISTIC, npu_backend.ALLOCATOR}
     texts = b"\0".join(file.read_bytes() for file in readers())
     assert {name for name in names if not re.search(rb"\b" + name.encode() + rb"\b", texts)} == set(ELSEWHERE)
@@ -171,7 +171,7 @@ def test_every_environment_variable_is_read_by_what_is_installed_or_listed_here(
 
 
 def readers() -> list[Path]:
-    """The files of the packages that variables are for."""
+    """Files of the packages that read the variables."""
     packages = ("vllm", "vllm_ascend", "ray", "tokenizers", "torch")
     folders = {name: Path(find_spec(name).origin).parent for name in packages}
     python = [file for name in ("vllm", "vllm_ascend") for file in folders[name].rglob("*.py")]

@@ -40,12 +40,12 @@ def test_the_platform_is_the_real_one():
 
 
 class Started(Exception):
-    """Carries the arguments that an engine was to start with."""
+    """Raised instead of an engine start; carries the engine arguments."""
 
 
 @pytest.fixture
 def configured(tmp_path, monkeypatch):
-    """The configuration that vLLM and its platform make of what `build` starts an engine with."""
+    """The configuration that vLLM and its platform build from the engine arguments of `build`."""
 
     def refuse(**arguments):
         raise Started(arguments)
@@ -97,7 +97,7 @@ def test_what_the_worker_demands_of_a_wake_up_is_what_the_environment_gives(conf
 
 
 def keys_read() -> set[str]:
-    """Of additional_config, anywhere in vllm-ascend."""
+    """additional_config keys read anywhere in vllm-ascend."""
     keys = set()
     for file in ASCEND.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -115,7 +115,7 @@ def keys_read() -> set[str]:
 
 
 def keys_used() -> set[str]:
-    """Of additional_config, in run files and in what a backend gives engines."""
+    """additional_config keys set in run files and by the backend."""
     files = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in source.ROOT.glob("examples/**/*.yaml")]
     options = [((file.get("rollout") or {}).get("options") or {}) for file in files if isinstance(file, dict)]
     options += [NPU(NPU.Options(sleep_level=level)).engine_options("vllm") for level in (0, 2)]
@@ -123,7 +123,7 @@ def keys_used() -> set[str]:
 
 
 def test_every_additional_key_is_read(configured):
-    """By the wheel's source, for the platform keeps what it does not know."""
+    """Checked in the wheel's source, because the platform accepts unknown keys."""
     read = keys_read()
     assert len(read) > 20 and "weight_nz_mode" in read and "no_such_key" not in read
     assert configured(options={"additional_config": {"no_such_key": 1}}).additional_config["no_such_key"] == 1
@@ -137,7 +137,7 @@ def test_every_import_of_the_engine_is_there(module, name):
 
 
 def has(kind: type, name: str) -> bool:
-    """As a member, or set on `self` in the source of a class it stands on."""
+    """Whether it is a member, or set on `self` in the source of a base class."""
     sources = "".join(inspect.getsource(one) for one in kind.__mro__ if one.__module__.startswith("vllm"))
     return hasattr(kind, name) or re.search(rf"\bself\.{name}\b(: [^=\n]+)? = ", sources) is not None
 
@@ -172,7 +172,7 @@ def test_the_worker_reloads_weights_layer_by_layer():
 
 
 def test_the_worker_sleeps_and_wakes_as_it_is_asked_to(monkeypatch):
-    runtime = SimpleNamespace(memcpy=None)  # all that is imported of CANN's own Python package, which is in no wheel
+    runtime = SimpleNamespace(memcpy=None)  # the only import from CANN's own Python package, which is in no wheel
     monkeypatch.setitem(sys.modules, "acl", SimpleNamespace(rt=runtime))
     monkeypatch.setitem(sys.modules, "acl.rt", runtime)
     from vllm_ascend.worker.worker import NPUWorker

@@ -1,7 +1,6 @@
-"""Every call of the npu backend, and what the core asks of its device's module, once on the real torch_npu.
+"""Every call of the npu backend, and the core's uses of its device module, once on the real torch_npu.
 
-Wiring only: names, arguments, dtypes, devices, copies. The kernels below compute nothing, so no number is looked at that one
-of them would have written.
+Wiring only: names, arguments, dtypes, devices, copies. The stub kernels compute nothing, so their outputs are not checked.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def noted():
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Names of CANN's functions that were called since."""
+    """Names of CANN functions called since the last time."""
     file = tmp_path / "calls"
     file.touch()
     monkeypatch.setenv("FAKE_CANN_CALLS", str(file))
@@ -122,13 +121,13 @@ def test_a_step_of_a_model_goes_through_the_kernels(kind, tmp_path, calls):
     torch.nn.utils.clip_grad_norm_(moved, 1.0)
     BACKEND.adamw([{"params": moved}], lr=1e-3).step()
     asked = calls()
-    wanted = KERNELS if kind != "tiny_qwen2_5_vl" else KERNELS - ROTARY  # whose positions on three axes are left as they are
+    wanted = KERNELS if kind != "tiny_qwen2_5_vl" else KERNELS - ROTARY  # its rotary embedding over three axes is not replaced
     assert [kernel for kernel in wanted if not any(name.startswith(kernel) for name in asked)] == []
     assert wanted == KERNELS or not any(name.startswith(tuple(ROTARY)) for name in asked)
 
 
 def test_two_processes_meet_through_hccl(tmp_path):
-    """In the default group, a group beside it, and a model dealt to both. What is in host memory is summed for real."""
+    """In the default group, a second group, and a model sharded over both ranks. Host-memory sums are real."""
     script, endpoint = Path(__file__).with_name("ranks.py"), node_address.free_endpoint("127.0.0.1")
     ranks = [
         subprocess.Popen(
@@ -146,7 +145,7 @@ def test_two_processes_meet_through_hccl(tmp_path):
 
 
 def test_no_function_of_the_backend_was_left_out():
-    """What ran in this process, since the backend was prepared."""
+    """Functions run in this process since the backend was prepared."""
     files = [file for file in source.NPU_FILES if file.name != "doctor.py"]
     trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     functions = {

@@ -1,4 +1,4 @@
-"""Reward functions and the runner that never turns a failure into a 0."""
+"""Reward functions, and the runner, which never turns a failure into a score of 0."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ ENDLESS = r"\boxed{7^{999999999}}"
 
 
 def in_a_thread(function):
-    """What it returned or raised."""
+    """Run it in a thread; its result or exception."""
     results = []
 
     def target():
@@ -349,7 +349,7 @@ def test_tagged_answer_compares_texts_too():
 
 
 def returned(response, answer, fields):
-    """A reward that says what its response asks for."""
+    """A reward that returns whatever its response asks for."""
     if response == "interrupt":
         raise KeyboardInterrupt
     if response == "raise":
@@ -457,7 +457,7 @@ def test_every_registered_reward_scores_a_right_answer_with_one():
 
 
 GRADERS = {"math": math, "math_verify": math_verify, "gsm8k": gsm8k, "geo3k": geo3k, "tagged_answer": tagged_answer}
-DISPUTED = {  # (response, answer) of published cases that we grade otherwise, and why
+DISPUTED = {  # (response, answer) of published cases that we grade differently, and why
     (r"So the answer is $\boxed{\sqrt{1/n}}$.", r"\frac{1}{\sqrt n}"): "equal for positive n alone, which neither text says",
     (r"So the answer is $\boxed{52}$.", "52_8"): "52 is not 42; another case of the same file says so too",
     (r"$x=\boxed{1}$ and $y=\boxed{2}$", "(1,2)"): "the last box is the answer, never one before it",
@@ -471,7 +471,7 @@ def test_the_published_cases_are_graded_right():
     for row in rows:
         value = GRADERS[row["grader"]](row["response"], row["answer"], {})
         key = (row["response"], row["answer"])
-        if row["grader"] == "math":  # keeps its data set's rule, right or wrong
+        if row["grader"] == "math":  # follows its data set's rule, right or wrong
             row["expected"] = row["got"]
         if value != row["expected"]:
             disputed.add(key) if key in DISPUTED else wrong.append(row)

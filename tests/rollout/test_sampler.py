@@ -50,7 +50,7 @@ def tokens(groups):
 
 
 def gap(model, group, temperature=1.0):
-    """The largest difference of a sample's log-probabilities from one whole forward pass of `model`."""
+    """Largest difference between sampled log-probabilities and those of one full forward pass of `model`."""
     prompt, worst = group.prompt, 0.0
     for sample in group.samples:
         ids = torch.tensor([[*prompt.token_ids, *sample.token_ids]])
@@ -108,7 +108,7 @@ def test_a_seed_repeats_a_call_whatever_came_before(text):
 
 
 def test_every_bit_of_a_seed_counts():
-    """torch's generator of a processor reads 32 of them."""
+    """torch's CPU generator reads only 32 of them."""
     assert all(torch_sampler._seed(1 << bit, 0) != torch_sampler._seed(0, 0) for bit in range(63))
     assert len({torch_sampler.folded(5 + (number << 40)) for number in range(100)}) == 100
 
@@ -193,7 +193,7 @@ def test_a_faulty_update_names_the_tensor(backend, text, fault):
 
 
 def weights_of(folder, family, step, dtype=torch.float32):
-    """Of a policy that has moved."""
+    """The weights of a policy after `step` updates."""
     kind = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():

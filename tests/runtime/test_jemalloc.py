@@ -1,4 +1,4 @@
-"""jemalloc: found, preloaded, asked and purged where it is on the machine; nothing is missing where it is not.
+"""jemalloc: found, preloaded, queried and purged if installed; nothing breaks if it is not.
 
 The library is the one that the launcher finds, or that JEMALLOC names.
 """
@@ -31,7 +31,7 @@ RESIDENT = (
 
 
 def under(program: str, *, background: bool = False, **environment: str) -> str:
-    """What a program prints in a process that jemalloc is preloaded into."""
+    """Output of a program in a process with jemalloc preloaded."""
     added = {"LD_PRELOAD": LIBRARY, "MALLOC_CONF": KEEPS.format(str(background).lower()), **environment}
     ended = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **added}, capture_output=True, text=True, check=False
@@ -46,7 +46,7 @@ def under(program: str, *, background: bool = False, **environment: str) -> str:
 @here
 @pytest.mark.parametrize("background", [False, True])
 def test_what_was_freed_stays_until_it_is_purged(background):
-    """In whichever arena: threads have arenas of their own."""
+    """In any arena: threads have arenas of their own."""
     said = under(RESIDENT + (
         "import threading\n"
         "from rlcore.runtime import jemalloc\n"
@@ -106,7 +106,7 @@ def test_a_new_decay_reaches_the_arenas_that_are_there():
 @here
 @unused
 def test_a_prefixed_build_is_seen_and_not_taken_for_malloc(tmp_path):
-    """What such a build shows: je_mallctl for the whole process, and no mallctl. Behind it is the real one."""
+    """Such a build exports je_mallctl but no mallctl; here it forwards to the real one."""
     source = tmp_path / "prefixed.c"
     source.write_text(
         "#include <dlfcn.h>\n#include <stddef.h>\n"
@@ -163,7 +163,7 @@ def test_without_it_nothing_is_done_and_nothing_is_reported():
 
 
 class Told:
-    """In place of the C function: it has a background thread, and notes what is changed or called."""
+    """Stand-in for mallctl with a background thread; records writes and calls."""
 
     def __init__(self):
         self.background_thread, self.calls = True, []
@@ -209,7 +209,7 @@ def test_the_library_is_found_where_distributions_put_it(tmp_path, file, machine
 
 def test_a_library_that_was_built_here_comes_before_the_distributions(tmp_path):
     folders = ("usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu", "usr/local/lib64", "usr/local/lib")
-    for folder in folders:  # each comes before those that are there
+    for folder in folders:  # each takes precedence over the earlier ones
         library = tmp_path / folder / "libjemalloc.so.2"
         library.parent.mkdir(parents=True, exist_ok=True)
         library.touch()
@@ -271,7 +271,7 @@ def test_only_jemalloc_travels_to_workers():
     assert jemalloc.inherited({"LD_PRELOAD": "/c/libgomp.so.1", "MALLOC_CONF": "narenas:2"}) == {}
 
 
-# whole runs
+# complete runs
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is parked is off the device and comes back as it was; what is asked of it meanwhile is refused."""
+"""Offloaded tensors are off the device and come back unchanged; using them meanwhile is refused."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_an_engine_without_weights_refuses_prompts_and_says_what_it_needs():
 
 
 def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(tmp_path, tiny_llama, monkeypatch):
-    """After a warm start and a resume, and between an evaluation and the next step, when a checkpoint has sent it away."""
+    """After a warm start and a resume, and between an evaluation and the next step if a checkpoint paused the engine."""
 
     class Forgetful(torch_sampler.TorchRollout):
         def pause(self):

@@ -1,4 +1,4 @@
-"""The same numbers wherever the roles are: in this process, in one pool of workers, in several."""
+"""Results do not depend on where roles run: in this process, in one worker pool, or in several."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Prompt, Receipt, Row, Sampling
 
-STEPS, CALLS = 3, 20  # steps, and rewards of each
+STEPS, CALLS = 3, 20  # steps, reward calls per step
 KILLED_AT = 2 * CALLS + 3
 calls = 0
 EVERYTHING_AWAY = "offload: [parameters, optimizer, reference, engine]"
@@ -51,7 +51,7 @@ def graded(response, answer, fields):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, cluster):
-    """Runs the command; the run folder."""
+    """Run the command; returns the run folder."""
     settings = {
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "backend": {"options": {"threads": 1}},
         "data": {"train": {"name": "arithmetic", "options": {"count": 64, "max_value": 9}}, "max_prompt_tokens": 64},
@@ -91,7 +91,7 @@ def rows(folder):
 
 
 def written(folder):
-    """Samples and weights, to the bit."""
+    """Samples and weights, for bitwise comparison."""
     model = folder / "checkpoints" / f"step_{STEPS:06d}" / "model" / "model.safetensors"
     return (folder / "samples.jsonl").read_bytes(), model.read_bytes()
 
@@ -103,8 +103,8 @@ def test_one_worker_elsewhere_is_this_process_to_the_bit(run, local):
 
 
 def test_bytes_between_processes_are_counted_by_step(local, together):
-    """5 prompts and 4 samples of each, sent once for the reference and the update, are 20 kilobytes, and 25 if with each;
-    nothing leaves this process. No step counts another's."""
+    """5 prompts x 4 samples take 20 kilobytes sent once for reference and update, 25 if sent with each call; a local run
+    sends nothing. Steps are counted separately."""
     lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (local, together)]
     here, there = ([line["placement/bytes"] for line in of] for of in lines)
     assert here == [0] * STEPS
@@ -113,14 +113,14 @@ def test_bytes_between_processes_are_counted_by_step(local, together):
 
 
 def test_two_workers_are_one_to_rounding(together, local):
-    """Five prompts over two ranks, half of every weight on each, and whatever is not in use off the device."""
+    """Five prompts over two ranks, weights sharded in halves, everything not in use offloaded."""
     assert len(rows(together)) == STEPS
     for ours, theirs in zip(rows(together), rows(local), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_two_workers_that_share_every_row_are_one_to_rounding(run, local):
-    """No token counts twice."""
+    """No token is counted twice."""
     shared = run("shared", TOGETHER, "sharding.sequence_parallel=2")
     for ours, theirs in zip(rows(shared), rows(local), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
@@ -134,8 +134,8 @@ def test_pools_apart_are_one_pool_to_the_bit(run, together):
 
 @pytest.mark.parametrize("lora", ["null", "{rank: 4, alpha: 8}"])
 def test_bf16_is_one_recipe_in_every_placement(run, lora):
-    """A step with a reference: the same samples, and the numbers of one device to bf16's rounding of sums in another order.
-    Additions are the reference when they are switched off, which is the first pass of a sharded model."""
+    """A step with a reference: identical samples, and the numbers of one device up to bf16 rounding of reordered sums.
+    With LoRA, the reference is the model with LoRA disabled, which is a sharded model's first forward pass."""
     settings = ["model.precision=bf16", f"model.lora={lora}", "train.steps=1", "train.save_every=0"]
     names = [f"{place} bf16 {len(lora)}" for place in ("local", "two")]
     one, two = (run(name, place, *settings) for name, place in zip(names, ("placement.kind=local", TWO), strict=True))
@@ -149,7 +149,7 @@ def test_bf16_is_one_recipe_in_every_placement(run, lora):
 
 
 def test_a_run_goes_on_in_another_placement(run, together, local):
-    """What two ranks saved after step 2 goes on in two others as if it had not stopped, and in this process to rounding."""
+    """A checkpoint of two ranks after step 2 resumes bitwise in two others, and up to rounding in this process."""
     expected = written(together)
     for name, overrides, same in (("again", TWO, True), ("alone", "placement.kind=local", False)):
         folder = together.parent / name
@@ -162,7 +162,7 @@ def test_a_run_goes_on_in_another_placement(run, together, local):
 
 
 def workers():
-    """Processes of this run's pools."""
+    """Worker processes of this run's pools."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -181,7 +181,7 @@ def killing(response, answer, fields):
 
 
 def test_a_run_whose_worker_was_killed_goes_on_from_its_checkpoint(run, together, capsys, monkeypatch):
-    """Killed in step 3, after the checkpoint of step 2: the restarted run is the one that nobody killed."""
+    """Killed in step 3, after the checkpoint of step 2: the restarted run equals an uninterrupted one."""
     monkeypatch.setattr(importlib.import_module("test_placement"), "calls", 0, raising=False)
     placed = f"placement={{kind: ray, devices: 2, max_restarts: 1, {EVERYTHING_AWAY}}}"
     folder = run("killed", placed, "reward.0.name=test_placement.killing")
@@ -206,7 +206,7 @@ def test_memory_of_each_phase_is_what_the_phase_needs(together, local):
     """In units of the weights: float32 weights, two moments and the gradient make four."""
     last = json.loads((together / "metrics.jsonl").read_text().splitlines()[-1])
     whole = json.loads((local / "metrics.jsonl").read_text().splitlines()[-1])
-    weights = last["memory/infer"]  # the sampler's own copy, whole
+    weights = last["memory/infer"]  # the sampler's own full copy
     assert last["memory/reference"] == pytest.approx(weights / 2, rel=0.01)
     assert last["memory/reshard"] == pytest.approx(1.5 * weights, rel=0.01)
     assert last["memory/train"] == pytest.approx(2 * weights, rel=0.01)
@@ -219,7 +219,7 @@ def slow(response, answer, fields):
 
 
 def test_rewards_and_reference_take_their_time_beside_others(run):
-    """Scored in three other processes; a reference on a device of its own works while the actor does."""
+    """Rewards run in three other processes; a reference on its own device runs in parallel with the actor."""
     pools = "{train: {roles: [actor, rollout]}, fixed: {roles: [reference]}}"
     placed = f"placement={{kind: ray, reward_workers: 3, pools: {pools}}}"
     folder = run("beside", placed, "reward.0.name=test_placement.slow", "train.epochs_per_step=2")
@@ -264,7 +264,7 @@ def test_a_placement_that_cannot_be_is_refused(run, capsys, setting, message):
 
 
 class Threaded:
-    """A worker beside others in this process, its calls in a thread of its own as an actor's are."""
+    """A worker in this process whose calls run in a thread of their own, as a Ray actor's do."""
 
     def __init__(self, worker):
         self.worker, self.thread = worker, ThreadPoolExecutor(1)
@@ -278,7 +278,7 @@ class Threaded:
 
 
 class Slow:
-    """A role that takes a known time."""
+    """A role whose calls take a known time."""
 
     version = 0
 
@@ -312,7 +312,7 @@ class Slow:
 
 
 def test_known_durations_and_skew_come_back(tiny_llama, backend):
-    """Two workers of different speed: a stage takes what its slower worker takes, never the difference of the two."""
+    """Two workers of different speed: a stage takes as long as its slower worker, not their difference."""
     config = RunConfig.model_validate({
         "model": {"path": str(tiny_llama), "precision": "fp32"}, "data": {"train": {"name": "arithmetic"}},
         "placement": {"kind": "ray", "devices": 2, "offload": ["engine", "parameters"]},
@@ -342,7 +342,7 @@ def test_known_durations_and_skew_come_back(tiny_llama, backend):
 
 
 class Drawn:
-    """A worker's sampler, whose groups are finished in the opposite order."""
+    """A worker's sampler that finishes groups in reverse order."""
 
     def __init__(self, worker):
         self.worker = worker
@@ -351,12 +351,12 @@ class Drawn:
         return iter(reversed(list(self.worker.generate(*arguments))))
 
 
-def policy_of(folder, backend, **sections):
+def resolved_of(folder, backend, **sections):
     return ResolvedModel(RunConfig.model_validate(settings(folder, **sections)), backend)
 
 
 def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backend):
-    resolved = policy_of(tiny_llama, backend)
+    resolved = resolved_of(tiny_llama, backend)
     workers = [Worker(resolved) for _ in range(2)]
     for worker in workers:
         worker.start_engine()
@@ -369,7 +369,7 @@ def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backen
 
 
 def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend):
-    resolved = policy_of(tiny_llama, backend, model={"path": str(tiny_llama), "precision": "fp32"}, optimizer={"lr": 0.1})
+    resolved = resolved_of(tiny_llama, backend, model={"path": str(tiny_llama), "precision": "fp32"}, optimizer={"lr": 0.1})
     with placement.local(resolved, Watchdog(0, Path())) as run:
         run.load("grpo")
         run.start_engines()
@@ -386,7 +386,7 @@ def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend
 
 
 class Elsewhere:
-    """A worker whose clock is far ahead, and which has been busy for the last second."""
+    """A worker whose clock is far ahead and which was busy for the last second."""
 
     AHEAD = 1000.0
 
@@ -398,7 +398,7 @@ class Elsewhere:
 
 
 def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backend):
-    resolved = policy_of(tiny_llama, backend)
+    resolved = resolved_of(tiny_llama, backend)
     run = Placement(resolved.config, dict.fromkeys(ROLES, Pool([Threaded(Elsewhere()), Threaded(Worker(resolved))])))
     (span,) = run.spans()
     assert span.worker == 1 and span.end == pytest.approx(time.perf_counter(), abs=0.5)
@@ -406,9 +406,9 @@ def test_spans_of_a_worker_with_another_clock_are_on_this_one(tiny_llama, backen
 
 
 def one_update(folder, backend, **sections):
-    """A run in this process; its batch before and after an update that changes every weight."""
+    """A local run, and a batch whose update changes every weight."""
     exact = {"model": {"path": str(folder), "precision": "fp32"}, "optimizer": {"lr": 0.1}}
-    resolved = policy_of(folder, backend, **exact, **sections)
+    resolved = resolved_of(folder, backend, **exact, **sections)
     run = placement.local(resolved, Watchdog(0, Path()))
     run.load("grpo")
     run.start_engines()
@@ -438,7 +438,7 @@ def test_the_memory_of_an_update_counts_its_gradients(tiny_llama, backend):
 
 
 def test_memory_is_that_of_the_worker_that_holds_most(tiny_llama, backend):
-    resolved, members = policy_of(tiny_llama, backend), []
+    resolved, members = resolved_of(tiny_llama, backend), []
     for size in (2**32, 2**30):
         worker = Worker(resolved)
         worker.memory_manager.note("train", extra=size)
@@ -463,11 +463,11 @@ def test_an_error_in_a_worker_is_the_same_error_here(tiny_llama, cluster):
 
 
 def test_workers_compute_in_the_precision_that_was_chosen_here(tiny_llama, backend, cluster, monkeypatch):
-    """Of a processor that `auto` chooses otherwise for than for theirs."""
+    """`auto` would choose another precision on this CPU than on theirs."""
     other = {"fp32": "bf16", "bf16": "fp32"}[backend.default_precision()]
     with monkeypatch.context() as patch:
         patch.setattr(type(backend), "default_precision", lambda self: other)
-        resolved = policy_of(tiny_llama, backend, model={"path": str(tiny_llama)}, placement={"kind": "ray"})
+        resolved = resolved_of(tiny_llama, backend, model={"path": str(tiny_llama)}, placement={"kind": "ray"})
     with registry.load("placements", "ray")(resolved, Watchdog(0, Path())) as there:
         there.load("grpo")
         there.start_engines()

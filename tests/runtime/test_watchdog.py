@@ -1,4 +1,4 @@
-"""What ends a run that hangs, and what is said of it: real processes that sleep, spin, stop and die."""
+"""How a hanging run is ended and reported: real processes that sleep, spin, stop and die."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ with heartbeat.stage("update"):
 
 
 def run(limit, what, folder, typed=None):
-    """A run that does this alone, and how long it took."""
+    """Run only this; returns status, output, stderr and duration."""
     program = [sys.executable, "-c", RUN, str(limit), what, str(folder)]
-    environment = os.environ | {"PYTHONBREAKPOINT": ""}  # Ray leaves its own to whom its process starts
+    environment = os.environ | {"PYTHONBREAKPOINT": ""}  # child processes inherit the one Ray sets
     began = time.monotonic()
     with subprocess.Popen(program, stdin=-1, stdout=-1, stderr=-1, text=True, env=environment) as process:
         if typed:
@@ -85,20 +85,20 @@ def run(limit, what, folder, typed=None):
 
 @pytest.fixture
 def worker():
-    """Starts a process that shows itself and does this; gives the process and its place."""
+    """Start a process that publishes its heartbeat and does this; returns the process and its place."""
     with contextlib.ExitStack() as stack:
 
         def start(what):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", SHOW, what], stdout=-1, text=True))
             stack.callback(process.kill)
             pid, heartbeat, stacks = (int(number) for number in process.stdout.readline().split())
-            time.sleep(0.2)  # into what it does
+            time.sleep(0.2)  # let it get going
             return process, ProcessHandle("worker 1", "here", pid, heartbeat, stacks)
 
         yield start
 
 
-# what ends
+# ending a run
 
 
 def test_a_run_that_hangs_ends_with_a_report_of_where(tmp_path):
@@ -167,7 +167,7 @@ def hangs(response, answer, fields):
     time.sleep(60)
 
 
-# what is seen of a worker
+# observing a worker
 
 
 def test_a_worker_shows_its_progress_and_its_stacks(worker):
@@ -220,7 +220,7 @@ def test_stages_may_overlap():
     assert heartbeat.progress().stage == "" and heartbeat.progress().beats == 5
 
 
-# what is made of it
+# interpreting the observations
 
 
 def seen(who, beats=1, stage="update", *frames, trouble=""):
@@ -318,10 +318,10 @@ def test_a_node_that_does_not_answer_is_said_not_to(cluster, worker, monkeypatch
     observers = ray_observers.Observers()
     observers.add(ray.get_runtime_context().get_node_id(), handle)
     try:
-        limit = time.monotonic() + 60  # until its observer has started
+        limit = time.monotonic() + 60  # wait until its observer has started
         while observers.look(with_stacks=False)[0].trouble and time.monotonic() < limit:
             time.sleep(0.1)
-        process.send_signal(signal.SIGSTOP)  # whoever wants its stacks waits for them, longer than the observer is waited for
+        process.send_signal(signal.SIGSTOP)  # a stack request then blocks longer than the observer's timeout
         began = time.monotonic()
         (seen,) = observers.look(with_stacks=True)
         assert seen.trouble.startswith("its node has not answered for 1 s") and time.monotonic() - began < 3

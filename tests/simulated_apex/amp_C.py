@@ -1,4 +1,4 @@
-"""The kernel: lists of gradients, weights, first and second moments, all float32 and on one device."""
+"""Simulated kernel over lists of gradients, weights, first and second moments, all float32 on one device."""
 
 
 def multi_tensor_adam(chunk, overflow, lists, lr, beta1, beta2, eps, step, decoupled, corrected, decay):

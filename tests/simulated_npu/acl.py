@@ -1,4 +1,4 @@
-"""Of Ascend's runtime, what Ray asks to learn of the devices of a node."""
+"""The part of Ascend's runtime that Ray calls to detect a node's devices."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""That the simulated device is what it says, and what the npu backend makes of it. Run by session.py."""
+"""Checks of the simulated device, and of the npu backend on it. Run by session.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""That the device's own operators compute what torch's do, and that a model on them is the same model. Run by session.py."""
+"""Checks that the device's own operators match torch's, and that a model using them is unchanged. Run by session.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NPU = registry.load("backends", "npu")
 HERE = NPU().device(0)
 ROWS = (Segment(0, 30, (8, 9, 1)), Segment(48, 20, ())), (Segment(0, 5, (3, 3)), Segment(11, 1, (4, 7)))  # micro-batches
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
-CLOSE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}  # length of the difference, of 1
+CLOSE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}  # relative norm of the difference
 FAMILIES = {"tiny_llama": {}, "tiny_qwen3": {}, "tiny_qwen2_5_vl": {"vision_layers": 1, "vision_hidden_size": 32}}
 
 
@@ -45,7 +45,7 @@ def ran():
 
 
 def with_gradients(function: Callable, *inputs):
-    """The result, and the gradients of a loss that tells its elements apart."""
+    """The result, and the gradients of a loss that weights its elements differently."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     result = function(*inputs)
     (result * numbers(*result.shape, seed=9).to(result)).sum().backward()
@@ -53,7 +53,7 @@ def with_gradients(function: Callable, *inputs):
 
 
 def turned(states, cosine, sine):
-    """Pairs of numbers as complex ones."""
+    """Rotate pairs of numbers as complex numbers."""
     pairs = torch.complex(*states.chunk(2, -1)) * torch.complex(cosine.chunk(2, -1)[0], sine.chunk(2, -1)[0])
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
@@ -76,7 +76,7 @@ def test_operators_compute_what_torch_does(dtype):
 
 
 def attended(attention, device, dtype, rows=ROWS):
-    """What rows make of one projection, and its gradient over all of them."""
+    """Attention outputs of rows that share one projection, and the projection's summed gradient."""
     projection = numbers(16, (HEADS + 2 * KEY_HEADS) * SIZE, seed=3).to(dtype).to(device).requires_grad_()
     outputs = []
     for seed, segments in enumerate(rows):
@@ -93,7 +93,7 @@ ATTENTION = partial(ragged_attention, operators.attention)
 
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_attention_over_packed_rows_is_the_yardsticks(dtype):
-    """Prompts that several responses, one or none share; queries by twos on a key; gradients of two micro-batches."""
+    """Prompts shared by several, one or no responses; two query heads per key head; gradients of two micro-batches."""
     assert_close(attended(ATTENTION, HERE, dtype), attended(packed_attention, "cpu", torch.float64), dtype)
 
 
@@ -179,7 +179,7 @@ def pair(kind):
 
 @pytest.fixture
 def run(kind, monkeypatch):
-    """What a model makes of a row, and its gradients; with the device's attention or with the yardstick."""
+    """A model's output for a row and its gradients, with the device's or the reference attention."""
     family, segments = kind[1], ROWS[1]
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5), (1, 0), (4, 1), (7, 1))])
 
@@ -203,12 +203,12 @@ def attention_of(model):
 
 
 def rotation(model):
-    """The function by which a family rotates queries and keys; transformers 5.5 has another one for Qwen2.5-VL."""
+    """The family's rotary embedding function; transformers 5.5 has another one for Qwen2.5-VL."""
     return getattr(sys.modules[type(attention_of(model)).__module__], "apply_rotary_pos_emb", None)
 
 
 def counts(model):
-    """Of a row through its one layer and the last norm."""
+    """Kernel calls of a row through the model's one layer and final norm."""
     norms = 3 + 2 * hasattr(attention_of(model), "q_norm")
     kernels = {"npu_rms_norm": norms, "npu_swiglu": 1, "npu_fusion_attention": 1}
     return kernels | ({"npu_rotary_mul": 2} if rotation(model) else {})
@@ -237,7 +237,7 @@ def test_in_bf16_kernels_round_no_more_than_plain_torch(pair, run):
 
 
 def test_every_norm_and_gated_unit_is_itself_to_rounding(pair):
-    """Those of a vision encoder too."""
+    """Including those of a vision encoder."""
     met = 0
     for (name, layer), (_, other) in zip(*(model.named_modules() for model in pair), strict=True):
         if type(layer) is type(other) or hasattr(layer, "q_proj"):
@@ -262,7 +262,7 @@ def test_dtypes_are_those_of_the_model_without_kernels(pair):
 
 
 def test_additions_made_after_fusing_go_through_the_kernels(kind, pair, run):
-    """And names of weights are as they were."""
+    """Weight names are unchanged too."""
     family = kind[1]
     assert [name for name, _ in pair[0].named_parameters()] == [name for name, _ in pair[1].named_parameters()]
     results = []

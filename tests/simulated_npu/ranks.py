@@ -1,4 +1,4 @@
-"""One of two ranks that call the device's collectives: ranks.py RANK STORE; the first prints what it was given."""
+"""One of two ranks that call the device's collectives: ranks.py RANK STORE; the first prints its results."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Runs commands of rlcore on the simulated device and reports what ran where: session.py COMMANDS.json REPORT.json, the former
-a list of argument lists. Ends with the checks of the device itself."""
+"""Runs rlcore commands on the simulated device and reports which operators ran where: session.py COMMANDS.json REPORT.json,
+the former a list of argument lists. Ends with the checks of the device itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEAVY = (*dispatch.PRODUCTS, "aten::_scaled_dot_product_flash_attention_for_cpu
 
 
 class Stayed(TorchDispatchMode):
-    """Counts the heavy operators that get tensors of the processor."""
+    """Counts the heavy operators that get CPU tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def _tensors(argument: Any) -> list[torch.Tensor]:
 
 
 def main(commands: Path, report: Path) -> None:
-    """Attention goes through the device's kernel in float32 too, where one wrong number in ten thousand shows."""
+    """Attention uses the device's kernel in float32 too, where errors of 1e-4 are visible."""
     tripwire.arm()
     registry.load("backends", "npu")().prepare()
     from rlcore_backends.npu import operators

@@ -1,4 +1,4 @@
-"""Preference pairs: the papers' numbers, and a run that comes to prefer what it was told to."""
+"""Preference pairs: the papers' losses, and a run that learns the given preferences."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def view(logprobs, ref, sequence):
     ],
 )
 def test_a_pair_has_the_papers_loss(settings, expected):
-    """The preferred response is two tokens, 0.5 above the reference together; the rejected one token, 0.2 below."""
+    """The chosen response is two tokens, 0.5 above the reference in total; the rejected one token, 0.2 below."""
     logprobs, tokens = view([-1.0, -2.0, -3.0], [-1.3, -2.2, -2.8], [0, 0, 1])
     result = dpo.loss(tokens, DpoConfig(steps=1, beta=0.1, **settings))
     assert result.loss.tolist() == pytest.approx([expected, 0.0, 0.0], rel=1e-5)

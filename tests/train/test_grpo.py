@@ -1,4 +1,4 @@
-"""Advantages and the clipped surrogate, number by number."""
+"""Advantages and the clipped surrogate, value by value."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The whole loop through real vLLM, as a user starts it: the quickstart's score rises, and its numbers are consistent."""
+"""The whole loop with real vLLM, as a user starts it: the quickstart's score rises and its metrics are consistent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 16
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A third of the quickstart in fp32, in a process of its own."""
+    """A third of the quickstart in fp32, in its own process."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     program = "import sys; from rlcore.cli.main import main; sys.exit(main(sys.argv[1:]))"
     settings = [f"train.steps={STEPS}", "evaluation.every=0", "model.precision=fp32"]

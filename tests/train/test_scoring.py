@@ -1,4 +1,4 @@
-"""What becomes of a step's groups before the update: how they are ordered, what they earned, when they are drawn again."""
+"""Groups of a step before the update: their order, rewards and resampling."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_groups_are_scored_as_they_come_and_kept_in_order():
 
 
 def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, backend):
-    """No sample of a model that knows nothing is right: every group is replaced, here by one of the same prompt."""
+    """A random model gets every sample wrong: every group is replaced, here by one of the same prompt."""
     config = config_of(tiny_llama, algorithm={"group_size": 4, "max_refills": 1})
     resolved = ResolvedModel(config, backend)
     run = placement.local(resolved, Watchdog(0, Path()))
@@ -63,7 +63,7 @@ def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, back
 
 def test_a_failed_sample_is_not_charged_for_its_length():
     config = config_of(Path("model"), algorithm={"group_size": 3, "overlong_penalty": 1.0})
-    batch = Batch.of([group("a", 4, 4, 1)])  # of at most 4 tokens
+    batch = Batch.of([group("a", 4, 4, 1)])  # response limit: 4 tokens
     inputs = advantages.advantage_inputs(batch, [[Score(1.0), FAILED, Score(1.0)]], config)
     assert inputs.rewards.tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
     assert inputs.valid.tolist() == [True, False, True]

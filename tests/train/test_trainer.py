@@ -1,4 +1,4 @@
-"""What a step does with its samples: which are replaced, which are left out, what a long one costs, and when it stops."""
+"""A step's samples: replaced groups, masked samples, overlong penalty, and early stopping."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from rlcore.data.rows import load_rows
 from rlcore.model.forward import Forward
 
 STEPS = 3
-calls = 0  # of a reward that counts them
+calls = 0  # of a reward that counts its calls
 
 
 def even(response, answer, fields):
-    """The same for every sample of a prompt whose answer is odd: such a group has no signal."""
+    """Equal rewards for all samples of a prompt with an odd answer: such a group has no signal."""
     return float(len(response)) if int(answer) % 2 == 0 else 1.0
 
 
@@ -156,7 +156,7 @@ def test_an_engine_with_the_actors_weights_agrees_with_it(start):
 
 
 def test_the_coefficient_of_a_step_follows_the_divergence_of_the_one_before(start):
-    """A horizon shorter than a step: at most a fifth either way, whatever happens."""
+    """With a horizon shorter than a step the coefficient changes by at most a fifth."""
     settings = ("algorithm.kl_coef=0.1", "algorithm.kl_target=0.5", "algorithm.kl_horizon=3", "train.steps=4")
     for place, name in (("loss", "actor/kl_loss"), ("reward", "actor/kl_penalty")):
         status, metrics, _, folder, _ = start(*settings, f"algorithm.kl_in={place}", "algorithm.group_size=5")
@@ -177,7 +177,7 @@ def test_the_rate_that_is_told_is_the_last_optimizer_steps(start):
 
 
 def test_a_step_with_fewer_groups_takes_as_many_optimizer_steps(start):
-    """What no refill could give signal is missing, and the schedule still ends with the run."""
+    """Groups left without signal after refills are dropped, and the schedule still ends with the run."""
     status, metrics, samples, folder, _ = start(
         "train.minibatches_per_step=4", "algorithm.max_refills=1", "optimizer={lr: 1.0e-3, schedule: linear}",
         "algorithm.group_size=2", "train.steps=4",
@@ -199,7 +199,7 @@ def test_divergence_in_the_reward_lowers_it(start):
 
 
 def test_a_critic_comes_to_expect_of_each_prompt_what_it_earns(start):
-    """A constant could not: half the prompts earn 1 and half 0, of which the best guess without a look has a loss of 1/8."""
+    """A constant could not: half the prompts earn 1 and half 0, so the best constant has a loss of 1/8."""
     status, metrics, samples, folder, _ = start(
         "algorithm.name=ppo", "critic={optimizer: {lr: 3.0e-3}}", "reward.0.name=test_trainer.of_prompt", "train.steps=15",
         "train.epochs_per_step=3", "data.train.options.count=4", "data.train.options.seed=1",
@@ -211,11 +211,11 @@ def test_a_critic_comes_to_expect_of_each_prompt_what_it_earns(start):
     assert (folder / "checkpoints" / "step_000015" / "critic" / "critic.safetensors").exists()
 
 
-# what is sampled
+# sampling
 
 
 def test_a_prompt_draws_other_samples_each_step_and_each_refill(start):
-    """One row, and weights that stay: what differs is the seed."""
+    """One row and fixed weights: only the seed differs."""
     still = ("data.train.options.count=1", "train.prompts_per_step=1", "optimizer.lr=1e-30", "rollout.max_new_tokens=16")
     _, _, samples, _, _ = start(*still, "algorithm.max_refills=2", "reward.0.name=test_trainer.flat")
     drawn = [tuple(sample["response"] for sample in samples[first : first + 4]) for first in range(0, len(samples), 4)]
@@ -223,7 +223,7 @@ def test_a_prompt_draws_other_samples_each_step_and_each_refill(start):
 
 
 def test_an_evaluation_samples_as_it_is_told_and_not_as_training_does(start, tiny_llama):
-    """Greedily, to its own length: what transformers' generate says."""
+    """Greedy, with its own length limit: equals transformers' generate."""
     rows = "{name: arithmetic, options: {count: 3, max_value: 9}}"
     _, metrics, samples, _, _ = start(
         f"data.eval={rows}", "evaluation={max_new_tokens: 9, at_end: false}", "train.steps=1", "rollout.temperature=5",
@@ -248,7 +248,7 @@ def test_a_second_pass_over_a_steps_samples_is_off_policy(start):
     assert all(row["actor/ratio_max"] > 1.001 for row in twice)
 
 
-# what is said
+# messages
 
 
 def test_a_run_whose_every_reward_fails_is_an_error_that_names_the_first(start, backend):
@@ -262,7 +262,7 @@ def test_a_run_whose_every_reward_fails_is_an_error_that_names_the_first(start, 
 
 
 def test_a_reward_that_fails_for_good_loses_no_step(start):
-    """The third step has no score: the second is saved."""
+    """Step 3 has no score: step 2 is saved."""
     importlib.import_module("test_trainer").calls = 0
     status, metrics, _, folder, said = start("reward.0.name=test_trainer.until", "reward.0.options={call: 32}")
     assert status == 1 and said.startswith("rlcore: step 3: the reward of each of its 16 samples failed; ")
@@ -281,7 +281,7 @@ def test_failed_rewards_are_said_each_step_with_the_first_reason(start):
 
 
 def test_the_reason_why_a_sample_taught_nothing_is_true(start):
-    """Scores 0, 0.5 and 1: the middle one is its group's mean, and the group has signal."""
+    """Scores 0, 0.5 and 1: the middle one equals the group mean, and the group has signal."""
     importlib.import_module("test_trainer").calls = 0
     _, metrics, samples, _, _ = start("reward.0.name=test_trainer.thirds", "algorithm.group_size=3", "train.steps=1")
     reasons = {sample["score"]: sample["not_trained"] for sample in samples}

@@ -1,4 +1,4 @@
-"""The cpu backend: what its workers share, what it tells the engine and the collectives, and its own layers."""
+"""The cpu backend: sharing cores between workers, engine and collective settings, and its own layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks of one machine show each other tensors through shared memory: what a collective would give, and no file left behind."""
+"""Ranks of one machine exchange tensors through shared memory: same result as a collective, no file left behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import distributed
 from rlcore.distributed.fsdp import Collective
 
 RANKS = 2
-MOST = [5, 3]  # elements of two tensors on the first rank; the other has one less of each
+MOST = [5, 3]  # elements of two tensors on the first rank; the other rank has one fewer of each
 
 
 def parts(rank, step):
@@ -24,13 +24,13 @@ def parts(rank, step):
 
 
 def held(everyones):
-    """What the ranks hold of each tensor, without the rest of their places."""
+    """Each rank's shard of each tensor, without padding."""
     places = [whole.view(RANKS, -1) for whole in everyones]
     return [place[rank, : most - rank].tolist() for most, place in zip(MOST, places, strict=True) for rank in range(RANKS)]
 
 
 def main(rank, address):
-    """One rank: every assertion is one of both."""
+    """One rank; both make the same assertions."""
     distributed.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=RANKS)
     group = distributed.group.WORLD
     shared, collective = SharedExchange(group, region_bytes=256), Collective(group)
@@ -40,7 +40,7 @@ def main(rank, address):
         assert held(now) == expected and expected[:2] == [part.tolist() for part in (parts(0, step)[0], parts(1, step)[0])]
         if before:
             assert held(before[0]) == before[1], "what a call gave outlives the next"
-        distributed.barrier()  # nobody writes while others still compare
+        distributed.barrier()  # no rank writes while another still compares
         before = now, expected
     (large,) = shared([torch.full((1000,), float(rank))], [1000])
     assert large.view(RANKS, -1)[:, 0].tolist() == [0.0, 1.0], "more than the regions had room for"

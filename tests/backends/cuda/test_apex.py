@@ -1,4 +1,4 @@
-"""AdamW of NVIDIA's apex: torch's numbers, torch's checkpoints, and only the real package. Its kernels are simulated."""
+"""AdamW of NVIDIA apex: torch's numbers and checkpoints, and only the real package. Its kernels are simulated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def apex(monkeypatch):
 
 
 class Model(nn.Module):
-    """A matrix and a vector that always have a gradient, and a matrix that has one in every second step."""
+    """A matrix and a vector with a gradient in every step, and a matrix with one in every second step."""
 
     def __init__(self):
         super().__init__()

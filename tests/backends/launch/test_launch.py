@@ -1,4 +1,4 @@
-"""Launching: nodes find each other or say what is missing, and leave nothing behind but the trainer's exit status."""
+"""Launching: nodes rendezvous or report what is missing, and leave nothing behind but the trainer's exit status."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_file(tmp_path, tiny_llama) -> Path:
 
 @pytest.fixture
 def refused(run_file, capsys, monkeypatch):
-    """What `rlcore launch` says to settings that it does not take."""
+    """The error of `rlcore launch` for invalid settings."""
     for name in [field.alias for field in LaunchOptions.model_fields.values()] + ["RAY_ADDRESS", "RAY_AUTH_MODE"]:
         monkeypatch.delenv(name, raising=False)
 
@@ -141,7 +141,7 @@ def test_a_token_is_made_once_for_its_owner_alone(tmp_path):
 
 
 def test_what_a_program_has_started_ends_with_it(tmp_path):
-    """Also what does not hear of its end. Another program's processes stay."""
+    """Also children that ignore SIGTERM. Another program's processes stay."""
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {stubborn!r}]); time.sleep(600)"
     programs = []
@@ -171,14 +171,14 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Of Ray's files: under a short path, as its sockets need."""
+    """Folder for Ray's files: a short path, because of its sockets."""
     with tempfile.TemporaryDirectory(prefix="rlcore-test-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def setup(folder) -> Iterator[NodeSetup]:
-    """A node's place in a run whose head and one more node are there."""
+    """Node setup of a run whose head and one more node are up."""
     port, address = _free_port(), ADDRESSES[0] if ADDRESSES else "127.0.0.1"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     environment["RAY_START_HOOK"] = "rlcore_backends.launch.cluster.without_client_server"
@@ -204,7 +204,7 @@ def head(setup) -> Iterator[Head]:
 
 @pytest.fixture
 def own(head, setup):
-    """The head's own node, as far as gathering looks at it."""
+    """The head's own node, as far as the rendezvous uses it."""
 
     class Own:
         name = head.nodes()[0].name
@@ -293,7 +293,7 @@ except RlcoreError as error:
 
 
 class Launch:
-    """A launcher of its own whose trainer is a program; what they print comes line by line."""
+    """A launcher process whose trainer is a given program; its output is read line by line."""
 
     def __init__(self, trainer: str, environment: dict[str, str]) -> None:
         command = [sys.executable, "-c", PROGRAM, sys.executable, "-uc", f"import os, signal, sys, time\n{trainer}"]
@@ -314,7 +314,7 @@ class Launch:
 
 
 def _alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that still run then. A zombie does not: it waits for init to take note."""
+    """Processes still running then; zombies, which wait for init to reap them, do not count."""
     limit = time.monotonic() + seconds
     while True:
         alive = []
@@ -328,7 +328,7 @@ def _alive(processes: list[psutil.Process], seconds: float) -> list[psutil.Proce
 
 @pytest.fixture
 def alone(tmp_path, folder) -> dict[str, str]:
-    """Settings of a launch on this node alone, with a Ray of its own."""
+    """Settings of a single-node launch with its own Ray."""
     ports = {"RAY_PORT": str(_free_port()), "DASHBOARD_PORT": "0"}
     places = {"RAY_AUTH_TOKEN_PATH": f"{tmp_path}/token", "RAY_TEMP_DIR": f"{folder}/alone"}
     return {"DEVICES_PER_NODE": "1", **places, **ports}

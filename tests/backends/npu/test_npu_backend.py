@@ -1,4 +1,4 @@
-"""The npu backend where there is no npu: what it tells Ray, HCCL and vLLM, and what it says of what is missing or wrong."""
+"""The npu backend without an npu: its Ray, HCCL and vLLM settings, and its errors for missing or wrong ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ absent = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, r
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch):
-    """Nothing that these tests ask of is set."""
+    """Unset every variable that these tests check."""
     for name in [*NPU(NPU.Options(deterministic=True)).environment(), "PYTORCH_NPU_ALLOC_CONF"]:
         monkeypatch.delenv(name, raising=False)
 
@@ -80,7 +80,7 @@ def test_the_engine_is_left_its_share_of_the_memory():
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_the_engine_can_sleep_at_every_level_but_0(level):
-    """It asks its allocator for memory that can leave the device when it starts, or never."""
+    """Its allocator must be set up for offloadable memory at start-up."""
     assert made(sleep_level=level).engine_options("vllm")["enable_sleep_mode"] is (level > 0)
 
 
@@ -120,7 +120,7 @@ def test_a_run_on_a_machine_without_torch_npu_is_the_users_mistake(tmp_path, tin
     )
     with monkeypatch.context() as patch:
         for name in made().environment():
-            patch.setenv(name, made().environment()[name])  # what the command leaves in the environment goes again
+            patch.setenv(name, made().environment()[name])  # undo what the command leaves in the environment
         assert main(["grpo", str(file), "--backend", "npu", "--run-dir", str(tmp_path / "run")]) == 2
     assert "rlcore: backend.name npu: torch_npu is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The same runs on the processor and on a simulated Ascend device, each of the latter in a process of its own."""
+"""Runs on the CPU compared with runs on a simulated Ascend device, the latter each in its own process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rlcore.cli.main import main
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch_npu") is not None, reason="torch_npu itself is installed here")
 FOLDER = Path(__file__).parents[2] / "simulated_npu"
 STEPS, LAYERS = 2, 2
-OPTIMIZER_STEPS = (2 + STEPS) + (2 + 1) + 1 + 1  # of `report`: a run, the first step of another, two that go on
+OPTIMIZER_STEPS = (2 + STEPS) + (2 + 1) + 1 + 1  # of `report`: a run, the first step of another, two resumed runs
 AWAY = "placement.offload=[parameters, optimizer, reference, engine]"
 POOLS = "{train: {roles: [actor, reference], devices: 2}, sample: {roles: [rollout]}}"
 APART = f"placement={{kind: ray, offload: [parameters, optimizer, reference], pools: {POOLS}}}"
-ALLOWED = {"rel": 1e-4, "abs": 2e-5}  # other kernels, other rounding
+ALLOWED = {"rel": 1e-4, "abs": 2e-5}  # different kernels round differently
 
 
 def graded(response, answer, fields):
@@ -35,7 +35,7 @@ def graded(response, answer, fields):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of a run file: a warm start, and steps with a reference, two micro-batches and a checkpoint each."""
+    """Folder of a run file: a warm start, then steps with a reference, two micro-batches and a checkpoint each."""
     base = tmp_path_factory.mktemp("devices")
     registry.load("models", "tiny_qwen3")(base / "model", hidden_size=64, layers=LAYERS)
     settings = {
@@ -58,14 +58,14 @@ def command(base, name, *overrides):
 
 
 def halfway(source, name) -> Path:
-    """A copy of a run folder that goes on after its first step."""
+    """A copy of a run folder that resumes after its first step."""
     shutil.copytree(source, source.parent / name)
     (source.parent / name / "checkpoints" / "latest").write_text("step_000001")
     return source.parent / name
 
 
 def on_npu(program, devices):
-    """Runs it in a process that finds the simulated torch_npu."""
+    """Run commands in a process that imports the simulated torch_npu."""
     paths = os.pathsep.join(map(str, [FOLDER, FOLDER.parent, Path(__file__).parent]))
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "VLLM_CACHE_ROOT")}
     environment = {**kept, "PYTHONPATH": paths, "SIMULATED_NPUS": str(devices), "OMP_NUM_THREADS": "1"}
@@ -88,7 +88,7 @@ def cpu(base) -> Path:
 
 @pytest.fixture(scope="module")
 def report(base, cpu):
-    """Of a session on the device: a run, the same stopped halfway, and one that began on the processor."""
+    """Report of a session on the device: a run, the same resumed halfway, and one begun on the CPU."""
     halfway(cpu, "from_cpu")
     npu, away = "--backend=npu", AWAY
     whole = [command(base, "npu", npu, away), command(base, "first", npu, away, "train.steps=1")]
@@ -101,7 +101,7 @@ def report(base, cpu):
 
 
 def rows(file):
-    """Of metrics.jsonl, without what a clock or the operating system says."""
+    """Rows of metrics.jsonl without time and memory metrics."""
     rates = ("e2e_tps", "update_tps", "vllm_tps", "decode_tps", "tps_")
     skipped = ("timing/", "memory/", "sync/", "placement/bytes", "data/staleness", *rates)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -113,7 +113,7 @@ def tensors(folder, name):
 
 
 def assert_alike(one, other):
-    """Losses, gradient norms and everything else a step reports; what was sampled; weights and moments at the end."""
+    """Compare all step metrics, samples, and final weights and moments."""
     for name in ("sft/metrics.jsonl", "metrics.jsonl"):
         assert len(rows(one / name)) == STEPS
         for ours, theirs in zip(rows(one / name), rows(other / name), strict=True):
@@ -153,7 +153,7 @@ def test_what_one_device_saved_goes_on_on_the_other(cpu, base, report):
 
 
 def test_the_work_is_done_on_the_device(report):
-    """Every product, every pass of attention, every step of the optimizer; a layer's work by the device's own kernels."""
+    """Every matmul, attention and optimizer step; layers run on the device's own kernels."""
     assert report["processor"] == {}
     ran = report["device"]
     assert sum(ran.values()) > 1000 and ran["aten::mm.out"] > 100 and ran["aten::bmm.out"] > 100
@@ -169,7 +169,7 @@ def test_the_simulated_device_is_what_it_says(report):
 
 
 def test_what_every_backend_must_do_holds_of_the_device(tmp_path):
-    """Its kernels and models in bf16 too, a vision tower among them; a checkpoint goes to the processor and back."""
+    """Kernels and models in bf16 too, including a vision tower; a checkpoint moves to the CPU and back."""
     only = [f"--only={section}" for section in ("operators", "numbers", "ranks")]
     page = ["--report", str(tmp_path / "report.md"), "backend.options.cores=1"]
     said = on_npu(["-m", "rlcore", "check", "--backend=npu", *only, *page], devices=1).stdout
@@ -178,14 +178,14 @@ def test_what_every_backend_must_do_holds_of_the_device(tmp_path):
 
 
 def test_two_devices_and_an_engine_on_a_third_are_one(cpu, base):
-    """Half of every weight on each, gradients summed by hccl, weights sent by hccl."""
+    """FSDP over two devices: gradients reduced and weights sent by hccl."""
     program = ["-m", "rlcore", *command(base, "apart", "--backend=npu", "backend.options.cores=1", APART)]
     on_npu(program, devices=3)
     assert_alike(base / "apart", cpu)
 
 
 def test_collectives_of_the_device_are_exact(tmp_path):
-    """A mean is no sum, and what hccl does not have is refused. What rests in host memory is dealt there."""
+    """Means are not sums; reductions that hccl lacks are refused. Offloaded tensors are sharded in host memory."""
     with ThreadPoolExecutor() as pool:
         ranks = [[str(FOLDER / "ranks.py"), str(rank), str(tmp_path / "store")] for rank in range(2)]
         first, _ = pool.map(lambda program: on_npu(program, devices=1), ranks)

@@ -1,4 +1,4 @@
-"""Ray's distributed debugger, as an editor uses it: a client of the Debug Adapter Protocol attaches to workers that wait."""
+"""Ray's distributed debugger as an editor uses it: a Debug Adapter Protocol client attaches to waiting workers."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ except ValueError as error:
 @pytest.fixture
 def job(tmp_path):
     (tmp_path / "job.py").write_text(JOB, encoding="utf-8")
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="rlcore-") as folder:  # short: sockets lie in it
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="rlcore-") as folder:  # short: holds sockets
         yield lambda method, workers, **variables: stack.enter_context(
             Job(tmp_path / "job.py", method, workers, folder, **variables)
         )
 
 
 class Client:
-    """As much of the Debug Adapter Protocol as it takes to attach, look and go on."""
+    """Enough of the Debug Adapter Protocol to attach, inspect and continue."""
 
     def __init__(self, host, port):
         self.socket = socket.create_connection((host, port), timeout=PATIENCE)
         self.stream = self.socket.makefile("rb")
         self.numbers = count(1)
-        self.waiting = []  # messages that came while another was wanted
+        self.waiting = []  # messages received while waiting for another
         self.ask("initialize", adapterID="debugpy", pathFormat="path")
         self.send("attach", justMyCode=False)
         self.take(lambda message: message.get("event") == "initialized")
@@ -114,7 +114,7 @@ class Client:
         return json.loads(self.stream.read(int(headers[b"Content-Length"])))
 
     def variables(self, function):
-        """Names and values in the innermost frame of `function`."""
+        """Variables in the innermost frame of `function`."""
         frames = self.ask("stackTrace", threadId=self.stopped["threadId"])["stackFrames"]
         frame = next(frame for frame in frames if frame["name"] == function)
         scope = self.ask("scopes", frameId=frame["id"])["scopes"][0]
@@ -131,7 +131,7 @@ LISTENING = r"debugger is listening on ([\d.]+):(\d+)"
 
 
 def waiting_workers(dashboard, token):
-    """What the dashboard tells an editor of workers that wait, by their port."""
+    """Waiting workers by port, as the dashboard lists them to an editor."""
     query = "detail=true&filter_keys=num_paused_threads&filter_predicates=!%3D&filter_values=0"
     request = urllib.request.Request(f"http://{dashboard}/api/v0/workers?{query}", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
@@ -156,7 +156,7 @@ def test_every_worker_at_a_breakpoint_says_where_shows_its_variables_and_goes_on
 
     assert held(shown), "a worker that waits is not taken for one that hangs"
     seen = set()
-    handles.sort(key=lambda handle: listed[int(handle[1])]["pid"] != shown.pid)  # the one that is shown is looked at first
+    handles.sort(key=lambda handle: listed[int(handle[1])]["pid"] != shown.pid)  # the displayed worker first
     for host, port in handles:
         client = Client(host, int(port))
         assert client.stopped["reason"] == "breakpoint"
@@ -187,7 +187,7 @@ def looked_at(response, answer, fields):
 
 @pytest.fixture
 def debug(tmp_path, tiny_llama, monkeypatch, capsys):
-    """Runs a job of many workers with --debug and types this at the prompt of pdb; its status, stdout and stderr."""
+    """Run a multi-worker job with --debug, typing this at the pdb prompt; returns status, stdout and stderr."""
     settings = {
         "model": {"path": str(tiny_llama), "precision": "fp32"},
         "data": {"train": {"name": "arithmetic"}, "max_prompt_tokens": 64},
@@ -228,7 +228,7 @@ def test_what_was_chosen_for_the_controller_travels_to_the_workers():
 
 def test_a_debugger_that_is_asked_for_and_missing_is_an_error(monkeypatch):
     debugging.check({"RAY_DEBUG_POST_MORTEM": "1"})
-    monkeypatch.setitem(sys.modules, "debugpy", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "debugpy", None)  # as if not installed
     debugging.check({"RAY_DEBUG": "0"})
     with pytest.raises(PluginError, match=r"^RAY_DEBUG_POST_MORTEM=1: debugpy is not installed; on every node pip install"):
         debugging.check({"RAY_DEBUG_POST_MORTEM": "1"})

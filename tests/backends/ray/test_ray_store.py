@@ -1,4 +1,4 @@
-"""What passes between the controller and workers: numbers as they were, each array once, and every byte counted."""
+"""Data between controller and workers: values unchanged, each array sent once, every byte counted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TENSORS = {
 def test_tensors_arrive_as_they_were_and_in_memory_of_their_own(name):
     sent = TENSORS[name]
     parcel = packed(sent)
-    shared = replace(parcel, buffers=[bytes(buffer) for buffer in parcel.buffers])  # as shared memory: nobody may write there
+    shared = replace(parcel, buffers=[bytes(buffer) for buffer in parcel.buffers])  # read-only, as shared memory is
     for arrived in (unpacked(parcel, handles), unpacked(shared, values)):
         assert arrived.dtype == sent.dtype and torch.equal(arrived, sent) and arrived.requires_grad == sent.requires_grad
     before = unpacked(shared, values)
@@ -70,7 +70,7 @@ def test_a_group_is_sent_once_for_as_long_as_it_is_held_and_without_what_models_
 
 
 def test_what_a_worker_keeps_back_is_named_to_the_controller_and_seen_by_other_workers(cluster):
-    """And its bytes are counted with the answer."""
+    """Its bytes are counted with the answer."""
     worker, controller = Outbox(), RayStore()
     embeds = torch.randn(500, 100)
     answer = worker.answer({"image_embeds": worker.put(embeds)})
@@ -92,10 +92,10 @@ PLACED = {
     "apart": {"pools": {"train": {"roles": ["actor"]}, "sample": {"roles": ["rollout"]}, "fixed": {"roles": ["reference"]},
                         "see": {"roles": ["vision"], "devices": 2}}},
 }  # fmt: skip
-TOKENS, WIDTH = 64, 512  # of a picture, and of its embeddings
+TOKENS, WIDTH = 64, 512  # tokens per image, embedding size
 
 
-def policy_of(models, backend, **settings):
+def resolved_of(models, backend, **settings):
     folder = models / "vision_wide"
     if not folder.exists():
         registry.load("models", "tiny_qwen2_5_vl")(folder, layers=1, vision_layers=2, hidden_size=WIDTH)
@@ -108,7 +108,7 @@ def policy_of(models, backend, **settings):
 
 
 def step(placement, prompts):
-    """Bytes of each call that is about all samples, and what the calls give."""
+    """Bytes sent and results, for each whole-batch call of a step."""
 
     def measured(value):
         numbers = value.tolist() if isinstance(value, torch.Tensor) else value
@@ -129,8 +129,8 @@ def step(placement, prompts):
 @pytest.mark.parametrize("name", PLACED)
 def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(models, backend, cluster, name):
     sharding = {"sharding": {"sequence_parallel": 2}} if name == "sharing rows" else {}
-    here = local(policy_of(models, backend), Watchdog(0, Path()))
-    resolved = policy_of(models, backend, placement={"kind": "ray", **PLACED[name]}, **sharding)
+    here = local(resolved_of(models, backend), Watchdog(0, Path()))
+    resolved = resolved_of(models, backend, placement={"kind": "ray", **PLACED[name]}, **sharding)
     prompts = resolved.prompts(0).draw(4)
     embeds = len(prompts) * TOKENS * WIDTH * 4
     pixels = sum(prompt.vision["pixel_values"].nbytes for prompt in prompts)
@@ -147,7 +147,7 @@ def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(model
         _, expected = step(here, seen)
         assert here.traffic() == {"placement/bytes": 0}
         for pool in there.pools:
-            pool.store = Store()  # everything with every call
+            pool.store = Store()  # plain store: every call sends everything
         naive, _ = step(there, seen)
     for got, wanted in zip(ours, expected, strict=True):
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
@@ -157,7 +157,7 @@ def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(model
 
 
 def test_pixels_of_a_tower_that_learns_are_sent_once_too(models, backend, cluster):
-    resolved = policy_of(models, backend, placement={"kind": "ray"})
+    resolved = resolved_of(models, backend, placement={"kind": "ray"})
     learning = resolved.config.model_copy(update={"model": resolved.config.model.model_copy(update={"freeze": []})})
     resolved = ResolvedModel(learning, backend)
     prompts = resolved.prompts(0).draw(4)

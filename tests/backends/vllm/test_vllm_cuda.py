@@ -1,4 +1,4 @@
-"""The cuda plugin against what it calls: names and signatures in the pinned torch and vLLM. No GPU is used."""
+"""The cuda plugin against the names and signatures of the pinned torch and vLLM. No GPU is used."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_vllm_has_every_method_that_is_called_as_it_is_called():
 @vllm
 @pytest.mark.parametrize("module", ["vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"])
 def test_both_model_runners_of_vllm_for_gpus_have_what_is_used(module):
-    """The second is the one that runs where there is Triton."""
+    """The second runner is used where Triton is installed."""
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     runner = importlib.import_module(module).GPUModelRunner
@@ -103,7 +103,7 @@ def test_memory_wakes_by_the_tags_that_it_was_taken_with():
 
 @vllm
 def test_vllm_has_no_expandable_segments_around_memory_that_sleeps_and_keeps_the_rest(monkeypatch):
-    """So they need not be off where the trainer's memory is."""
+    """So the trainer may use expandable segments."""
     from vllm.device_allocator import cumem
 
     written = []
@@ -119,7 +119,7 @@ def test_vllm_has_no_expandable_segments_around_memory_that_sleeps_and_keeps_the
 
 
 class Loaded(torch.nn.Module):
-    """A model that tells what is loaded into it."""
+    """A model that records the weights loaded into it."""
 
     def __init__(self, told):
         super().__init__()
@@ -131,7 +131,7 @@ class Loaded(torch.nn.Module):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What vLLM does to a model whose weights are updated, in order."""
+    """The calls vLLM makes on a model during a weight update, in order."""
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.reload import inplace
 
@@ -143,7 +143,7 @@ def told(monkeypatch):
 
 
 def transferred(name, model, monkeypatch):
-    """A weight through one of vLLM's transfer engines, whose other end is not there."""
+    """Send a weight through one of vLLM's transfer engines without a peer."""
     from vllm.distributed.weight_transfer import ipc_engine, nccl_engine
 
     sent = torch.tensor([1.0, 2.0])
@@ -194,7 +194,7 @@ def test_the_engine_can_sleep_at_every_level_but_0(level):
 
 
 def test_the_attention_kernel_is_called_as_torch_declares_it(monkeypatch):
-    """Torch's own checks of arguments run; the kernel behind them does not."""
+    """Torch checks the arguments; the kernel does not run."""
     from torch.nn.attention import varlen
 
     asked = {}

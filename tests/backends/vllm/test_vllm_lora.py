@@ -1,4 +1,4 @@
-"""Low-rank additions alone, to an engine that has read the weights below them: vLLM's and the plain sampler."""
+"""Syncing LoRA weights alone to an engine that has loaded the base model: vLLM and the plain sampler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
 
 
 def publisher(family, folder, **settings):
-    """An actor with additions that do something, and an engine started for them."""
+    """An actor with nonzero LoRA weights, and an engine started for LoRA."""
     model = family.load(folder, torch.float32)
     model = lora.attach(model, LoraConfig(**settings), family.head(model))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_additions_for_a_layer_that_the_engine_lacks_are_named(served):
 
 
 def test_additions_that_landed_wrongly_are_named(served, monkeypatch):
-    """A tensor that is changed on its way, between what was sent and what is held."""
+    """A tensor is changed in transit."""
     actor, engine, _ = served
     if type(engine).__name__ == "TorchRollout":
         monkeypatch.setattr(Tensor, "copy_", lambda self, other: self)

@@ -1,5 +1,5 @@
-"""Engines in a pool: greedy answers are those of one engine in this process, for engines side by side, tensor-parallel ones and
-ones in a pool of their own; and a tensor that one rank of an engine got wrong is found there."""
+"""Engines in a pool give the greedy answers of one local engine: data-parallel, tensor-parallel and in a separate pool; and a
+tensor that one rank of an engine received wrongly is found on that rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def graded(response, answer, fields):
 
 @pytest.fixture(scope="module")
 def settings(models, tmp_path_factory):
-    """A model whose heads are as wide as the engine's kernels want, and two ranks can share: 4 of 64, and 2 of keys."""
+    """A model with a head size that the engine's kernels support and heads that two ranks can split: 4 of 64, 2 KV heads."""
     from rlcore import registry
 
     folder = models / "placed_llama"
@@ -65,7 +65,7 @@ def test_greedy_answers_and_parity_are_those_of_one_engine(settings, tmp_path, c
 
 
 def spoiled(process):
-    """The same worker process, whose engine loses a number of one layer on its last rank when weights arrive."""
+    """The worker process class with an engine whose last rank corrupts one value of a layer on weight load."""
 
     class Spoiled(process):
         def spoil(self):

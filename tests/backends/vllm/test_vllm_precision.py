@@ -1,5 +1,5 @@
-"""How far the engine's log-probabilities are from the trainer's, in each precision, for text and for images, before and after
-an update: a bound that a weight which did not arrive breaks."""
+"""Difference between engine and trainer log-probabilities in each precision, for text and images, before and after an
+update: the bounds are tight enough that one missing weight breaks them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rlcore.runtime.placement import local
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.types import Batch, Sampling
 
-SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # heads of 64, which the engine has kernels for
+SIZES = {"hidden_size": 128, "layers": 2, "heads": 2, "key_value_heads": 1}  # head size 64 has engine kernels
 DATA = {"tiny_qwen3": "arithmetic", "tiny_qwen2_5_vl": "geometry_figures"}
-LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (0.015, 0.15)}  # nats: on average, and at most
+LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (0.015, 0.15)}  # nats: mean, max
 
 
 @pytest.mark.parametrize("precision", LIMITS)
 @pytest.mark.parametrize("source", DATA)
 def test_the_engine_is_as_near_to_the_trainer_as_its_precision_says(source, precision, tmp_path):
-    """In a process of its own: an engine that is collected takes the groups of one that starts with it."""
+    """In its own process: garbage collection of an old engine tears down the process groups of a starting one."""
     program = [sys.executable, __file__, source, precision, str(tmp_path)]
     result = subprocess.run(program, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -53,7 +53,7 @@ def engine(folder, backend):
 
 @pytest.fixture
 def model(folder, engine):
-    """The weights that the engine serves."""
+    """A model with the weights that the engine serves."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     engine.load_weights(model.named_parameters(), 0)
     return model
@@ -78,7 +78,7 @@ def tokens(groups):
 
 
 def gap(model, groups, temperature=1.0):
-    """The largest difference of the engine's log-probabilities from those of `model`: the prompt, then the whole response."""
+    """Largest difference between engine log-probs and those of `model`, run on the prompt, then on the whole response."""
     worst = 0.0
     for prompt, sample in ((group.prompt, sample) for group in groups for sample in group.samples):
         first, after = dict(prompt.vision or {}), {}
@@ -121,7 +121,7 @@ def test_a_stream_that_fails_leaves_nothing_for_the_next(engine, model, prompts,
 
 @vllm
 def test_an_earlier_engine_is_gone_before_the_next_begins(folder, backend, monkeypatch, request):
-    """vLLM's, when they are collected, tear down the process's groups."""
+    """Garbage collection of a vLLM engine tears down its process groups."""
 
     class Earlier:
         def __init__(self):
@@ -164,7 +164,7 @@ def test_a_seed_repeats_a_call_and_leaves_other_draws_alone(engine, model, promp
 
 @vllm
 def test_engines_that_share_a_call_draw_differently(engine, prompts):
-    """Each is given the number of its first prompt."""
+    """Each engine gets the index of its first prompt."""
     drawn = [tokens(engine.generate(prompts[:1], Sampling(4, 8, seed=5, first=first))) for first in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
 
@@ -177,7 +177,7 @@ def test_greedy_tokens_are_the_plain_samplers(engine, model, prompts, folder, ba
 
 
 def read_by(model, folder, prompts):
-    """The prompts with their images read by the tower of `model`, two at a time."""
+    """The prompts with their images encoded by the tower of `model`, two at a time."""
     family = registry.load("families", "qwen2_5_vl")(folder)
     settings = ForwardSettings(torch.device("cpu"), torch.float32, 256, 1.0)
     return VisionEncoder(family.vision_tower(model), family, settings, 2).embed(prompts)
@@ -256,7 +256,7 @@ def test_an_unknown_tensor_is_named(engine, model):
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("fault", ["swapped", "stale"])
 def test_tensors_that_landed_wrongly_are_named(engine, model, monkeypatch, leaf, fault):
-    """The engine is handed something else than the check was told of."""
+    """The engine receives other values than the check recorded."""
     names = [f"model.language_model.layers.{layer}.{leaf}" for layer in (1, 2)]
     old = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     shake(model)
@@ -296,7 +296,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("fault", [0.0, 1.01])
 @pytest.mark.parametrize("name", CONSTANTS.values(), ids=CONSTANTS)
 def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, model, monkeypatch, prompts, name, fault):
-    """As vLLM's own did (vLLM #44371)."""
+    """As in vLLM #44371."""
     layer, _, leaf = name.rpartition(".")
     layer = engine._runner.get_model().get_submodule(layer)
     kept, reload_weights = getattr(layer, leaf).clone(), engine._runner.reload_weights
@@ -312,7 +312,7 @@ def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, 
             engine.load_weights(model.named_parameters(), 1)
     with pytest.raises(PhaseError, match="whose last update failed"):
         engine.generate(prompts, Sampling(1, 2))
-    if leaf == "cos_sin_cache":  # scales are written anew by every update
+    if leaf == "cos_sin_cache":  # every update rewrites scales
         with pytest.raises(RunError, match=f"the update to version 2 .* 1 different: {re.escape(name)};"):
             engine.load_weights(model.named_parameters(), 2)
         getattr(layer, leaf).copy_(kept)
@@ -321,7 +321,7 @@ def test_what_a_reload_writes_over_without_having_been_sent_it_is_named(engine, 
 
 @vllm
 def test_a_weight_that_is_served_in_wider_numbers_is_what_was_sent(engine, model, monkeypatch):
-    """As biases of a bfloat16 model are where there is AMX."""
+    """As biases of a bfloat16 model on a CPU with AMX."""
     name, manifest = NAMES["norm"], engine._manifest
     parameter = manifest.parameter(manifest.slot(name).layer, "weight")
     parameter.data = parameter.data.double()
@@ -355,7 +355,7 @@ def test_a_packed_matrix_is_told_from_one_that_differs_anywhere():
 
 
 class Rearranged(nn.Module):
-    """A layer that makes tensors from the weights of others, as attention with a compressed cache does."""
+    """A layer that derives tensors from other layers' weights, as attention with a compressed cache (MLA) does."""
 
     def __init__(self, *parts):
         super().__init__()

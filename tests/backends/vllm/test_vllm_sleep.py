@@ -1,7 +1,7 @@
-"""An engine that sleeps: what leaves the device at each level, what comes back when, and what may be asked of it meanwhile.
+"""Sleeping engines: what leaves the device at each level, when it comes back, and which calls are allowed meanwhile.
 
-vLLM's own engine and scheduler, on the processor. There its worker has nothing to put away, so that a stand-in does to the
-tensors what the allocator does to those of a GPU.
+Uses vLLM's own engine and scheduler on the CPU. Its CPU worker cannot sleep, so a stand-in does to the tensors what the
+allocator does on a GPU.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def weights(folder, started):
 
 
 class Memory:
-    """Of a worker: what lies in memory that is given up is no number afterwards."""
+    """A worker's memory; tensors in released memory become NaN."""
 
     def __init__(self, runner):
         self.runner, self.kept, self.calls = runner, {}, []
-        self.lost, self.spoiled = {}, {}  # by name: what one of the two wakes does not bring back, and what it was
+        self.lost, self.spoiled = {}, {}  # name -> (tensor, original) not restored by waking weights / the cache
 
     def loses(self, *names, cache=False):
-        """Buffers and attributes of layers; with the weights, or the cache."""
+        """Name buffers or layer attributes that waking the weights (or the cache) fails to restore."""
         for name in names:
             layer, _, leaf = name.rpartition(".")
             tensor = getattr(self.runner.get_model().get_submodule(layer), leaf)
@@ -72,7 +72,7 @@ class Memory:
             tensor.zero_()
 
     def restore(self):
-        """Everything that was lost, and nothing is from now on."""
+        """Restore all lost tensors and lose nothing more."""
         for tensor, kept in (self.lost | self.spoiled).values():
             tensor.copy_(kept)
         self.lost, self.spoiled = {}, {}
@@ -103,7 +103,7 @@ class Memory:
 
 @pytest.fixture
 def sleeping(started, weights, monkeypatch):
-    """The engine as it is at a level, and its memory."""
+    """The engine at a sleep level, and its memory."""
     worker = started._llm.llm_engine.model_executor.driver_worker.worker
     memory = Memory(started._runner)
     monkeypatch.setattr(worker, "sleep", memory.sleep)
@@ -122,7 +122,7 @@ def sleeping(started, weights, monkeypatch):
 
 @pytest.mark.parametrize(("enabled", "asked", "level"), [(True, 1, 1), (True, 2, 2), (True, 0, 1), (False, 2, 0)])
 def test_the_level_of_sleep_is_the_backends(enabled, asked, level):
-    """Where vLLM's sleep mode is on, which rollout.options may say too."""
+    """If vLLM's sleep mode is on, which rollout.options may also set."""
     from rlcore_backends.vllm import engine as vllm_engine
 
     settings = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=enabled))
@@ -135,7 +135,7 @@ def drawn(engine, prompts):
 
 
 def sizes(engine):
-    """Bytes of everything, and of the weights alone."""
+    """Bytes in total, and of the weights alone."""
     everything = engine.device_bytes()
     return everything, everything - sum(cache.nbytes for cache in engine._runner.kv_caches)
 
@@ -215,7 +215,7 @@ def lost(event, name):
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("name", [POSITIONS, VISION, SCALE])
 def test_a_buffer_that_a_wake_does_not_bring_back_is_named_at_once(sleeping, prompts, level, name):
-    """As it was after the second level with Gemma 4 (NeMo-RL #2631)."""
+    """As happened at level 2 with Gemma 4 (NeMo-RL #2631)."""
     engine, memory = sleeping(level)
     memory.loses(name)
     engine.pause()
@@ -228,7 +228,7 @@ def test_a_buffer_that_a_wake_does_not_bring_back_is_named_at_once(sleeping, pro
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_buffer_that_the_wake_of_the_cache_spoils_is_named_before_anything_is_sampled(sleeping, weights, prompts, level):
-    """vLLM writes scales of a float8 cache anew there."""
+    """vLLM rewrites scales of a float8 cache there."""
     engine, memory = sleeping(level)
     engine.pause()
     engine.resume()
@@ -252,7 +252,7 @@ def test_a_buffer_that_changes_while_the_cache_alone_is_away_is_named(sleeping, 
 
 @pytest.fixture
 def mask(started, monkeypatch):
-    """A tensor that a layer holds and has not registered: vLLM brings back buffers alone after its second level."""
+    """An unregistered tensor of a layer: after level 2 vLLM restores only buffers."""
     layer = started._runner.get_model().get_submodule(ATTRIBUTE.rpartition(".")[0])
     layer.mask = torch.ones(4)
     with monkeypatch.context() as patch:
@@ -270,7 +270,7 @@ def test_an_attribute_that_a_wake_does_not_bring_back_is_named_at_once_where_wei
 
 
 def test_an_attribute_that_is_given_up_with_the_weights_is_named_by_the_next_update(mask, sleeping, weights):
-    """At the wake it might be one that the update makes anew."""
+    """At wake-up it might still be one that the update recreates."""
     engine, memory = sleeping(2)
     memory.loses(ATTRIBUTE)
     engine.pause()
@@ -291,7 +291,7 @@ def test_weights_that_nobody_sends_again_are_never_given_up(started, folder):
 
 
 def test_an_engine_holds_nothing_that_neither_a_sync_nor_vllm_brings_back(started):
-    """vLLM keeps buffers when it gives up weights; a tensor that is neither would be lost. What these two hold is for ROCm."""
+    """vLLM keeps buffers when it discards weights; other tensors would be lost. The two scales here are for ROCm."""
     loose = {
         name for layer in started._runner.get_model().modules() for name, value in vars(layer).items()
         if isinstance(value, torch.Tensor)
@@ -300,7 +300,7 @@ def test_an_engine_holds_nothing_that_neither_a_sync_nor_vllm_brings_back(starte
 
 
 def moved(folder, dtype, step):
-    """The weights of a policy that has been trained."""
+    """The weights of a policy after `step` updates."""
     kind = AutoModelForImageTextToText if "vl" in folder.name else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
@@ -311,7 +311,7 @@ def moved(folder, dtype, step):
 
 @pytest.fixture
 def no_engine_ends():
-    """When an engine is collected it takes vLLM's groups with it, also those of one that is just starting."""
+    """Garbage collection of an engine tears down vLLM's process groups, even those of one just starting."""
     gc.collect()
     yield
     gc.collect()
@@ -320,7 +320,7 @@ def no_engine_ends():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
 def test_updates_sleeps_wakes_and_samples_are_no_fault(no_engine_ends, models, backend, monkeypatch, kind, dtype):
-    """Biases of a bfloat16 model are in float32 on a processor with AMX."""
+    """Biases of a bfloat16 model are in float32 on a CPU with AMX."""
     folder = models / f"faultless_{kind.replace('qwen2_5_', '')}"
     sizes = {"layers": 2, "vision_layers": 2} if kind == "qwen2_5_vl" else {"layers": 2}
     registry.load("models", f"tiny_{kind}")(folder, **sizes)

@@ -1,1 +1,1 @@
-"""What rlcore calls of NVIDIA's apex, in plain Python: signatures and state as in its repository."""
+"""The part of NVIDIA apex that rlcore calls, in plain Python: signatures and state as in its repository."""

@@ -1,16 +1,16 @@
-"""A simulated Ascend device for machines without one. With the folder above on PYTHONPATH, `import torch_npu` gives torch a
-device `npu` whose tensors are real ones of that device, with right numbers: their bytes are in host memory, and each operator
-runs the processor's kernel on them. Importing is for the whole process and cannot be undone.
+"""A simulated Ascend device for machines without one. With the parent folder on PYTHONPATH, `import torch_npu` gives torch a
+device `npu` with real tensors and correct values: their bytes are in host memory, and each operator runs the CPU kernel on
+them. Importing affects the whole process and cannot be undone.
 
-What it is faithful in: tensors of two devices do not mix; a view shares the storage of what it views; random numbers come from
-the device's own generator; freed memory is garbage; collectives of the device take its tensors only; operators that the device
-has no kernel for are refused. What it says nothing about: the device's rounding, speed and memory, streams and graphs.
+Simulated: tensors of two devices do not mix; a view shares its base's storage; random numbers come from the device's own
+generator; freed memory is garbage; collectives of the device take its tensors only; operators without a kernel on the device
+are refused. Not simulated: the device's rounding, speed and memory, streams and graphs.
 
-    device.py        the module torch.npu: which devices there are, generators, streams
-    dispatch.py      how an operator on npu tensors finds its numbers
-    storage.py       what torch asks of a storage where it would ask a device's allocator
+    device.py        the module torch.npu: devices, generators, streams
+    dispatch.py      dispatch of operators on npu tensors to CPU kernels
+    storage.py       storage operations that would call a device's allocator
     collectives.py   hccl, over gloo
-    operators.py     what torch_npu adds to torch's operators
+    operators.py     torch_npu's own operators
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""hccl: collectives that take tensors of the device only. gloo does the work, on the bytes of the same tensors."""
+"""hccl: collectives that take only tensors of the device, executed by gloo on the same bytes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import distributed as dist
 
 from .dispatch import on_host
 
-_OPERATORS = (  # those that rlcore and torch's sharding call; any other finds gloo, which refuses tensors of npu
+_OPERATORS = (  # those that rlcore and FSDP call; any other reaches gloo, which refuses npu tensors
     "allreduce_", "broadcast_", "_allgather_base_", "_reduce_scatter_base_", "scatter_", "alltoall_base_", "barrier",
 )  # fmt: skip
-_MEAN, _BITWISE = 1, (5, 6, 7)  # reductions, by torch's numbers
+_MEAN, _BITWISE = 1, (5, 6, 7)  # torch's reduction codes
 _libraries: list[torch.library.Library] = []
 
 
 class ProcessGroupHCCL:
-    """A group beside the process's own."""
+    """A group other than the default one."""
 
     class Options:
         _timeout = timedelta(minutes=30)
@@ -46,7 +46,7 @@ def _over(argument: Any) -> Any:
 
 
 def _collective(name: str) -> Callable[..., Any]:
-    """Its first argument, written to, and the work; or the work alone."""
+    """Implement a c10d operator; returns its first argument, written in place, and the work, or the work alone."""
     operator = getattr(torch.ops.c10d, name).default
     names = [argument.name for argument in operator._schema.arguments]
 
@@ -64,7 +64,7 @@ def _collective(name: str) -> Callable[..., Any]:
 
 
 def _mean(name: str, group: dist.ProcessGroup, result: Any, source: Any) -> Any:
-    """The sum of shares: gloo has no mean."""
+    """Sum of scaled inputs: gloo has no mean."""
     if name == "allreduce_":
         for tensor in result:
             tensor.div_(group.size())
@@ -78,6 +78,6 @@ def install() -> None:
     )
     library = torch.library.Library("c10d", "IMPL")
     _libraries.append(library)
-    warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that these kernels take another's place
+    warnings.filterwarnings("ignore", message="Warning only once for all operators")  # overriding registered kernels
     for name in _OPERATORS:
         library.impl(name, _collective(name), "PrivateUse1", allow_override=True)

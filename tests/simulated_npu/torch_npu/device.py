@@ -1,4 +1,4 @@
-"""The module `torch.npu`, of which torch and rlcore ask what a device module answers."""
+"""The module `torch.npu`: the device-module interface that torch and rlcore use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 _initialized = True  # torch's checkpointing replays the random state of initialized devices only
 _MULTIPLIER = 0x9E3779B97F4A7C15
-_DRAWS = 4  # what one random operator moves the offset by
+_DRAWS = 4  # offset increment per random operator
 
-labelled = 0  # bytes that ever became those of an npu tensor
-_generator = [0, 0]  # seed and offset, as the device's own generator has
+labelled = 0  # bytes ever allocated as npu tensors
+_generator = [0, 0]  # seed and offset, as in the device's own generator
 
 
 def is_available() -> bool:
@@ -36,7 +36,7 @@ def _is_in_bad_fork() -> bool:
 
 
 def device_count() -> int:
-    """As many as this process is shown; one process computes on one of them."""
+    """Number of visible devices; a process computes on one of them."""
     shown = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     if shown is None:
         return int(os.environ.get("SIMULATED_NPUS", "1"))
@@ -52,7 +52,7 @@ def set_device(device: Any) -> None:
 
 
 def index(device: Any = None) -> int:
-    """0, after a look at what is asked for."""
+    """0, after validating the argument."""
     number = device if isinstance(device, int) else torch.device(device or "npu").index or 0
     if number or not device_count():
         raise RuntimeError(f"npu:{number} is asked of a process that computes on one of {device_count()} simulated devices")
@@ -67,7 +67,7 @@ class device(contextlib.AbstractContextManager[None]):
 
 
 def synchronize(device: Any = None) -> None:
-    """Everything is done when it returns."""
+    """No-op: every operator is synchronous."""
 
 
 def get_device_name(device: Any = None) -> str:
@@ -78,7 +78,7 @@ def empty_cache() -> None: ...
 
 
 def memory_allocated(device: Any = None) -> int:
-    """Not simulated: what was ever asked for."""
+    """Not simulated: total bytes ever allocated."""
     return labelled
 
 
@@ -108,7 +108,7 @@ def set_rng_state(state: torch.Tensor, device: Any = "npu") -> None:
 
 
 def next_draw() -> torch.Generator:
-    """The processor's generator for one random operator."""
+    """A CPU generator for one random operator."""
     seed, offset = _generator
     _generator[1] += _DRAWS
     return torch.Generator().manual_seed((seed * _MULTIPLIER + offset) % 2**63)
@@ -119,7 +119,7 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 
 class Stream:
-    """Work is done in the order in which it is asked for."""
+    """Work runs synchronously in call order."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = torch.device("npu", index(device))

@@ -1,10 +1,9 @@
-"""How an operator on npu tensors finds its numbers.
+"""Dispatch of operators on npu tensors to CPU kernels.
 
-An npu tensor and a tensor of the processor can stand on the same bytes: a DLPack capsule carries a tensor from one library to
-another without a copy, and says in one field what device its bytes are on. With that field rewritten, torch takes a tensor of
-the processor back as one of npu, or the other way round. So one fallback for every operator lends its npu arguments to the
-processor, runs the processor's kernel, and labels what comes out. A view is made by the processor's kernel from the npu tensor
-itself: it reads no bytes, and so shares its storage.
+An npu tensor and a CPU tensor can share the same bytes: a DLPack capsule passes a tensor between libraries without a copy, and
+one of its fields names the device. With that field rewritten, torch imports a CPU tensor as an npu tensor, or the reverse. So
+one fallback for every operator relabels its npu arguments as CPU tensors, runs the CPU kernel, and relabels the results as npu.
+For a view, the CPU kernel runs on the npu tensor itself: it reads no bytes, and the result shares its storage.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from torch import Tensor
 from . import device, storage
 
 aten = torch.ops.aten
-_PROCESSOR, _OTHER = 1, 12  # DLPack's numbers of kinds of devices
+_PROCESSOR, _OTHER = 1, 12  # DLPack device types
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "aten::dot")
-PLACED = ("aten::index", "aten::_index_put_impl_")  # at places that may be the processor's
+PLACED = ("aten::index", "aten::_index_put_impl_")  # indices may be CPU tensors
 _IN_LOW_PRECISION = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "scaled_dot_product_attention")
 _IN_FLOAT32 = ("softmax.int", "log_softmax.int", "exp", "log", "pow.Tensor_Scalar", "sum", "sum.dim_IntList")
 
-counts: Counter[str] = Counter()  # of operators that ran on npu tensors
-_libraries: list[torch.library.Library] = []  # what they register ends with them
+counts: Counter[str] = Counter()  # operators run on npu tensors
+_libraries: list[torch.library.Library] = []  # keeps the registrations alive
 
 _open = ctypes.pythonapi.PyCapsule_GetPointer
 _open.restype, _open.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
 class _Managed(ctypes.Structure):
-    """How a DLManagedTensor begins."""
+    """The leading fields of a DLManagedTensor."""
 
     _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int32), ("number", ctypes.c_int32))
 
@@ -46,7 +45,7 @@ class DeviceMismatch(RuntimeError):
 
 
 def on_device(tensor: Tensor) -> Tensor:
-    """The same bytes as a tensor of npu:0."""
+    """View the bytes as a tensor on npu:0."""
     device.labelled += tensor.nbytes
     labelled = _labelled(tensor, _OTHER)
     storage.taken(labelled)
@@ -54,7 +53,7 @@ def on_device(tensor: Tensor) -> Tensor:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The same bytes as a tensor of the processor."""
+    """View the bytes as a CPU tensor."""
     return _labelled(tensor, _PROCESSOR) if tensor.device.type == "npu" else tensor
 
 
@@ -65,12 +64,12 @@ def _labelled(tensor: Tensor, kind: int) -> Tensor:
 
 
 class _Loan:
-    """The npu arguments of one call, lent to the processor."""
+    """The npu arguments of one call, relabelled as CPU tensors."""
 
     def __init__(self, operator: str) -> None:
         self.operator = operator
-        self.lent: list[tuple[Tensor, Tensor]] = []  # npu, processor
-        self.stays: Tensor | None = None  # an argument that is the processor's
+        self.lent: list[tuple[Tensor, Tensor]] = []  # npu, cpu
+        self.stays: Tensor | None = None  # a CPU argument
 
     def take(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
@@ -80,7 +79,7 @@ class _Loan:
         return torch.device("cpu") if isinstance(argument, torch.device) and argument.type == "npu" else argument
 
     def give_back(self, result: Any) -> Any:
-        """Labelled, and an argument that was written to as the argument itself."""
+        """Relabel results as npu; an argument written in place is returned as itself."""
         if isinstance(result, Tensor):
             mine = next((npu for npu, lent in self.lent if lent is result), None)
             return on_device(result) if mine is None else mine
@@ -95,14 +94,14 @@ class _Loan:
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         if tensor.device.type != "npu":
-            self.stays = tensor if tensor.dim() else self.stays  # numbers may come from anywhere
+            self.stays = tensor if tensor.dim() else self.stays  # scalars may be on any device
             return tensor
         self.lent.append((tensor, on_host(tensor)))
         return self.lent[-1][1]
 
 
 def _fallback(operator: Any, *arguments: Any, **options: Any) -> Any:
-    """Any operator on npu tensors that `install` names nothing better for."""
+    """Any operator on npu tensors without a dedicated implementation in `install`."""
     schema = operator._schema
     counts[operator.name()] += 1
     if schema.name == "aten::set_" or any(one.alias_info and not one.alias_info.is_write for one in schema.returns):
@@ -125,7 +124,7 @@ def _fallback(operator: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _drawn(operator: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """What the operator gives; one that draws numbers, with those of the device's generator."""
+    """Run the operator; random ones use the device's generator."""
     names = [one.name for one in operator._schema.arguments]
     if "generator" in names:
         return operator(*arguments[: names.index("generator")], **{**options, "generator": device.next_draw()})
@@ -152,7 +151,7 @@ def _empty_strided(
 
 
 def _empty_like(like: Tensor, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Tensor:
-    """In host memory too, which is never pinned here."""
+    """Also for host memory, which is never pinned here."""
     made = torch.empty_like(on_host(like), dtype=dtype, memory_format=memory_format or torch.preserve_format)
     return made if device is not None and device.type == "cpu" else on_device(made)
 
@@ -170,14 +169,14 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 def _to_copy(
     tensor: Tensor, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None
 ) -> Tensor:
-    """Whether or not `non_blocking`, which would want pinned memory."""
+    """Ignores `non_blocking`, which would need pinned memory."""
     counts["aten::_to_copy"] += 1
     copy = on_host(tensor).to(dtype=dtype or tensor.dtype, copy=True, memory_format=memory_format or torch.preserve_format)
     return on_device(copy) if (device or tensor.device).type == "npu" else copy
 
 
 def _resize(tensor: Tensor, size: Sequence[int], *, memory_format=None) -> Tensor:
-    """Onto new bytes where the old are too few."""
+    """Allocates new bytes if the old ones are too few."""
     needed = torch.Size(size).numel() * tensor.element_size()
     if needed <= tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size():
         return tensor.as_strided_(size, torch.empty(size, device="meta").stride())
@@ -188,7 +187,7 @@ def _resize(tensor: Tensor, size: Sequence[int], *, memory_format=None) -> Tenso
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ) -> Tensor:
-    """In single operators, so that it has a backward pass."""
+    """As elementary operators, so that it has a backward pass."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(
@@ -201,7 +200,7 @@ def _convolution(*arguments: Any) -> Tensor:
 
 
 def _convolution_backward(above: Tensor, states: Tensor, weight: Tensor, *rest: Any) -> Sequence[Tensor]:
-    """There is never a bias: it is added apart."""
+    """There is never a bias: it is added separately."""
     return _lent("convolution_backward", aten.convolution_backward, above, states, weight, None, *rest)
 
 
@@ -214,7 +213,7 @@ def _lent(name: str, operator: Any, *arguments: Any) -> Any:
 
 
 def _autocast(name: str, choose: Callable[[], torch.dtype]) -> Callable[..., Any]:
-    """The operator on arguments in the chosen dtype."""
+    """The operator with arguments cast to the autocast dtype."""
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(aten, packet), overload or "default")
 

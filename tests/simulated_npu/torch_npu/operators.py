@@ -1,7 +1,7 @@
-"""torch_npu's own operators, as many as rlcore calls, under the schemas of torch_npu 2.10.0.post4.
+"""torch_npu's own operators that rlcore calls, with the schemas of torch_npu 2.10.0.post4.
 
-Each is its formula in float64, rounded once to the dtype of its first argument, and its gradients are those of the formula.
-What the real one takes and this one does not know is refused, and so is what the real one would take for something else.
+Each is its formula in float64, rounded once to the dtype of its first argument, with the formula's gradients. Arguments that
+only the real one supports, or that it would misinterpret, are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _libraries: list[torch.library.Library] = []
 
 
 class _Exact(torch.autograd.Function):
-    """formula(*tensors). Who watches operators sees none of those inside."""
+    """formula(*tensors), hiding its inner operators from dispatch modes."""
 
     @staticmethod
     def forward(ctx: Any, formula: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _unread(*shape: int) -> Tensor:
-    """In the place of what the real one keeps for its backward pass."""
+    """Placeholder for the tensors that the real one saves for backward."""
     return on_device(torch.full(shape, torch.nan))
 
 
@@ -131,7 +131,7 @@ def _fusion_attention(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[Q, K, H / K, D] and twice [S, K, D] -> as the first: the n-th query from the end sees all but the last n keys."""
+    """[Q, K, H / K, D], [S, K, D] twice -> [Q, K, H / K, D]: the n-th query from the end sees all but the last n keys."""
     scores = (query[:, None] * key[None, :, :, None]).sum(-1) * scale  # [Q, S, K, H / K]
     places = torch.arange(len(key)) - (len(key) - len(query))
     hidden = (places > torch.arange(len(query))[:, None])[..., None, None]
@@ -145,7 +145,7 @@ def _need(condition: bool, otherwise: str) -> None:
 
 
 def _operator(schema: str, kernel: Callable[..., Any], library: torch.library.Library) -> None:
-    """Arguments that the kernel does not know must be left at what they are by default."""
+    """Arguments that the kernel does not support must have their default values."""
     name = library.define(schema)
     arguments = getattr(torch.ops.npu, name).default._schema.arguments
     known = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]

@@ -1,5 +1,5 @@
-"""What torch asks of a storage where a real device's allocator would answer: copies between devices, and memory that comes
-and goes. Memory that is given back keeps its bytes here, filled with what reads as not-a-number."""
+"""Storage operations that a real device's allocator would serve: copies between devices, allocation and release. Released
+memory keeps its bytes here, filled with NaN."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, UntypedStorage
 from torch.storage import _StorageBase
 
 _GARBAGE = 0xFF
-_released: set[int] = set()  # addresses
+_released: set[int] = set()  # addresses of released storages
 
 
 def taken(tensor: Tensor) -> None:
-    """The tensor's address is in use, whatever was there before."""
+    """Mark the tensor's address as in use again."""
     _released.discard(tensor.untyped_storage().data_ptr())
 
 
@@ -27,7 +27,7 @@ def _to(storage: UntypedStorage, device: Any) -> UntypedStorage:
 
 
 def _resize(storage: UntypedStorage, size: int) -> UntypedStorage:
-    """To nothing, and back to what it was."""
+    """To zero bytes, and back to the original size."""
     if size:
         _released.discard(storage.data_ptr())
     else:
@@ -37,9 +37,9 @@ def _resize(storage: UntypedStorage, size: int) -> UntypedStorage:
 
 
 def install() -> None:
-    """Replaces methods of torch's storages, of which npu's take another way.
+    """Replaces methods of torch's storages for npu tensors.
 
-    Why: they call the device's allocator, which is compiled code and which a simulated device has none of.
+    Why: they call the device's compiled allocator, which a simulated device lacks.
     Delete when: torch lets Python register an allocator.
     """
     own = {

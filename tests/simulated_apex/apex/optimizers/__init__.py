@@ -5,7 +5,7 @@ from apex.multi_tensor_apply import multi_tensor_applier
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Counts steps in each group, and takes a state with anything in it for one with both moments."""
+    """Counts steps per group, and assumes a nonempty state holds both moments."""
 
     def __init__(
         self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
