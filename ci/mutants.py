@@ -28,6 +28,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 BUGS = ROOT / "ci" / "mutants"
 LIMIT = 120.0  # seconds per test
@@ -114,9 +116,18 @@ class Copy:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                self._end_orphans()
         text = said.read_text("utf-8", errors="replace")
         found = _FAILED.search(text)
         return Outcome(status, found[1] if found else "", time.monotonic() - began, text)
+
+    def _end_orphans(self) -> None:
+        """Kill what still runs with this copy's Python, with its children: some bugs are about processes that stay."""
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [""])[0].startswith(str(self._folder)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for one in (*process.children(recursive=True), process):
+                        one.kill()
 
 
 def _files() -> list[str]:
