@@ -16,7 +16,7 @@ from rlcore.distributed.fsdp import gathered, read
 from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
-from rlcore.model.optimizer import ADAMW, StepStatistics, combined
+from rlcore.model.optimizer import ADAMW
 from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
 
@@ -37,12 +37,7 @@ class TorchActor(TrainedModel):
 
     def update(self, batch: Batch) -> Metrics:
         """Take one optimizer step per minibatch of the schedule; returns their combined metrics."""
-        steps = self.schedule.steps(batch, self.objective, self.learner.steps)
-        return combined([(self.step(step), step.denominator) for step in steps])
-
-    def step(self, batch: Batch) -> StepStatistics:
-        """Take one optimizer step; `batch` is this rank's part of it."""
-        return self.learner.step(batch, self._losses(batch))
+        return self.stepped(batch, self.objective)
 
     def weights(self) -> NamedTensors:
         """Yield every parameter once, under its Hugging Face name and in the compute dtype, with LoRA merged; a tied head is

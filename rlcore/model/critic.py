@@ -20,7 +20,7 @@ from rlcore.distributed.fsdp import collected, fill
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
-from rlcore.model.optimizer import ADAMW, StepStatistics, combined
+from rlcore.model.optimizer import ADAMW
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
 
@@ -63,12 +63,7 @@ class TorchCritic(TrainedModel):
 
     def update(self, batch: Batch) -> Metrics:
         """Take one optimizer step per minibatch of the schedule, towards `batch.returns`; returns their combined metrics."""
-        steps = self.schedule.steps(batch, OBJECTIVE, self.learner.steps)
-        return named(combined([(self.step(step), step.denominator) for step in steps]))
-
-    def step(self, batch: Batch) -> StepStatistics:
-        """Take one optimizer step; `batch` is this rank's part of it."""
-        return self.learner.step(batch, self._losses(batch))
+        return named(self.stepped(batch, OBJECTIVE))
 
     def save(self, folder: Path) -> None:
         if weights := collected(self.forward.named_parameters()):

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rlcore.algorithms.objective import Objective, Reduction
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed.fsdp import Sharding, accumulated, at_rest, read
 from rlcore.model.forward import ForwardSettings
-from rlcore.model.optimizer import ADAMW, Learner
+from rlcore.model.optimizer import ADAMW, Learner, StepStatistics, combined
 from rlcore.model.packing import microbatches
 from rlcore.model.precision import WorkingCopy, hold_frozen
 from rlcore.protocols import ModelFamily
-from rlcore.types import Batch, Packed
+from rlcore.types import Batch, Metrics, Packed, TokenLoss
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,19 @@ class TrainedModel(PackedModel):
         self.schedule = schedule
         self.learner = Learner(trained, optimizer, schedule.total_steps, adamw)
         self.learner.optimizer.register_step_post_hook(self.working.expire)
+
+    def step(self, batch: Batch) -> StepStatistics:
+        """Take one optimizer step; `batch` is this rank's part of it."""
+        return self.learner.step(batch, self._losses(batch))
+
+    def stepped(self, batch: Batch, objective: Objective | Reduction) -> Metrics:
+        """Combined metrics of one optimizer step per minibatch of the schedule."""
+        steps = self.schedule.steps(batch, objective, self.learner.steps)
+        return combined([(self.step(step), step.denominator) for step in steps])
+
+    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+        """Yield, per micro-batch, the indices in [N] of the tokens that count, and their loss."""
+        raise NotImplementedError
 
     def rows(self, batch: Batch, whole_groups: bool = False) -> Iterable[Packed]:
         """Packed rows of a part of an optimizer step; gradients are reduced after the last, or after each."""
