@@ -103,11 +103,24 @@ class ModelFamily(Protocol):
         """Build the model with parameters on the meta device: shapes without memory."""
         ...
 
+    def use_template(self, template: str | None, options: Mapping[str, Any]) -> None:
+        """Render messages with this chat template (a .jinja file or its text; None is the model's own) and these variables."""
+        ...
+
     def prompt_length(self, row: Row) -> int:
         """Number of tokens `encode` will give, without touching pixels."""
         ...
 
     def encode(self, row: Row) -> Prompt: ...
+
+    def encode_conversation(self, row: Row) -> list[Prompt]:
+        """The whole conversation of a row (messages, target, rest) in one sequence or several, each with the indices of its
+        tokens to imitate: those of the assistant's turns, each with its end, once in all."""
+        ...
+
+    def conversation_length(self, row: Row) -> int:
+        """Number of tokens of the longest sequence of `encode_conversation`, without touching pixels."""
+        ...
 
     def opening(self, row: Row) -> str:
         """The text between the row's last message and the response: a turn's header, and a tag that it leaves open."""

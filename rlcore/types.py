@@ -45,9 +45,11 @@ class Row:
     messages: Sequence[Mapping[str, Any]]  # chat messages; content is text or a list of {type: image} / {type: text, text}
     answer: str = ""  # what the reward compares with
     target: str | None = None  # the whole response to imitate, or the preferred one of a pair
+    rest: Sequence[Mapping[str, Any]] = ()  # chat messages after the target; the assistant's are imitated too
     rejected: str | None = None  # the other of the pair
-    images: Sequence[Image] = ()  # RGB, in the order of the image parts
+    images: Sequence[Image] = ()  # RGB, in the order of the image parts of messages and rest
     fields: Mapping[str, Any] = field(default_factory=dict)  # the other columns, handed to the reward
+    source: str = ""  # the data set it is from, by which rewards and metrics tell rows apart
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Prompt:
     vision: Vision | None = None  # the images
     position_ids: Tensor | None = None  # [3, P] where a family has multi-axis positions; None is 0..P-1
     text: str = ""  # the chat template's output before tokenization, up to the assistant's answer
+    imitated: NDArray[np.int64] | None = None  # [R] where it is a whole conversation: indices in it of the only sample's tokens
 
     def for_models(self) -> Prompt:
         """Copy without fields that only rewards and records read. Images are kept until they are embedded."""

@@ -7,6 +7,10 @@ from typing import Any
 
 import yaml
 
+from rlcore.data.sources import training_prompts
+from rlcore.model.resolved import ResolvedModel
+from rlcore.types import Prompt
+
 ARITHMETIC = {"name": "arithmetic", "options": {"count": 16, "max_value": 9}}
 
 
@@ -29,3 +33,8 @@ def write(folder: Path, model: Path, /, **sections: Any) -> Path:
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(settings(model, **sections)), encoding="utf-8")
     return file
+
+
+def first_prompts(resolved: ResolvedModel, count: int) -> list[Prompt]:
+    """The first training prompts of a run."""
+    return training_prompts(resolved.config.data, resolved.family, resolved.config.seed).draw(count)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlcore.data.rows import rows
-from rlcore.types import Row
+from rlcore.data.rows import Rows, rows
 
 INSTRUCTION = (
     "First reason about the problem inside <think> </think> tags, then give the final answer inside \\boxed{}."
 )
 
 
-def geo3k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
+def geo3k(path: Path | None, *, instruction: str = INSTRUCTION) -> Rows:
     """Rows from columns images (a list of {bytes, path}), problem (with `<image>` placeholders), answer."""
-    return rows(path, prompt="problem", answer="answer", images="images", instruction=instruction, system=system)
+    return rows(path, prompt="problem", answer="answer", images="images", instruction=instruction)

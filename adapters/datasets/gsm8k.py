@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from rlcore.data.chat import chat
-from rlcore.data.files import Record, read_records
+from rlcore.data.files import open_records
+from rlcore.data.records import Record
+from rlcore.data.rows import Rows
 from rlcore.errors import ConfigError
 from rlcore.types import Row
 
@@ -15,15 +18,15 @@ _NUMBER = re.compile(r"\$?(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)))\.?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
-def gsm8k(path: Path | None, *, instruction: str = INSTRUCTION, system: str | None = None) -> list[Row]:
+def gsm8k(path: Path | None, *, instruction: str = INSTRUCTION) -> Rows:
     """Rows from columns question and answer. A row's answer is N without commas; its target the worked answer, then \\boxed{N}.
 
     ConfigError names a row whose answer ends in anything but one decimal number.
     """
-    return [_row(record, instruction, system) for record in read_records(path)]
+    return Rows(open_records(path), partial(_row, instruction))
 
 
-def _row(record: Record, instruction: str, system: str | None) -> Row:
+def _row(instruction: str, record: Record) -> Row:
     worked, mark, final = record.text("answer").rpartition("####")
     found = _NUMBER.fullmatch(final.strip())
     if not mark or not found:
@@ -35,7 +38,7 @@ def _row(record: Record, instruction: str, system: str | None) -> Row:
     solution = _CALCULATION.sub("", worked).strip()
     return Row(
         id=record.id,
-        messages=chat(record.text("question"), 0, system, instruction, record.where),
+        messages=chat(record.text("question"), 0, instruction, record.where),
         answer=answer,
         target=f"{solution}\n\\boxed{{{answer}}}",
         fields=record.without("question", "answer"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -19,6 +22,8 @@ from rlcore.errors import ConfigError
 from rlcore.model.attention import NAME as PACKED_ATTENTION
 from rlcore.model.precision import lookup, wide_tables
 from rlcore.types import Packed, Prompt, Row
+
+from .chat_template import ChatTemplate
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -36,6 +41,9 @@ class CausalLM:
         _check_vocabulary(self.tokenizer, folder)
         self._generation_config = _generation_config(folder)
         self.stop_token_ids = _stop_token_ids(self.tokenizer.eos_token_id, self._generation_config, folder)
+        eos = self.tokenizer.eos_token_id
+        self._end = min(self.stop_token_ids) if eos is None else eos
+        self._template = ChatTemplate(self.processor, self.tokenizer.convert_ids_to_tokens(self._end))
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """Load the model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
@@ -60,22 +68,40 @@ class CausalLM:
         model.tie_weights(recompute_mapping=False)
         return _ready(model.eval(), folder)
 
+    def use_template(self, template: str | None, options: Mapping[str, Any]) -> None:
+        """Also in the folders that `save_processor` writes; the variables are not saved."""
+        self._template.use(template, options)
+
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, without decoding images."""
-        return len(self._read(row)[1])
+        row = _asked(row)
+        return int(self._widths(row, self._read(row)[1]).sum())
 
     def encode(self, row: Row) -> Prompt:
         """Apply the chat template with the generation prompt, and tokenize. Without a template: the messages, one per line.
 
         ConfigError names a row with images.
         """
-        text, token_ids = self._read(row)
-        return Prompt(row, token_ids, token_ids, text=text)
+        row = _asked(row)
+        return self._prompt(row, *self._read(row))
+
+    def encode_conversation(self, row: Row) -> list[Prompt]:
+        """One sequence, or several where the template changes a turn once others follow. Turns are tokenized one by one, as
+        when they are sampled; nothing follows the last one's end."""
+        prompts = []
+        for text, token_ids, written in self._sequences(row):
+            prompt = self._prompt(row, text, token_ids)
+            places = np.flatnonzero(np.repeat(written, self._widths(prompt.row, token_ids)))
+            prompts.append(replace(prompt, imitated=places))
+        return prompts
+
+    def conversation_length(self, row: Row) -> int:
+        """Tokens of the longest sequence of `encode_conversation`, without decoding images."""
+        return max(int(self._widths(row, token_ids).sum()) for _, token_ids, _ in self._sequences(row))
 
     def encode_response(self, text: str) -> list[int]:
         """Tokens of a complete response: the text, then the end-of-turn token."""
-        end = self.tokenizer.eos_token_id
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], min(self.stop_token_ids) if end is None else end]
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self._end]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -123,28 +149,38 @@ class CausalLM:
 
     def opening(self, row: Row) -> str:
         """The generation prompt that the chat template adds after the row's last message; empty without a template."""
-        return self._template_text(row).removeprefix(self._template_text(row, generation=False))
+        messages = self._messages(_asked(row))
+        return self._template.render(messages, row.id).removeprefix(self._template.render(messages, row.id, generation=False))
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
-        """Prompt text and tokens, one placeholder per image. A chat template adds the special tokens itself."""
-        text = self._template_text(row)
-        return text, self.tokenizer(text, add_special_tokens=self.processor.chat_template is None)["input_ids"]
+        """Prompt text and tokens, one placeholder per image."""
+        text = self._template.render(self._messages(row), row.id)
+        return text, self._tokens(text, beginning=True)
 
-    def _template_text(self, row: Row, generation: bool = True) -> str:
-        """The row's messages through the chat template, or one per line without one; ConfigError with the template's error."""
-        messages, template = self._messages(row), self.processor.chat_template
-        if template is None:
-            return "\n".join(message["content"] for message in messages)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise ConfigError(
-                f"{row.id}: the model's chat template does not take these messages ({roles}): {_one_line(error)}; change the"
-                " messages (or the data set's option system), or the template in the model's folder"
-            ) from error
+    def _tokens(self, text: str, beginning: bool) -> list[int]:
+        """Tokens of a text; at the `beginning` of a sequence also the special ones that no chat template wrote."""
+        return self.tokenizer(text, add_special_tokens=beginning and not self._template.is_set)["input_ids"]
+
+    def _sequences(self, row: Row) -> Iterator[tuple[str, list[int], list[bool]]]:
+        """Yield text, tokens (one placeholder per image), and which of them the assistant wrote, for each sequence of a
+        conversation."""
+        messages = [*row.messages, {"role": "assistant", "content": row.target}, *row.rest]
+        rendered = self._messages(replace(row, messages=messages, rest=()))
+        for pieces in self._template.pieces(rendered, row.id):
+            token_ids, written = list[int](), list[bool]()
+            for piece in pieces:
+                tokens = self.encode_response(piece.text) if piece.written else self._tokens(piece.text, not token_ids)
+                token_ids += tokens
+                written += [piece.written] * len(tokens)
+            yield "".join(piece.text for piece in pieces), token_ids, written
+
+    def _prompt(self, row: Row, text: str, token_ids: list[int]) -> Prompt:
+        """`token_ids` have one placeholder per image."""
+        return Prompt(row, token_ids, token_ids, text=text)
+
+    def _widths(self, row: Row, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        """Tokens of the model for each of these, which have one placeholder per image."""
+        return np.ones(len(token_ids), np.int64)
 
     def _messages(self, row: Row) -> list[Mapping[str, Any]]:
         """The row's messages for the chat template: in text families each content is one string."""
@@ -173,6 +209,11 @@ def image_parts(row: Row) -> int:
     """Number of image parts in the row's messages."""
     contents = [message["content"] for message in row.messages if not isinstance(message["content"], str)]
     return sum(part["type"] == "image" for content in contents for part in content)
+
+
+def _asked(row: Row) -> Row:
+    """The row with the images of its prompt only."""
+    return replace(row, images=row.images[: image_parts(row)], rest=()) if row.rest else row
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -26,18 +29,22 @@ class Qwen2_5_VL(CausalLM):
     processor_class: ClassVar[Any] = AutoProcessor
     attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
 
-    def prompt_length(self, row: Row) -> int:
-        """P of `encode`, from image sizes only."""
-        return len(self._read(row)[1]) + sum(count - 1 for count in self._image_tokens(row))
+    def _sequences(self, row: Row) -> Iterator[tuple[str, list[int], list[bool]]]:
+        placeholders = 0
+        for text, token_ids, written in super()._sequences(row):
+            placeholders = token_ids.count(self.processor.image_token_id)
+            yield text, token_ids, written
+        self._check_placeholders(row, placeholders)
 
-    def encode(self, row: Row) -> Prompt:
-        """`vision` holds pixel_values [patches, C] float32 and image_grid_thw [I, 3] in patches before merging.
+    def _prompt(self, row: Row, text: str, token_ids: list[int]) -> Prompt:
+        """`vision` holds pixel_values [patches, C] float32 and image_grid_thw [I, 3] in patches before merging, of the images
+        that `token_ids` have placeholders for.
 
         ConfigError names a row whose image parts and images do not match, or an image too long and thin.
         """
-        text, engine_token_ids = self._read(row)
+        row = replace(row, images=row.images[: token_ids.count(self.processor.image_token_id)])
         if not row.images:
-            return Prompt(row, engine_token_ids, engine_token_ids, text=text)
+            return super()._prompt(row, text, token_ids)
         processor = self.processor.image_processor
         counts = self._image_tokens(row)
         vision = processor(images=list(row.images), return_tensors="pt")
@@ -48,13 +55,19 @@ class Qwen2_5_VL(CausalLM):
                 f"{row.id}: the image processor made {grids.prod(-1).tolist()} tokens of the images, their sizes say {counts};"
                 " its get_number_of_image_patches is wrong"
             )
-        token_ids = _expand(engine_token_ids, self.processor.image_token_id, counts)
+        expanded = np.repeat(token_ids, self._widths(row, token_ids)).tolist()
         return Prompt(
-            row, token_ids, engine_token_ids,
+            row, expanded, token_ids,
             vision={"pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"]},
-            position_ids=multimodal_positions(token_ids, self.processor.image_token_id, grids.tolist()),
+            position_ids=multimodal_positions(expanded, self.processor.image_token_id, grids.tolist()),
             text=text,
         )
+
+    def _widths(self, row: Row, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        widths = super()._widths(row, token_ids)
+        places = np.flatnonzero(np.equal(token_ids, self.processor.image_token_id))
+        widths[places] = self._image_tokens(replace(row, images=row.images[: len(places)]))
+        return widths
 
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
         """[t, D]. Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
@@ -129,13 +142,15 @@ class Qwen2_5_VL(CausalLM):
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         text, token_ids = super()._read(row)
-        placeholders = token_ids.count(self.processor.image_token_id)
+        self._check_placeholders(row, token_ids.count(self.processor.image_token_id))
+        return text, token_ids
+
+    def _check_placeholders(self, row: Row, placeholders: int) -> None:
         if placeholders != len(row.images):
             raise ConfigError(
                 f"{row.id}: the chat template wrote {placeholders} {self.processor.image_token} for {len(row.images)} images;"
                 " either the text itself holds that token or the model's chat template ignores image parts"
             )
-        return text, token_ids
 
     def _image_tokens(self, row: Row) -> list[int]:
         """Number of tokens of each image."""
@@ -180,9 +195,3 @@ def multimodal_positions(token_ids: Sequence[int], image_token_id: int, grids: S
         done += text + axes[-1].shape[1]
     axes.append(torch.arange(position, position + len(token_ids) - done).expand(3, -1))
     return torch.cat(axes, dim=1)
-
-
-def _expand(token_ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """Repeat each placeholder once per token of its image."""
-    remaining = iter(counts)
-    return [token for token in token_ids for _ in range(next(remaining) if token == image_token_id else 1)]

@@ -39,6 +39,7 @@ def main(file: str, steps: int) -> None:
     backend = kind(kind.Options())
     backend.apply_environment(os.environ)
 
+    from rlcore.data.sources import training_prompts
     from rlcore.model.resolved import ResolvedModel
     from rlcore.monitor.clock import Clock
     from rlcore.rewards.runner import RewardFunctions
@@ -58,7 +59,7 @@ def main(file: str, steps: int) -> None:
         placement.start_engines()
         clock = Clock()
         reward = InlineReward(RewardFunctions(config.reward), clock)
-        sample = Sampler(placement, reward, resolved.prompts(config.seed), config, clock)
+        sample = Sampler(placement, reward, training_prompts(config.data, resolved.family, config.seed), config, clock)
         model = worker.actor.model
         speed = bounds.rate(model, resolved.settings.compute_dtype)
         for number in range(1, steps + 1):

@@ -26,9 +26,11 @@ class TrainingTask:
     with_reference: bool  # needs log-probabilities of the initial model
 
 
-def training_task(command: str, config: RunConfig) -> TrainingTask:
-    """`command`: grpo, sft or dpo."""
-    return {"grpo": _grpo, "sft": _sft, "dpo": _dpo}[command](config)
+def training_task(command: str, config: RunConfig, steps: int | None = None) -> TrainingTask:
+    """`command`: grpo, sft or dpo. `steps`: of the whole run; None is the run file's."""
+    if command == "sft":
+        return _sft(config, steps)
+    return {"grpo": _grpo, "dpo": _dpo}[command](config)
 
 
 def _grpo(config: RunConfig) -> TrainingTask:
@@ -39,11 +41,13 @@ def _grpo(config: RunConfig) -> TrainingTask:
     return TrainingTask(goal, schedule, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0)
 
 
-def _sft(config: RunConfig) -> TrainingTask:
+def _sft(config: RunConfig, steps: int | None) -> TrainingTask:
     """SFT: responses were not sampled, so log-probabilities are at temperature 1."""
     assert config.sft is not None
+    steps = config.sft.steps if steps is None else steps
+    assert steps is not None, "under sft.epochs the rows say how many"
     goal = Objective(negative_log_likelihood, aggregation.token_mean, tokens)
-    return TrainingTask(goal, MinibatchSchedule(config.sft.steps), config.sft.optimizer, 1.0, with_reference=False)
+    return TrainingTask(goal, MinibatchSchedule(steps), config.sft.optimizer, 1.0, with_reference=False)
 
 
 def _dpo(config: RunConfig) -> TrainingTask:

@@ -33,9 +33,9 @@ def check_installed(config: RunConfig) -> None:
         ("rollout_engines", "rollout.engine", config.rollout.engine),
         ("placements", "placement.kind", config.placement.kind),
         ("families", "model.family", config.model.family),
-        ("datasets", "data.train.name", config.data.train.name),
-        *([("datasets", "data.eval.name", config.data.eval.name)] if config.data.eval else []),
-        *(("rewards", f"reward.{index}.name", reward.name) for index, reward in enumerate(config.reward)),
+        *(("datasets", f"{key}.name", one.name) for key, one in config.data.training_sets.items()),
+        *(("datasets", f"{key}.name", one.name) for key, one in config.data.held_out_sets.items()),
+        *(("rewards", f"reward.{key}.name", reward.name) for key, reward in config.rewards.items()),
     ]
     for group, key, name in wanted:
         if name != "auto" and "." not in name:

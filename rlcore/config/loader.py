@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def validate(schema: type[Strict] | type[BaseModel], values: Mapping[str, Any], 
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(schema, prefix, detail) for detail in error.errors()]
+        lines = [_explain(schema, prefix, detail, values) for detail in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -78,7 +78,7 @@ def dump(config: RunConfig) -> str:
 
 def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+    if not equals or not re.fullmatch(r"[\w/-]+(\.[\w/-]+)*", key):
         raise ConfigError(f"{override!r}: an override is a.b=value, for example train.steps=10")
     try:
         value = yaml.safe_load(text)
@@ -102,9 +102,9 @@ def _with(values: Any, path: Sequence[str], value: Any, key: str) -> Any:
     return {**values, head: _with(values.get(head), rest, value, key) if rest else value}
 
 
-def _explain(schema: type[BaseModel], prefix: str, detail: Any) -> str:
+def _explain(schema: type[BaseModel], prefix: str, detail: Any, values: Any) -> str:
     location = [str(part) for part in detail["loc"]]
-    key = prefix + ".".join(location)
+    key = prefix + ".".join(_written(location, values))
     kind, given = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         return f"{key}: no such setting{nearest(location[-1], _fields(schema, location[:-1]))}"
@@ -116,15 +116,31 @@ def _explain(schema: type[BaseModel], prefix: str, detail: Any) -> str:
     return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}; it is {_kind(given)}"
 
 
+def _written(location: Sequence[str], values: Any) -> Iterator[str]:
+    """The parts of a location that the run file has: a list or table that was made of a single entry is not one there."""
+    for place, part in enumerate(location):
+        there = values[int(part)] if isinstance(values, list) and part.isdigit() else None
+        there = values.get(part) if isinstance(values, Mapping) else there
+        if there is None and place < len(location) - 1 and isinstance(values, Mapping | list):
+            continue
+        yield part
+        values = there
+
+
 def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The settings of the section at `path`."""
     for name in path:
-        if name.isdigit():
-            continue
-        annotation = schema.model_fields[name].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        schema = next(part for part in candidates if isinstance(part, type) and issubclass(part, BaseModel))
+        if name in schema.model_fields:  # else an entry of a list or table
+            schema = next(_sections(schema.model_fields[name].annotation))
     return list(schema.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Sections that occur in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections(part)
 
 
 def _kind(value: Any) -> str:

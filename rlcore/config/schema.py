@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import (
     NonNegativeInt,
+    field_serializer,
+    field_validator,
     model_validator,
 )
 
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.placement import COMPANIONS, ROLES, PlacementConfig, PoolShape, ShardingConfig, Topology
 from rlcore.config.sections import (
+    EVERY,
     BackendConfig,
     CriticConfig,
     DataConfig,
@@ -36,7 +41,8 @@ class RunConfig(Strict):
     backend: BackendConfig = BackendConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    reward: list[RewardConfig] = []
+    reward: dict[str, list[RewardConfig]] = {}
+    """Rewards, of which the weighted sum counts; or, for each source of rows (data_source), a list of its own."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig | None = None
     """The value model of algorithm.advantage gae."""
@@ -134,6 +140,46 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _evaluation_has_rows(self) -> RunConfig:
-        if self.evaluation is not None and self.data.eval is None:
+        if self.evaluation is None:
+            return self
+        own = zip(self.data.held_out_sets, self.evaluation_sets.values(), strict=True)
+        for key, settings in list(own) or [("evaluation", self.evaluation)]:
+            if settings.samples > 1 and settings.temperature == 0:
+                key = "evaluation" if settings.samples == self.evaluation.samples else key
+                raise ValueError(
+                    f"{key}.samples: {settings.samples} greedy responses to a row are one and the same; set temperature above 0"
+                )
+        if not self.data.eval:
             raise ValueError("evaluation: is set but data.eval names no rows; add data.eval or remove evaluation")
         return self
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvaluationConfig]:
+        """Sampling settings of each held-out set: its own, or those of the evaluation section."""
+        if self.evaluation is None:
+            return {}
+        shared, own = self.evaluation, EvaluationConfig.model_fields.keys()
+        return {
+            name: shared.model_copy(update={key: value for key, value in one if key in own and value is not None})
+            for name, one in self.data.eval.items()
+        }
+
+    @property
+    def rewards(self) -> dict[str, RewardConfig]:
+        """Every reward by its key below `reward`."""
+        return {
+            f"{source}.{index}" if source else f"{index}": reward
+            for source, rewards in self.reward.items()
+            for index, reward in enumerate(rewards)
+        }
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _for_all_or_by_source(cls, value: Any) -> Any:
+        return {EVERY: value} if isinstance(value, list) and value else {} if not value else value
+
+    @field_serializer("reward", mode="wrap")
+    def _as_for_all_or_by_source(self, value: Any, dump: Any) -> Any:
+        dumped = dump(value)
+        return dumped[EVERY] if dumped.keys() == {EVERY} else dumped or []
+

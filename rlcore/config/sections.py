@@ -12,6 +12,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -76,14 +78,99 @@ class DatasetConfig(Strict):
     """A file, or a folder of files; None where the data set makes its rows."""
     options: dict[str, Any] = {}
     max_rows: PositiveInt | None = None
+    source: str | None = None
+    """Name of its rows in metrics and in reward tables, where they have none of their own; unset is `name`."""
+
+
+class TrainingSetConfig(DatasetConfig):
+    weight: PositiveFloat | None = None
+    """In a mixture: its share of the prompts, relative to the other data sets'. Unset everywhere: each row is drawn as often as
+    any other."""
+
+
+class EvaluationSetConfig(DatasetConfig):
+    """A held-out set; its sampling settings replace those of the evaluation section."""
+
+    max_new_tokens: PositiveInt | None = None
+    temperature: NonNegativeFloat | None = None
+    top_p: Fraction | None = None
+    top_k: NonNegativeInt | None = None
+    samples: PositiveInt | None = None
 
 
 class DataConfig(Strict):
-    train: DatasetConfig
-    eval: DatasetConfig | None = None
+    train: list[TrainingSetConfig] = []
+    """A data set, or a list of them to mix."""
+    eval: dict[str, EvaluationSetConfig] = {}
+    """A held-out data set, or several by name."""
+    system: str | None = None
+    """System message of every row that has none."""
+    chat_template: str | None = None
+    """A .jinja file, or a template, that replaces the model's."""
+    chat_template_options: dict[str, Any] = {}
+    """Variables of the chat template: enable_thinking, tools, ..."""
     max_prompt_tokens: PositiveInt = 1024
     long_prompts: Literal["drop", "refuse"] = "drop"
     """Rows longer than max_prompt_tokens are dropped and counted, or an error."""
+    check: Literal["auto", "all", "drawn"] = "auto"
+    """Read and check every row before the run, or each when it is drawn; auto is all for up to 20,000 training rows."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else [] if value is None else value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _one_or_named(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        settings = value.keys() & EvaluationSetConfig.model_fields.keys()
+        named = not settings and all(isinstance(part, dict) for part in value.values())
+        return value if named else {ONLY: value}
+
+    @field_serializer("train", mode="wrap")
+    def _as_one_or_several(self, value: Any, dump: Any) -> Any:
+        dumped = dump(value)
+        return dumped[0] if len(dumped) == 1 else dumped
+
+    @field_serializer("eval", mode="wrap")
+    def _as_one_or_named(self, value: Any, dump: Any) -> Any:
+        dumped = dump(value)
+        return dumped[ONLY] if dumped.keys() == {ONLY} else dumped
+
+    @property
+    def training_sets(self) -> dict[str, TrainingSetConfig]:
+        """By key of the run file."""
+        single = len(self.train) == 1
+        return {"data.train" if single else f"data.train.{number}": one for number, one in enumerate(self.train)}
+
+    @property
+    def held_out_sets(self) -> dict[str, EvaluationSetConfig]:
+        """By key of the run file."""
+        return {"data.eval" if name == ONLY else f"data.eval.{name}": one for name, one in self.eval.items()}
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> DataConfig:
+        unset = [number for number, one in enumerate(self.train) if one.weight is None]
+        if 0 < len(unset) < len(self.train):
+            raise ValueError(f"train.{unset[0]}.weight: must be set, since other data sets of the mixture have one")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> DataConfig:
+        names = [one.source or one.name for one in self.train]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(
+                    f"train.{number}.source: {name!r} is already the source of train.{names.index(name)}; name another, by"
+                    " which ids, metrics and rewards tell them apart"
+                )
+        return self
+
+
+ONLY = "eval"
+"""Name of the only held-out set, where the run file gives it none."""
 
 
 class SamplingConfig(Strict):
@@ -109,6 +196,10 @@ class RolloutConfig(SamplingConfig):
         if self.temperature == 0:
             raise ValueError("temperature: 0 gives every sample of a group the same text, so no advantage; use a value above 0")
         return self
+
+
+EVERY = ""
+"""Source under which rewards stand that the run file gives to all rows."""
 
 
 class RewardConfig(Strict):
@@ -163,10 +254,21 @@ class TrainConfig(Strict):
 
 
 class SftConfig(Strict):
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    """Optimizer steps; with epochs too, whichever ends first."""
+    epochs: PositiveInt | None = None
+    """Passes over the rows, each row once in each; the last step has the rows that are left."""
     rows_per_step: PositiveInt = 32
+    """Rows of an optimizer step, over all devices."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
     log_every: PositiveInt = 10
+
+
+    @model_validator(mode="after")
+    def _it_ends(self) -> SftConfig:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: must be set, or epochs")
+        return self
 
 
 class CriticConfig(Strict):
@@ -203,14 +305,12 @@ class EvaluationConfig(SamplingConfig):
     at_end: bool = True
     samples: PositiveInt = 1
     """Responses per row; its score is their mean."""
+    passing_score: float = 1.0
+    """Least score of a right response, for accuracy and pass@k."""
+    by: list[str] = ["source", "level"]
+    """Columns by whose values accuracy is also reported, where rows have them."""
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> EvaluationConfig:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples: {self.samples} greedy responses to a row are one and the same; set temperature above 0")
-        return self
 
 
 class LoggingConfig(Strict):

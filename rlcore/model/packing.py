@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlcore.distributed.balance import over_ranks, spread
 from rlcore.errors import ConfigError
-from rlcore.types import Batch, Packed, Segment, Vision
+from rlcore.types import Batch, Group, Packed, Segment, Vision
 
 Shapes = Sequence[tuple[int, Sequence[int]]]  # per group: prompt tokens, and response tokens of each sample
 
@@ -73,8 +73,7 @@ def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Pie
 def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
     """Split a batch across ranks by token count: each rank's groups, and their tokens' indices in [N]. All ranks run equally
     many forward passes."""
-    prompts = [len(group.prompt.token_ids) for group in batch.groups]
-    shares = over_ranks([prompt + size for prompt, size in zip(prompts, batch.sizes, strict=True)], ranks)
+    shares = over_ranks([prompt + sum(responses) for prompt, responses in _shapes(batch)], ranks)
     parts = [batch.select(share) for share in shares]
     rows = max(len(planned(part, cap, whole_groups)) for part in parts)
     return [(replace(part, rows=rows), batch.places(share)) for part, share in zip(parts, shares, strict=True)]
@@ -86,9 +85,12 @@ def _planned(shapes: tuple[tuple[int, tuple[int, ...]], ...], cap: int, names: t
 
 
 def _shapes(batch: Batch) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return tuple(
-        (len(group.prompt.token_ids), tuple(len(sample.token_ids) for sample in group.samples)) for group in batch.groups
-    )
+    return tuple((len(group.prompt.token_ids), _responses(group)) for group in batch.groups)
+
+
+def _responses(group: Group) -> tuple[int, ...]:
+    """Tokens of each sample beside the prompt's, one of which is not forwarded."""
+    return (1,) if group.prompt.imitated is not None else tuple(len(sample.token_ids) for sample in group.samples)
 
 
 def _names(batch: Batch) -> tuple[str, ...]:
@@ -162,7 +164,10 @@ class _RowBuilder:
         self._positions.append(_positions(prompt.position_ids, len(prompt.token_ids), self._axes))
         last = start + len(prompt.token_ids) - 1
         first = self._batch.starts[piece.group]
-        lengths = [self._respond(group.samples[one].token_ids, last, first[one], prompt.next_position) for one in piece.samples]
+        if prompt.imitated is not None:
+            self._imitate(group.samples[0].token_ids, start + prompt.imitated - 1, first[0])
+        chosen = piece.samples if prompt.imitated is None else ()
+        lengths = [self._respond(group.samples[one].token_ids, last, first[one], prompt.next_position) for one in chosen]
         self._segments.append(Segment(start, len(prompt.token_ids), tuple(lengths)))
         if prompt.vision is not None:
             self._vision.append(prompt.vision)
@@ -178,6 +183,12 @@ class _RowBuilder:
             index=self._index.tensor(),
             vision=self._vision,
         )
+
+    def _imitate(self, tokens: NDArray[np.integer], predictors: NDArray[np.integer], first: int) -> None:
+        """Add a sample whose tokens are in the prompt already."""
+        self._predictors.add(predictors)
+        self._targets.add(tokens)
+        self._index.add(np.arange(first, first + len(tokens)))
 
     def _respond(self, tokens: NDArray[np.integer], last: int, first: int, position: int) -> int:
         """Add a response whose prompt ends at `last` in the row and whose tokens start at `first` in [N]; its input tokens."""

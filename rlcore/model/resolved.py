@@ -9,8 +9,6 @@ import torch
 
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import LoraConfig, ModelConfig
-from rlcore.data.prompts import PromptSource
-from rlcore.data.rows import load_rows
 from rlcore.device import Backend
 from rlcore.distributed.ulysses import check_heads
 from rlcore.errors import ConfigError, nearest
@@ -37,6 +35,7 @@ class ResolvedModel:
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
         self.family = family_of(self.folder, config.model)
+        self.family.use_template(config.data.chat_template, config.data.chat_template_options)
         fast, asked = backend.default_precision(), config.model.precision
         self.precision = precision = fast if asked == "auto" else asked
         why = f"what this {backend.name} is fastest in" if asked == "auto" else "as model.precision says"
@@ -104,11 +103,6 @@ class ResolvedModel:
             raise ConfigError(f"model.freeze: no weight of {self.config.model.path} starts with {part!r}{nearest(part, parts)}")
         for parameter in chosen:
             parameter.requires_grad_(False)
-
-    def prompts(self, seed: int) -> PromptSource:
-        """The training rows, shuffled by `seed`."""
-        data = self.config.data
-        return PromptSource(load_rows(data.train), self.family, data.max_prompt_tokens, data.long_prompts, seed)
 
 
 def _frozen(model: torch.nn.Module) -> set[str]:

@@ -69,6 +69,14 @@ def grpo_line(number: int, steps: int, numbers: Metrics) -> str:
     return "  ".join(parts) + (f" ({times})" if times else "")
 
 
+def evaluation_line(numbers: Metrics) -> str:
+    """Format the metrics of an evaluation before training."""
+    shown = {"score": ".3f", "accuracy": ".3f", "loss": ".4f"}
+    parts = [f"{name} {numbers[f'eval/{name}']:{form}}" for name, form in shown.items() if f"eval/{name}" in numbers]
+    rows = f" on {numbers['eval/rows']:.0f} rows" if "eval/rows" in numbers else ""
+    return f"before training  eval {', '.join(parts) or 'without a score'}{rows}"
+
+
 def _order(score: Score) -> float:
     return float("-inf") if score.value is None else score.value
 

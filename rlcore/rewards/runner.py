@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from bdb import BdbQuit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any
 
 from rlcore import registry
-from rlcore.config.sections import RewardConfig
-from rlcore.errors import ConfigError
-from rlcore.types import Group, Prompt, Sample, Score
+from rlcore.config.sections import EVERY, RewardConfig
+from rlcore.errors import ConfigError, nearest
+from rlcore.types import Group, Prompt, Row, Sample, Score
 
 RewardFunction = Callable[..., float]  # (response, answer, fields), and prompt=text if it has that parameter
 
@@ -30,14 +30,19 @@ class Term:
 
 
 class RewardFunctions:
-    """Weighted sum of the run file's rewards, in this process. ConfigError for unknown names, options and repeats."""
+    """Weighted sum of the run file's rewards for all rows, or of those for a row's source, in this process. ConfigError for
+    unknown names, options and repeats."""
 
-    def __init__(self, configs: Sequence[RewardConfig]) -> None:
-        self.terms = [_term(config, f"reward.{index}") for index, config in enumerate(configs)]
-        names = [term.name for term in self.terms]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                raise ConfigError(f"reward.{index}.name: {name!r} is already reward.{names.index(name)}; list each reward once")
+    def __init__(self, configs: Mapping[str, Sequence[RewardConfig]]) -> None:
+        self.terms = {
+            source: _terms(rewards, f"reward.{source}" if source else "reward") for source, rewards in configs.items()
+        }
+
+    def check(self, row: Row) -> None:
+        """ConfigError for a row from a source that has no reward."""
+        if EVERY not in self.terms and row.source not in self.terms:
+            hint = nearest(row.source, list(self.terms))
+            raise ConfigError(f"reward: the row {row.id} is from {row.source!r}, which has no reward in the table{hint}")
 
     def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One score per sample, in order. Status "timeout" where a function raised TimeoutError, "error" for all else."""
@@ -45,7 +50,8 @@ class RewardFunctions:
 
     def _score(self, sample: Sample, prompt: Prompt) -> Score:
         row, parts = prompt.row, dict[str, float]()
-        for term in self.terms:
+        terms = self.terms[EVERY if EVERY in self.terms else row.source]
+        for term in terms:
             given = {"prompt": prompt.text} if term.wants_prompt else {}
             try:
                 parts[term.name] = _number(term.function(sample.text, row.answer, row.fields, **given))
@@ -55,7 +61,15 @@ class RewardFunctions:
                 status = "timeout" if isinstance(error, TimeoutError) else "error"
                 detail = f"reward {term.name!r}, row {row.id}: {type(error).__name__}: {error}"
                 return Score(None, status, parts, detail)
-        return Score(sum(term.weight * parts[term.name] for term in self.terms), parts=parts)
+        return Score(sum(term.weight * parts[term.name] for term in terms), parts=parts)
+
+
+def _terms(configs: Sequence[RewardConfig], key: str) -> list[Term]:
+    names = [config.name for config in configs]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ConfigError(f"{key}.{index}.name: {name!r} is already {key}.{names.index(name)}; list each reward once")
+    return [_term(config, f"{key}.{index}") for index, config in enumerate(configs)]
 
 
 def _term(config: RewardConfig, key: str) -> Term:

@@ -62,14 +62,21 @@ class Placement:
     def start_engines(self) -> None:
         self._of["rollout"].all(Worker.start_engine)
 
-    def load(self, command: str, folder: Path | None = None) -> None:
-        """Load the models of a command (`grpo`, `sft`, `dpo`), from `folder` or the run's initial model."""
-        task, cap = training_task(command, self.config), self.config.train.max_tokens_per_microbatch
-        results([member.call(Worker.load, command, folder) for pool in self.pools for member in pool.members])
+    def load(self, command: str, folder: Path | None = None, steps: int | None = None) -> None:
+        """Load the models of a command (`grpo`, `sft`, `dpo`), from `folder` or the run's initial model. `steps`: of the whole
+        run, where the run file gives epochs."""
+        task, cap = training_task(command, self.config, steps), self.config.train.max_tokens_per_microbatch
+        self.version, self.receipt = 0, None
+        results([member.call(Worker.load, command, folder, steps) for pool in self.pools for member in pool.members])
         self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
         self.actor = PooledActor(self._of["actor"], task, cap)
         self.reference = PooledReference(self._of["reference"], Worker.reference_logprobs, cap) if task.with_reference else None
         self.critic = PooledCritic(self.actor) if command == "grpo" and self.config.critic else None
+
+    def load_encoder(self) -> None:
+        """Load the vision encoder alone, for engines that serve the initial model."""
+        self._of["vision"].all(Worker.load_encoder)
+        self.encoder = PooledEncoder(self._of["vision"]) if self.config.model.images_are_read_once else None
 
     def sync_weights(self) -> Receipt:
         """Make the engines serve the actor's weights, if they do not already; returns the receipt of the weights they serve."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rlcore.config.sections import RewardConfig
 from rlcore.monitor.clock import Clock, Span
@@ -15,7 +15,7 @@ from rlcore.types import Group, Metrics, Score
 class RewardWorker:
     """Scores groups; holds no device."""
 
-    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+    def __init__(self, configs: Mapping[str, Sequence[RewardConfig]]) -> None:
         self.rewards, self.clock = RewardFunctions(configs), Clock()
 
     def score(self, group: Group) -> list[Score]:

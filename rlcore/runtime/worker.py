@@ -75,20 +75,25 @@ class Worker:
             self.rollout = self._factory.rollout()
             self.memory_manager.register("engine", self.rollout)
 
-    def load(self, command: str, folder: Path | None = None) -> None:
-        """Load the models of a command, from `folder` or the run's initial model. The reference keeps these weights."""
+    def load(self, command: str, folder: Path | None = None, steps: int | None = None) -> None:
+        """Load the models of a command, from `folder` or the run's initial model. The reference keeps these weights. `steps`:
+        of the whole run, where the run file gives epochs."""
         self.encoder = self.actor = self.reference = self.critic = None
-        task, trained = training_task(command, self.config), "actor" in self.roles
+        task, trained = training_task(command, self.config, steps), "actor" in self.roles
         compared = task.with_reference and "reference" in self.roles
         factory = self._factory
         if trained or compared:
             seed_random_states(self.config.seed)  # same on every rank
             self.actor, self.reference = factory.policy(task, folder or self.resolved.folder, trained, compared)
-        if "vision" in self.roles and self.config.model.images_are_read_once:
-            self.encoder = factory.encoder(self.actor)
+        self.load_encoder()
         if trained and command == "grpo" and self.config.critic:
             self.critic = factory.critic(task, self.config.critic)
         self._register_memory()
+
+    def load_encoder(self) -> None:
+        """Load the vision encoder, if images are read once and here."""
+        if "vision" in self.roles and self.config.model.images_are_read_once:
+            self.encoder = self._factory.encoder(self.actor)
 
     def _register_memory(self) -> None:
         """Register each role's tensors with the memory manager."""

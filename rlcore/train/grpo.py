@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from rlcore.algorithms.kl import Controller
 from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint
 from rlcore.config.schema import RunConfig
-from rlcore.data.prompts import Prompts, left_out
+from rlcore.data.prompts import Encoded
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
+from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor import metrics
 from rlcore.monitor.clock import OUTSIDE_ITERATION, Clock, Span, timings
 from rlcore.monitor.console import Console, grpo_line
@@ -28,12 +30,12 @@ from rlcore.runtime.roles import InlineReward, Scorer
 from rlcore.runtime.signals import Interruption
 from rlcore.train import sft
 from rlcore.train.advantages import advantage_inputs, needs_old_logprobs, with_advantages
-from rlcore.train.evaluate import Evaluation, evaluate, held_out_rows, unread_rows
+from rlcore.train.evaluate import Evaluation, evaluate
 from rlcore.train.loop import Loop, NothingToLearn
-from rlcore.train.records import Iteration, failures, sample_records, score_metrics
+from rlcore.train.records import Iteration, failures, sample_records, score_metrics, source_metrics
 from rlcore.train.sampling import STAGES, Sampled, Sampler, synced
 from rlcore.train.session import Session
-from rlcore.types import Batch, Metrics
+from rlcore.types import Batch, Metrics, Prompt, Row
 
 T = TypeVar("T")
 
@@ -105,16 +107,18 @@ def train(
     warm = folder / "sft" if config.sft else None
     saved = _resumed(folder, warm) if resume else None
     with Session(config, backend, folder, console) as session:
-        held_out = held_out_rows(session.resolved)
-        if config.sft:
-            sft.check_targets(session.source.rows, session.resolved)
         rewards = RewardFunctions(config.reward)
+        session.read(partial(_check, rewards=rewards, resolved=session.resolved))
+        held_out = session.held_out(rewards.check)
         placement = session.start()
-        first = config.sft is not None and saved is None and sft.missing(warm, config.sft.steps)
-        placement.load("sft" if first else "grpo", None if first else sft.result(warm))
+        warm_steps = sft.steps(config.sft, session.source) if config.sft else 0
+        first = saved is None and sft.missing(warm, warm_steps)
+        if first:
+            placement.load("sft", steps=warm_steps)
+        else:
+            placement.load("grpo", sft.result(warm))
         placement.start_engines()
         session.announce(begin)
-        console.warn(left_out("data.eval", held_out, config.data) if held_out else unread_rows(config))
         if first and warm:
             sft.warm_up(session, warm)
             placement.load("grpo", sft.result(warm))
@@ -122,12 +126,18 @@ def train(
         Loop(task, session, folder, task.clock, config.evaluation).go(saved)
 
 
+def _check(row: Row, rewards: RewardFunctions, resolved: ResolvedModel) -> None:
+    rewards.check(row)
+    if resolved.config.sft:
+        sft.check_target(row, resolved)
+
+
 class GrpoTask:
     """GRPO training task, and its state between steps."""
 
     name, log_every = "grpo", 1
 
-    def __init__(self, session: Session, rewards: Reward, held_out: Prompts | None) -> None:
+    def __init__(self, session: Session, rewards: Reward, held_out: Mapping[str, Encoded[Prompt]]) -> None:
         self.config, self.source, self.placement = session.config, session.source, session.placement
         self.interruption, self.held_out = session.interruption, held_out
         self.steps = self.config.train.steps
@@ -155,11 +165,11 @@ class GrpoTask:
 
     def evaluate(self) -> Evaluation:
         """Evaluate, once any sampling ahead has finished."""
-        assert self.held_out is not None
         if self.ahead:
             wait([self.ahead])
         with self.clock.span("evaluate"):
-            return evaluate(self.placement, self.reward, self.held_out, self.config)
+            self.placement.sync_weights()
+            return Evaluation(evaluate(self.placement, self.reward, self.held_out, self.config))
 
     def state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl.coefficient}
@@ -217,6 +227,7 @@ class GrpoStep:
         sampled = [*batch.groups, *iteration.replaced.groups]
         return {
             **score_metrics([*iteration.scores, *iteration.replaced.scores]),
+            **source_metrics(sampled, [*iteration.scores, *iteration.replaced.scores]),
             **metrics.spread("grpo/rewards", inputs.penalized[inputs.valid].tolist()),
             **metrics.spread("grpo/advantages", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},

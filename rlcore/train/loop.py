@@ -13,9 +13,9 @@ from rlcore.checkpoint.folder import read_state, save_checkpoint
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.config.sections import EvaluationConfig
 from rlcore.data.prompts import PromptSource
-from rlcore.errors import NonFinite, RunError
+from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.monitor.clock import Clock
-from rlcore.monitor.console import Console
+from rlcore.monitor.console import Console, evaluation_line
 from rlcore.monitor.sinks import Sinks
 from rlcore.train.evaluate import Evaluation
 from rlcore.train.records import evaluation_records, failures
@@ -125,6 +125,7 @@ class Loop:
         numbers, records = step.metrics(), [*step.records()]
         if evaluation:
             numbers, records = numbers | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
+            evaluation.write(self.folder, number)
         self.sinks.write(number, numbers, records)
         if number % self.task.log_every == 0 or number == self.task.steps:
             self.console.step(step.line(numbers), self.task.log_every)
@@ -134,7 +135,7 @@ class Loop:
     def _trained(self, number: int) -> Step:
         try:
             return self.task.step(number)
-        except NothingToLearn:
+        except (NothingToLearn, ConfigError):  # no row is left to learn from, or one that was now drawn is broken
             self._keep()
             raise
         except NonFinite as error:
@@ -147,8 +148,8 @@ class Loop:
         evaluation = self.task.evaluate()
         numbers = evaluation.metrics() | {"timing/evaluate": time.perf_counter() - began}
         self.sinks.write(0, numbers, evaluation_records(evaluation))
-        score = f"eval {numbers['eval/score']:.3f}" if "eval/score" in numbers else "eval without a score"
-        self.console.say(f"before training  {score} on {len(evaluation.groups)} rows")
+        evaluation.write(self.folder, 0)
+        self.console.say(evaluation_line(numbers))
         self.console.warn(failures(evaluation.scores, "evaluation: "))
 
     def _due(self, every: int, at_end: bool) -> bool:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rlcore.config.schema import RunConfig
-from rlcore.data.prompts import Prompts, encode_all
-from rlcore.data.rows import load_rows
+from rlcore.config.sections import ONLY, SftConfig
+from rlcore.data.prompts import Encoded, PromptSource
+from rlcore.data.sources import held_out_prompts, training_prompts
 from rlcore.device import Backend
 from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import plan_microbatches
 from rlcore.model.resolved import MODEL_CACHE
+from rlcore.train.sft import steps
+from rlcore.types import Prompt
 
 CAP = "train.max_tokens_per_microbatch"
 
 
-def read(config: RunConfig, backend: Backend) -> tuple[Prompts, Prompts | None]:
-    """Encode the training rows and the evaluation rows."""
+def read(config: RunConfig, backend: Backend) -> tuple[PromptSource, dict[str, Encoded[Prompt]]]:
+    """The training rows and the evaluation rows."""
     backend.prepare()
-    data, family = config.data, family_of(resolve(config.model, MODEL_CACHE), config.model)
-
-    def prompts(key: str) -> Prompts:
-        rows = load_rows(getattr(data, key), f"data.{key}")
-        return encode_all(rows, family, data.max_prompt_tokens, data.long_prompts)
-
-    return prompts("train"), prompts("eval") if config.evaluation and data.eval else None
+    family = family_of(resolve(config.model, MODEL_CACHE), config.model)
+    family.use_template(config.data.chat_template, config.data.chat_template_options)
+    held_out = held_out_prompts(config.data, family) if config.evaluation else {}
+    return training_prompts(config.data, family, config.seed), held_out
 
 
-def describe(config: RunConfig, training: Prompts, held_out: Prompts | None) -> str:
+def describe(config: RunConfig, training: PromptSource, held_out: Mapping[str, Encoded[Prompt]]) -> str:
     """Prompts, samples, optimizer steps and micro-batches, each with the arithmetic behind it."""
     train, group = config.train, config.algorithm.group_size
     passes = train.steps * train.prompts_per_step / len(training)
@@ -52,17 +54,21 @@ def describe(config: RunConfig, training: Prompts, held_out: Prompts | None) -> 
     if config.placement.kind != "local":
         lines.append(("devices", _devices(config)))
     if config.sft:
-        examples = config.sft.steps * config.sft.rows_per_step
-        lines.insert(0, ("warm start", f"{config.sft.steps} supervised steps x {config.sft.rows_per_step} rows = {examples}"))
+        lines.insert(0, ("supervised steps", _supervised(config.sft, training)))
     if config.evaluation:
         lines.append(("evaluation", _evaluations(config)))
-    if held_out is not None:
-        lines.append(("evaluation rows", _rows(held_out)))
+    lines += [("evaluation rows" if name == ONLY else f"evaluation rows {name}", _rows(one)) for name, one in held_out.items()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-def _rows(prompts: Prompts) -> str:
+def _supervised(config: SftConfig, training: PromptSource) -> str:
+    count, rows = steps(config, training), config.rows_per_step
+    whole = count * rows if config.epochs is None else min(count * rows, config.epochs * len(training))
+    return f"{count} steps of {rows} rows = {whole / len(training):.2f} passes over the training rows"
+
+
+def _rows(prompts: PromptSource | Encoded[Prompt]) -> str:
     dropped = f" ({prompts.dropped_long} more are longer than data.max_prompt_tokens and dropped)"
     return f"{len(prompts)}{dropped if prompts.dropped_long else ''}"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlcore.algorithms import dapo
 from rlcore.config.algorithm import AlgorithmConfig
+from rlcore.config.sections import ONLY
 from rlcore.monitor.metrics import spread
 from rlcore.train.evaluate import Evaluation
 from rlcore.train.sampling import Scored
@@ -41,6 +42,19 @@ def score_metrics(scores: Sequence[Sequence[Score]]) -> Metrics:
         "reward/error": float(sum(score.status == "error" for score in flat)),
         "grpo/groups_without_signal": sum(not dapo.has_signal(group) for group in scores) / len(scores),
     }
+
+
+def source_metrics(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Metrics:
+    """`source/<name>/{score,samples,response_length}` where a step has rows of several sources."""
+    found: Metrics = {}
+    names = sorted({group.prompt.row.source for group in groups})
+    for name in names if len(names) > 1 else ():
+        mine = [(group, score) for group, score in zip(groups, scores, strict=True) if group.prompt.row.source == name]
+        values = [score.value for _, group_scores in mine for score in group_scores if score.value is not None]
+        lengths = [len(sample.token_ids) for group, _ in mine for sample in group.samples]
+        found |= {f"source/{name}/score": statistics.fmean(values)} if values else {}
+        found |= {f"source/{name}/samples": float(len(lengths)), f"source/{name}/response_length": statistics.fmean(lengths)}
+    return found
 
 
 def sample_records(iteration: Iteration, config: AlgorithmConfig) -> Iterator[dict[str, Any]]:
@@ -84,7 +98,9 @@ def failures(scores: Sequence[Sequence[Score]], where: str = "") -> str | None:
 
 
 def evaluation_records(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    return ({"phase": "eval", **record} for record, _ in _samples(evaluation.groups, evaluation.scores))
+    for one in evaluation.sets:
+        named = {} if one.name == ONLY else {"set": one.name}
+        yield from ({"phase": "eval", **named, **record} for record, _ in _samples(one.groups, one.scores))
 
 
 def _samples(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Iterator[tuple[dict[str, Any], Score]]:

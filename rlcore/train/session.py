@@ -9,13 +9,16 @@ from types import TracebackType
 
 from rlcore.checkpoint.state import seed_random_states
 from rlcore.config.schema import RunConfig
-from rlcore.data.prompts import left_out
+from rlcore.config.sections import ONLY
+from rlcore.data.prompts import Encoded, left_out, no_check
+from rlcore.data.sources import held_out_prompts, training_prompts
 from rlcore.device import Backend
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.console import Console
 from rlcore.runtime.placement import Placement, start
 from rlcore.runtime.signals import Interruption
 from rlcore.runtime.watchdog import Watchdog
+from rlcore.types import Prompt, Row
 
 
 class Session:
@@ -23,6 +26,7 @@ class Session:
 
     def __init__(self, config: RunConfig, backend: Backend, folder: Path, console: Console) -> None:
         self.config, self.backend, self.folder, self.console = config, backend, folder, console
+        self._held_out: dict[str, Encoded[Prompt]] = {}
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
@@ -30,7 +34,6 @@ class Session:
             self.watchdog = stack.enter_context(Watchdog(self.config.placement.stall_seconds, self.folder))
             seed_random_states(self.config.seed)
             self.resolved = ResolvedModel(self.config, self.backend)
-            self.source = self.resolved.prompts(self.config.seed)
             self._stack = stack.pop_all()
         return self
 
@@ -38,6 +41,17 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+
+    def read(self, check: Callable[[Row], None] = no_check, conversations: bool = False) -> None:
+        """Open the training rows, each of which must pass `check`; see `training_prompts`."""
+        self.source = training_prompts(self.config.data, self.resolved.family, self.config.seed, check, conversations)
+        self._stack.callback(self.source.close)
+
+    def held_out(self, check: Callable[[Row], None]) -> dict[str, Encoded[Prompt]]:
+        """Open the held-out rows, each of which must pass `check`, if the run evaluates."""
+        if self.config.evaluation is not None:
+            self._held_out = held_out_prompts(self.config.data, self.resolved.family, check)
+        return self._held_out
 
     def start(self) -> Placement:
         """Start the workers, after every check that can do without them."""
@@ -49,4 +63,12 @@ class Session:
         begin()
         self.console.say(self.resolved.notice)
         self.console.warn(self.resolved.caution)
-        self.console.warn(left_out("data.train", self.source, self.config.data))
+        self.console.warn(left_out("data.train", self.source.dropped_long, len(self.source), self.config.data))
+        for name, prompts in self._held_out.items():
+            key = "data.eval" if name == ONLY else f"data.eval.{name}"
+            self.console.warn(left_out(key, prompts.dropped_long, len(prompts), self.config.data))
+        if self.config.data.eval and not self._held_out:
+            remedy = "add it (evaluation: {}) or remove data.eval"
+            self.console.warn(f"data.eval: no row of it is evaluated, because evaluation is not set; {remedy}")
+        if self.source.unread:
+            self.console.say(f"data.train: {len(self.source):,} rows, each checked when it is drawn (data.check)")

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rlcore.checkpoint.folder import latest_checkpoint
-from rlcore.config.schema import RunConfig
 from rlcore.data.prompts import PromptSource
-from rlcore.device import Backend
-from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor import metrics
+from rlcore.monitor.clock import Clock, timings
 from rlcore.monitor.console import Console
-from rlcore.train.loop import Loop
+from rlcore.train.evaluate import Evaluation
 from rlcore.train.session import Session
-from rlcore.types import Batch, Metrics, Row
+from rlcore.types import Batch, Metrics
 
 
 @dataclass(frozen=True)
 class SupervisedStep:
     """A finished step: its metrics and its console line."""
 
+    task: SupervisedTask
+    number: int
     drawn: int
+    began: float
     numbers: Metrics
-    text: str
 
     def metrics(self) -> Metrics:
-        return self.numbers
+        spans = [*self.task.clock.take(), *self.task.session.placement.spans()]
+        return self.numbers | timings(spans, self.began, time.perf_counter())
 
     def records(self) -> Iterable[Mapping[str, Any]]:
         return ()
 
     def line(self, numbers: Metrics) -> str:
-        return self.text
+        task, named = self.task, {name.rpartition("/")[2]: name for name in self.task.shown}
+        held_out = {f"eval {name}": f"eval/{name}" for name in ("loss", "score") if f"eval/{name}" in numbers}
+        shown = "  ".join(f"{label} {numbers[name]:.4f}" for label, name in (named | held_out).items())
+        return f"{task.name} {self.number}/{task.steps}  {shown}  grad {numbers['grad_norm']:.3g}"
 
     def show(self, numbers: Metrics, console: Console) -> None:
         """Print nothing more."""
+
+
+def _no_evaluation() -> Evaluation:
+    return Evaluation()
 
 
 @dataclass(frozen=True)
@@ -52,40 +58,29 @@ class SupervisedTask:
     batch: Callable[[], Batch]  # draws the next one
     shown: tuple[str, ...]  # metrics on the console
     session: Session
+    clock: Clock
+    evaluation: Callable[[], Evaluation] = _no_evaluation
 
     def start(self) -> None:
-        """No timings to discard."""
+        self.clock.take()
+        self.session.placement.spans()
 
     def step(self, number: int) -> SupervisedStep:
         began = time.perf_counter()
-        batch = self.batch()
+        with self.clock.span("data"):
+            batch = self.batch()
         self.session.interruption.hold()
-        numbers = self.session.placement.actor.update(batch)
+        numbers = self.session.placement.update(batch)
         if self.session.config.model.images_are_read_once:
             numbers |= metrics.images(batch.groups)
-        numbers["timing/all"] = time.perf_counter() - began
-        shown = "  ".join(f"{name.rpartition('/')[2]} {numbers[name]:.4f}" for name in self.shown)
-        text = f"{self.name} {number}/{self.steps}  {shown}  grad {numbers['grad_norm']:.3g}"
-        return SupervisedStep(self.source.drawn, numbers, text)
+        return SupervisedStep(self, number, self.source.drawn, began, numbers)
 
-    def evaluate(self) -> NoReturn:
-        raise NotImplementedError(f"{self.name} samples nothing")
+    def evaluate(self) -> Evaluation:
+        with self.clock.span("evaluate"):
+            return self.evaluation()
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """No state besides what every checkpoint holds."""
-
-
-def run(
-    command: str, check: Callable[[Sequence[Row], ResolvedModel], None], task: Callable[[Session], SupervisedTask],
-    config: RunConfig, backend: Backend, folder: Path, resume: bool, console: Console, begin: Callable[[], object],
-) -> None:  # fmt: skip
-    """A whole run of such a task. `check` refuses rows before the run folder exists, which `begin` makes."""
-    saved = latest_checkpoint(folder) if resume else None
-    with Session(config, backend, folder, console) as session:
-        check(session.source.rows, session.resolved)
-        session.start().load(command)
-        session.announce(begin)
-        Loop(task(session), session, folder).go(saved)
+        self.session.placement.version = state["step"]

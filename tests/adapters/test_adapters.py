@@ -26,8 +26,8 @@ from rlcore.model import lora
 from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import microbatches
 from rlcore.model.resolved import ResolvedModel
-from rlcore.train.dpo import check_pairs
-from rlcore.train.sft import check_targets
+from rlcore.train.dpo import check_pair
+from rlcore.train.sft import check_target
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
@@ -540,14 +540,14 @@ def pair(target: str | None, rejected: str | None = None) -> Row:
 )
 def test_a_response_that_no_model_would_write_is_refused(text, said, resolved):
     good = "two</think> 2"
-    check_targets([pair(good)], resolved)
-    check_pairs([pair(good, "three</think> 3")], resolved)
+    check_target(pair(good), resolved)
+    check_pair(pair(good, "three</think> 3"), resolved)
     with pytest.raises(ConfigError, match=said.format("target")):
-        check_targets([pair(good), pair(text)], resolved)
+        check_target(pair(text), resolved)
     with pytest.raises(ConfigError, match=said.format("preferred response")):
-        check_pairs([pair(text, good)], resolved)
+        check_pair(pair(text, good), resolved)
     with pytest.raises(ConfigError, match=said.format("rejected response")):
-        check_pairs([pair(good, text)], resolved)
+        check_pair(pair(good, text), resolved)
 
 
 def test_freezing_everything_leaves_nothing_to_train(models, backend):

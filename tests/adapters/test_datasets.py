@@ -26,7 +26,7 @@ published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published row
 
 
 def load(name, path=None, max_rows=None, **options):
-    return load_rows(DatasetConfig(name=name, path=path and str(path), options=options, max_rows=max_rows))
+    return list(load_rows(DatasetConfig(name=name, path=path and str(path), options=options, max_rows=max_rows)))
 
 
 def one(tmp_path, name, **values):

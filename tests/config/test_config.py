@@ -12,7 +12,7 @@ from rlcore.config import loader
 from rlcore.config.algorithm import PRESETS
 from rlcore.config.loader import validate
 from rlcore.config.schema import RunConfig
-from rlcore.config.sections import SftConfig
+from rlcore.config.sections import DpoConfig
 from rlcore.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -182,10 +182,10 @@ def test_overrides_reach_lists_sections_that_are_not_there_and_yaml_values(file)
             "data.train.options={count: 4}", "data.train.options.seed=1", "logging.tensorboard=false", "model.path=a=b",
         ],
     )  # fmt: skip
-    assert config.reward[0].weight == 2
+    assert config.rewards["0"].weight == 2
     assert config.optimizer.lr == 1e-4 and config.optimizer.betas == (0.0, 0.95)
     assert config.sft is not None and config.sft.steps == 3 and config.sft.optimizer.lr == 1e-3
-    assert config.data.train.options == {"count": 4, "seed": 1}
+    assert config.data.train[0].options == {"count": 4, "seed": 1}
     assert config.logging.tensorboard is False
     assert config.model.path == "a=b"
 
@@ -257,7 +257,7 @@ def test_a_config_is_read_and_never_written(file):
 
 def test_options_of_a_plugin_are_explained_under_their_full_name():
     with pytest.raises(ConfigError, match=r"^backend.options.steps: must be set\nbackend.options.stepz: no such setting;"):
-        validate(SftConfig, {"stepz": 1}, "backend.options.")
+        validate(DpoConfig, {"stepz": 1}, "backend.options.")
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("**/*.yaml")), ids=lambda path: path.stem)

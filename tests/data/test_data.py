@@ -11,7 +11,7 @@ import re
 import numpy
 import pyarrow
 import pytest
-import torch
+from letters import LetterFamily
 from PIL import Image
 from pyarrow import parquet
 from run_files import write
@@ -22,30 +22,11 @@ from rlcore.config.sections import DatasetConfig, ModelConfig
 from rlcore.data.chat import chat, check_opening, conversation
 from rlcore.data.files import read_records
 from rlcore.data.images import Pictures, decode_image, sizes
-from rlcore.data.prompts import Prompts, PromptSource, encode_all
+from rlcore.data.prompts import RowFilter
 from rlcore.data.rows import load_rows, rows
 from rlcore.errors import ConfigError, PluginError
 from rlcore.model.loading import resolve
-from rlcore.types import Prompt, Row
-
-
-class LetterFamily:
-    """Model family with one token per letter of the only message."""
-
-    def __init__(self):
-        self.encoded = 0
-
-    def prompt_length(self, row):
-        return len(row.messages[0]["content"])
-
-    def encode(self, row):
-        self.encoded += 1
-        tokens = [ord(letter) for letter in row.messages[0]["content"]]
-        return Prompt(row, tokens, tokens, vision={"pixel_values": torch.zeros(250)})
-
-
-def letters(count):
-    return [Row(id=f"r:{i}", messages=chat("x" * (i + 1))) for i in range(count)]
+from rlcore.types import Row
 
 
 def jsonl(folder, *values, name="train.jsonl"):
@@ -60,6 +41,7 @@ def png(mode="RGB", colour=(10, 20, 30)):
     return stream.getvalue()
 
 
+ROWS = RowFilter(LetterFamily(), max_prompt_tokens=100)
 ASKED = [{"role": "user", "content": "1+1?"}]
 QUESTIONS = [{"prompt": "1+1?", "answer": 2, "level": "easy"}, {"prompt": "2+2?", "answer": "4", "level": "hard"}]
 
@@ -149,8 +131,8 @@ def test_no_path_is_named():
 
 def test_rows_take_named_columns_and_hand_over_the_others(tmp_path):
     path = jsonl(tmp_path, {"q": "1+1?", "a": 2, "s": "It is 2.", "name": "first", "level": 3})
-    (row,) = rows(path, prompt="q", answer="a", target="s", id="name", system="Be brief.", instruction="Use digits.")
-    assert row.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1? Use digits."}]
+    (row,) = rows(path, prompt="q", answer="a", target="s", id="name", instruction="Use digits.")
+    assert row.messages == [{"role": "user", "content": "1+1? Use digits."}]
     assert (row.id, row.answer, row.target, dict(row.fields)) == ("first", "2", "It is 2.", {"level": 3})
 
 
@@ -190,7 +172,7 @@ def test_a_prompt_may_be_a_chat(tmp_path):
 )
 def test_a_bad_row_is_named(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
-        rows(jsonl(tmp_path, values))
+        list(rows(jsonl(tmp_path, values)))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +207,7 @@ def test_a_row_without_images_may_talk_of_the_tag(tmp_path):
 
 def test_a_tag_without_its_image_is_named_and_may_be_said_to_be_text(tmp_path):
     with pytest.raises(ConfigError, match=r"1: the prompt holds <image> and 'images' has no image for it; fill it, or, where"):
-        rows(jsonl(tmp_path, {"prompt": "<image>What?", "answer": "1", "images": []}), images="images")
+        list(rows(jsonl(tmp_path, {"prompt": "<image>What?", "answer": "1", "images": []}), images="images"))
     asked = [{"role": "user", "content": [{"type": "text", "text": "<image>What?"}]}]
     (row,) = rows(jsonl(tmp_path, {"prompt": asked, "answer": "1", "images": None}), images="images")
     assert row.messages == [{"role": "user", "content": "<image>What?"}]
@@ -236,9 +218,11 @@ def test_beside_image_parts_the_tag_is_text():
     assert conversation([{"role": "user", "content": content}], images=1) == [{"role": "user", "content": content}]
 
 
-def test_two_system_texts_are_refused():
-    with pytest.raises(ConfigError, match=r"a\.jsonl:3: the prompt has a system message of its own; remove it or .* system"):
-        conversation([{"role": "system", "content": "Be brief."}, *ASKED], system="Look.", where="a.jsonl:3")
+def test_a_row_without_a_system_message_gets_the_run_files(tmp_path):
+    own = [{"role": "system", "content": "Be brief."}, *ASKED]
+    path = jsonl(tmp_path, {"prompt": ASKED, "answer": "2"}, {"prompt": own, "answer": "2"})
+    first, second = load_rows(DatasetConfig(path=str(path)), system="Look.")
+    assert first.messages == [{"role": "system", "content": "Look."}, *ASKED] and second.messages == own
 
 
 def test_placeholders_become_image_parts_in_order():
@@ -248,8 +232,7 @@ def test_placeholders_become_image_parts_in_order():
 
 
 def test_images_without_placeholders_come_first_and_the_instruction_last():
-    system, message = chat("What?", images=2, system="Look.", instruction="Be brief.")
-    assert system == {"role": "system", "content": "Look."}
+    (message,) = chat("What?", images=2, instruction="Be brief.")
     assert message["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What? Be brief."}]
 
 
@@ -358,8 +341,8 @@ def test_an_image_that_is_cut_is_named_when_the_rows_are_loaded(form, tmp_path):
     path = jsonl(tmp_path, *({"prompt": "<image>What?", "answer": "1", "images": [image]} for image in images))
     config = DatasetConfig(path=str(path), options={"images": "images"})
     with pytest.raises(ConfigError, match=r"train\.jsonl:3: the image cannot be decoded"):
-        load_rows(config)
-    assert len(load_rows(config.model_copy(update={"max_rows": 2}))) == 2
+        ROWS.fitting(load_rows(config))
+    assert len(ROWS.fitting(load_rows(config.model_copy(update={"max_rows": 2})))) == 2
 
 
 def test_the_size_of_an_image_is_known_without_its_pixels(tmp_path):
@@ -371,7 +354,7 @@ def test_the_size_of_an_image_is_known_without_its_pixels(tmp_path):
 
 def test_a_file_that_is_no_image_is_named_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.jsonl:1: no image file .*gone\.png"):
-        rows(jsonl(tmp_path, {"prompt": "x", "answer": "1", "image": "gone.png"}), images="image")
+        list(rows(jsonl(tmp_path, {"prompt": "x", "answer": "1", "image": "gone.png"}), images="image"))
 
 
 def test_load_rows_binds_options_and_keeps_the_first_rows(tmp_path):
@@ -395,8 +378,8 @@ def test_a_wrong_option_is_named(tmp_path, options, message):
 
 def test_repeated_ids_are_named(tmp_path):
     path = jsonl(tmp_path, {**QUESTIONS[0], "id": "a"}, {**QUESTIONS[1], "id": "a"})
-    with pytest.raises(ConfigError, match="2 rows have the id 'a'"):
-        load_rows(DatasetConfig(path=str(path), options={"id": "id"}))
+    with pytest.raises(ConfigError, match=r"data\.train: rows 1 and 2 have the id 'a'; ids must be unique"):
+        ROWS.fitting(load_rows(DatasetConfig(path=str(path), options={"id": "id"})))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +395,7 @@ def test_repeated_ids_are_named(tmp_path):
 def test_rows_that_a_function_of_ones_own_makes_wrong_are_named(made, said, monkeypatch):
     monkeypatch.setattr(registry, "load", lambda group, name: lambda path: made)
     with pytest.raises(ConfigError, match=f"data.train: 'own' ?{said}"):
-        load_rows(DatasetConfig(name="own"))
+        list(load_rows(DatasetConfig(name="own")))
 
 
 def failing_rows(path):
@@ -431,72 +414,6 @@ def no_rows(path):
 def test_a_data_set_without_rows_is_named():
     with pytest.raises(ConfigError, match=r"data\.train: '.*no_rows' holds no rows"):
         load_rows(DatasetConfig(name=f"{__name__}.no_rows"))
-
-
-@pytest.mark.parametrize(("count", "step"), [(5, 1), (5, 3), (4, 4), (3, 7)])
-def test_each_epoch_is_a_permutation(count, step):
-    source = PromptSource(letters(count), LetterFamily(), 100, seed=3)
-    drawn = []
-    while len(drawn) < 6 * count:
-        drawn += [prompt.row.id for prompt in source.draw(step)]
-    epochs = [drawn[start : start + count] for start in range(0, 6 * count, count)]
-    assert all(sorted(epoch) == sorted(row.id for row in source.rows) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-@pytest.mark.parametrize("place", [0, 2, 5, 11])
-def test_a_source_resumed_by_its_integer_goes_on_as_if_never_stopped(place):
-    def ids(source, count):
-        return [prompt.row.id for prompt in source.draw(count)]
-
-    whole = ids(PromptSource(letters(5), LetterFamily(), 100, seed=1), 20)
-    resumed = PromptSource(letters(5), LetterFamily(), 100, seed=1)
-    resumed.drawn = place
-    assert ids(resumed, 20 - place) == whole[place:]
-    assert resumed.drawn == 20
-
-
-def test_the_seed_decides_the_order():
-    orders = [[p.row.id for p in PromptSource(letters(20), LetterFamily(), 100, seed=seed).draw(20)] for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-
-
-def test_long_prompts_are_dropped_and_counted():
-    source = PromptSource(letters(5), LetterFamily(), 3)
-    assert source.dropped_long == 2
-    assert {row.id for row in source.rows} == {"r:0", "r:1", "r:2"} == {prompt.row.id for prompt in source.draw(9)}
-
-
-def test_a_refused_long_prompt_is_named_with_its_numbers():
-    with pytest.raises(ConfigError, match=r"r:3: 4 prompt tokens, .*max_prompt_tokens is 3 \(2 of 5 rows .*raise it to 5"):
-        PromptSource(letters(5), LetterFamily(), 3, "refuse")
-
-
-def test_no_prompt_left_is_said_with_the_shortest():
-    with pytest.raises(ConfigError, match=r"all 3 prompts are longer than data\.max_prompt_tokens 1; the shortest has 2"):
-        PromptSource(letters(4)[1:], LetterFamily(), 1)
-
-
-def test_prompts_are_encoded_once_while_they_fit_the_cache():
-    family = LetterFamily()
-    source = PromptSource(letters(4), family, 100)
-    source.draw(40)
-    assert family.encoded == 4
-
-
-def test_the_cache_is_bounded_and_changes_nothing():
-    family = LetterFamily()
-    prompts = Prompts(letters(4), family, cache_bytes=1500)
-    tokens = [[prompt.token_ids for prompt in prompts] for _ in range(3)]
-    assert tokens[0] == tokens[1] == tokens[2] and family.encoded == 12
-    assert prompts._held <= 1500 and prompts._held == sum(32 * 2 * len(p.token_ids) + 1000 for p in prompts._cache.values())
-
-
-def test_evaluation_prompts_are_each_row_once_in_order():
-    prompts = encode_all(letters(5), LetterFamily(), 4)
-    assert prompts.dropped_long == 1 and encode_all(letters(5), LetterFamily(), 5).dropped_long == 0
-    assert [prompt.row.id for prompt in prompts] == [f"r:{i}" for i in range(4)] == [p.row.id for p in prompts[0:4]]
-    assert prompts[-1].row.id == "r:3"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from run_files import settings
+from run_files import first_prompts, settings
 from safetensors.torch import load_file
 
 from rlcore import registry
@@ -360,7 +360,7 @@ def test_several_engines_draw_what_one_draws_and_in_its_order(tiny_llama, backen
     workers = [Worker(resolved) for _ in range(2)]
     for worker in workers:
         worker.start_engine()
-    prompts = resolved.prompts(seed=0).draw(5)
+    prompts = first_prompts(resolved, 5)
     alone = workers[0].rollout.generate(prompts, Sampling(2, 6, seed=3))
     groups = PooledRollout(Pool([Threaded(Drawn(worker)) for worker in workers]), 1).generate(prompts, Sampling(2, 6, seed=3))
     assert [group.prompt for group in groups] == prompts
@@ -373,7 +373,7 @@ def test_an_update_is_served_before_anything_more_is_sampled(tiny_llama, backend
     with placement.local(resolved, Watchdog(0, Path())) as run:
         run.load("grpo")
         run.start_engines()
-        prompts, before = resolved.prompts(seed=0).draw(2), []
+        prompts, before = first_prompts(resolved, 2), []
         for version in (0, 1, 2):
             assert run.sync_weights().version == version
             batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 6, seed=1)))
@@ -413,7 +413,7 @@ def one_update(folder, backend, **sections):
     run.load("grpo")
     run.start_engines()
     run.sync_weights()
-    batch = Batch.of(run.rollout.generate(resolved.prompts(seed=0).draw(2), Sampling(4, 6, seed=1)))
+    batch = Batch.of(run.rollout.generate(first_prompts(resolved, 2), Sampling(4, 6, seed=1)))
     return run, replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask)))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_files import settings
+from run_files import first_prompts, settings
 
 from rlcore.config.schema import RunConfig
 from rlcore.model.resolved import ResolvedModel
@@ -54,7 +54,7 @@ def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, back
     run.load("grpo")
     run.start_engines()
     run.sync_weights()
-    (prompt,) = resolved.prompts(seed=0).draw(1)
+    (prompt,) = first_prompts(resolved, 1)
     reward = InlineReward(RewardFunctions(config.reward), Clock())
     kept, replaced = sampling.collect(run, reward, lambda count: [prompt] * count, config, 1, Clock())
     drawn = [[sample.token_ids.tolist() for each in scored.groups for sample in each.samples] for scored in (kept, replaced)]

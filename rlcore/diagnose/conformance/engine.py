@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlcore.data.sources import training_prompts
 from rlcore.diagnose.conformance.measurement import Measurement
 from rlcore.diagnose.conformance.section import Setup
 from rlcore.errors import RunError
@@ -26,7 +27,7 @@ FAULTS: Mapping[str, Callable[[list[tuple[str, Tensor]]], NamedTensors]] = {
 
 def measure(setup: Setup) -> Iterator[Measurement]:
     resolved = ResolvedModel(setup.config, setup.backend)
-    prompts = resolved.prompts(seed=0).draw(3)
+    prompts = training_prompts(setup.config.data, resolved.family, seed=0).draw(3)
     worker = Worker(resolved)
     worker.load("grpo")
     worker.start_engine()

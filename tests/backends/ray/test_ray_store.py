@@ -11,6 +11,7 @@ import pytest
 import torch
 from rlcore_backends.ray import store as ray_store
 from rlcore_backends.ray.store import Outbox, RayStore, handles, packed, unpacked, values
+from run_files import first_prompts
 
 from rlcore import registry
 from rlcore.config.loader import validate
@@ -131,7 +132,7 @@ def test_embeddings_are_sent_once_and_every_number_is_that_of_this_process(model
     sharding = {"sharding": {"sequence_parallel": 2}} if name == "sharing rows" else {}
     here = local(resolved_of(models, backend), Watchdog(0, Path()))
     resolved = resolved_of(models, backend, placement={"kind": "ray", **PLACED[name]}, **sharding)
-    prompts = resolved.prompts(0).draw(4)
+    prompts = first_prompts(resolved, 4)
     embeds = len(prompts) * TOKENS * WIDTH * 4
     pixels = sum(prompt.vision["pixel_values"].nbytes for prompt in prompts)
     for placement in (here, there := registry.load("placements", "ray")(resolved, Watchdog(0, Path()))):
@@ -160,7 +161,7 @@ def test_pixels_of_a_tower_that_learns_are_sent_once_too(models, backend, cluste
     resolved = resolved_of(models, backend, placement={"kind": "ray"})
     learning = resolved.config.model_copy(update={"model": resolved.config.model.model_copy(update={"freeze": []})})
     resolved = ResolvedModel(learning, backend)
-    prompts = resolved.prompts(0).draw(4)
+    prompts = first_prompts(resolved, 4)
     pixels = sum(prompt.vision["pixel_values"].nbytes for prompt in prompts)
     with registry.load("placements", "ray")(resolved, Watchdog(0, Path())) as there:
         there.load("grpo")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_files import first_prompts
 
 from rlcore import registry
 from rlcore.config.schema import RunConfig
@@ -52,7 +53,7 @@ def near(resolved: ResolvedModel, folder: Path, mean: float, most: float) -> Non
     with local(resolved, Watchdog(0, folder)) as run:
         run.load("grpo")
         run.start_engines()
-        prompts = resolved.prompts(seed=0).draw(4)
+        prompts = first_prompts(resolved, 4)
         for version in range(3):
             assert run.sync_weights().version == version
             batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 12, seed=version)))
