@@ -69,7 +69,7 @@ def test_an_unknown_key_is_named_with_the_nearest(file, override, message):
         ("algorithm.name=[grpo]", "algorithm.name: input should be 'grpo'"),
         ("algorithm.clip_low=1.5", "algorithm.clip_low: input should be less than or equal to 1; it is 1.5"),
         ("reward=[{}]", "reward.0.name: must be set"),
-        ("data.train=", "data.train: input should be"),
+        ("data.train=5", "data.train: input should be"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(file, override, message):
