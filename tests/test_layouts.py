@@ -197,7 +197,7 @@ def test_groups_are_shuffled_into_equal_shares_and_each_comes_once_a_pass():
 
 
 def test_two_ranks_have_the_gradient_of_one(family, tiny_llama, tmp_path):
-    """With sharded weights, and with replicated ones."""
+    """With sharded weights, and with replicated ones that stay gathered."""
     addresses = [node_address.free_endpoint("127.0.0.1") for _ in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, __file__, str(tiny_llama), str(tmp_path), *addresses]
@@ -226,7 +226,7 @@ def rank(folder, results, address, replicas, mine):
     ranks = world.join(mine, 2, address, backend.collectives(), backend.device(0), replicas, sequence=1)
     family = registry.load("families", "llama")(folder)
     for name, settings in SETTINGS.items():
-        sharding = Sharding(ranks.mesh, torch.float32)
+        sharding = Sharding(ranks.mesh, torch.float32, reshard_after_forward=replicas == 1)
         actor = actor_of(family, folder, AlgorithmConfig(**settings), 60, sharding)
         (step,) = actor.schedule.steps(batch_of(family), actor.objective, 0)
         seen = []

@@ -18,8 +18,10 @@ from rlcore.config.sections import Strict
 class ShardingConfig(Strict):
     """Sharding of the actor, critic and reference over the devices of a pool."""
 
-    replicas: PositiveInt = 1
-    """Copies of the model, each sharded over its own devices."""
+    replicas: PositiveInt | Literal["all"] = 1
+    """Copies of the model, each sharded over its own devices (hybrid_shard); all is one on every device (no_shard)."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights between the forward and the backward pass; false keeps them (shard_grad_op)."""
     sequence_parallel: PositiveInt = 1
     """Devices that process one packed row together (arXiv 2309.14509)."""
     cpu_offload: bool = False

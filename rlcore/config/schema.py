@@ -92,7 +92,8 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _devices_divide(self) -> RunConfig:
-        copies = self.sharding.replicas * self.sharding.sequence_parallel
+        replicas = 1 if self.sharding.replicas == "all" else self.sharding.replicas
+        copies = replicas * self.sharding.sequence_parallel
         for setting, devices, roles in self.topology.pools:
             parts = {"sharding.replicas x sharding.sequence_parallel": copies} if {"actor", "reference"} & roles else {}
             parts |= {"rollout.tensor_parallel": self.rollout.tensor_parallel} if "rollout" in roles else {}

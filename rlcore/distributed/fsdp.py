@@ -39,6 +39,7 @@ class Sharding:
     offload: bool = False  # weights, gradients and optimizer stay in host memory between uses
     exchange: Exchange | None = None  # all-gather for weight sync; None is one collective per bucket
     bucket_bytes: int = BUCKET_BYTES
+    reshard_after_forward: bool = True  # free a block's gathered weights between the forward and the backward pass
     sum_each: bool = False  # reduce-scatter gradients after each micro-batch: more traffic, no full gradients
 
     @property
@@ -56,7 +57,7 @@ class Sharding:
         kept = set(whole.parameters()) if whole is not None else set()
         for module in (*blocks, root):
             sharded = fully_shard(
-                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not root,
+                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=self.reshard_after_forward and module is not root,
                 ignored_params=kept,
             )
             sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean: loss weights span all ranks

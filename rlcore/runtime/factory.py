@@ -122,5 +122,5 @@ class Factory:
         exchange = resolved.backend.exchange(mesh.get_group(mesh.ndim - 1), self.bucket_bytes)
         return Sharding(
             mesh, resolved.settings.compute_dtype, config.cpu_offload, exchange, self.bucket_bytes,
-            sum_each=config.gradient_sync == "each",
+            reshard_after_forward=config.reshard_after_forward, sum_each=config.gradient_sync == "each",
         )  # fmt: skip

@@ -65,8 +65,9 @@ class Worker:
     def join(self, rank: int, size: int, address: str) -> None:
         """Join the process group whose rendezvous is at `address` (host:port)."""
         backend, config = self.resolved.backend, self.config.sharding
+        replicas = size if config.replicas == "all" else config.replicas
         self.ranks = world.join(
-            rank, size, address, backend.collectives(), self.resolved.settings.device, config.replicas, config.sequence_parallel
+            rank, size, address, backend.collectives(), self.resolved.settings.device, replicas, config.sequence_parallel
         )
 
     def start_engine(self) -> None:
