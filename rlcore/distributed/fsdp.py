@@ -57,8 +57,8 @@ class Sharding:
         kept = set(whole.parameters()) if whole is not None else set()
         for module in (*blocks, root):
             sharded = fully_shard(
-                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=self.reshard_after_forward and module is not root,
-                ignored_params=kept,
+                module, mesh=self.mesh, mp_policy=precision, offload_policy=offload, ignored_params=kept,
+                reshard_after_forward=self.reshard_after_forward and module is not root,
             )
             sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean: loss weights span all ranks
             sharded.set_force_sum_reduction_for_comms(True)

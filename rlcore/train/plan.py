@@ -54,7 +54,7 @@ def describe(config: RunConfig, training: PromptSource, held_out: Mapping[str, E
     if config.placement.kind != "local":
         lines.append(("devices", _devices(config)))
     if config.sft:
-        lines.insert(0, ("supervised steps", _supervised(config.sft, training)))
+        lines.insert(0, ("warm start", _supervised(config.sft, training)))
     if config.evaluation:
         lines.append(("evaluation", _evaluations(config)))
     lines += [("evaluation rows" if name == ONLY else f"evaluation rows {name}", _rows(one)) for name, one in held_out.items()]
@@ -65,7 +65,8 @@ def describe(config: RunConfig, training: PromptSource, held_out: Mapping[str, E
 def _supervised(config: SftConfig, training: PromptSource) -> str:
     count, rows = steps(config, training), config.rows_per_step
     whole = count * rows if config.epochs is None else min(count * rows, config.epochs * len(training))
-    return f"{count} steps of {rows} rows = {whole / len(training):.2f} passes over the training rows"
+    passes = f"{whole / len(training):.2f} passes over the training rows"
+    return f"{count} supervised steps x {rows} rows = {whole}, {passes}"
 
 
 def _rows(prompts: PromptSource | Encoded[Prompt]) -> str:

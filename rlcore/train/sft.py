@@ -85,8 +85,8 @@ def check_target(row: Row, resolved: ResolvedModel) -> None:
     family, cap = resolved.family, resolved.config.train.max_tokens_per_microbatch
     if not row.target or not row.target.strip():
         raise ConfigError(
-            f"{row.id}: no target to imitate, and no turn of the assistant; name the column in data.train.options"
-            " (target or messages), or remove the row"
+            f"{row.id}: no target to imitate, and no turn of the assistant; name the column (options target or messages of the"
+            " data set), or remove the row"
         )
     response_length(row, row.target, "target", family)
     for message in row.rest:

@@ -193,7 +193,7 @@ def test_a_row_without_a_target_is_named_before_the_warm_start(refused, tmp_path
     path = jsonl(tmp_path / "rows.jsonl", GOOD)
     for command in ("grpo", "sft"):
         said = refused("sft.steps=1", command=command, **of_file(path))
-        assert said == "rows:1: no target to imitate; name the target column in data.train.options or remove sft"
+        assert said.startswith("rows:1: no target to imitate, and no turn of the assistant; name the column (options target or")
 
 
 def test_a_target_longer_than_the_token_cap_is_named_before_the_warm_start(refused, tmp_path):
@@ -339,7 +339,7 @@ def test_plan_does_the_arithmetic(start):
     )
     said = {line[:33].strip(): line[33:].strip() for line in out.splitlines()}
     assert status == 0
-    assert said["warm start"] == "3 supervised steps x 5 rows = 15"
+    assert said["warm start"] == "3 supervised steps x 5 rows = 15, 0.94 passes over the training rows"
     assert said["training rows"] == "16"
     assert said["samples a step"] == "16 = 4 prompts x 4 (algorithm.group_size)"
     assert said["optimizer steps a step"] == "2 (train.minibatches_per_step), 8 samples each"
@@ -573,5 +573,6 @@ def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models
 
 def test_the_run_of_this_file_is_where_it_was_put(whole):
     assert isinstance(whole, Path) and {path.name for path in whole.iterdir()} == {
-        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "tensorboard", "checkpoints", "sft",
+        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "eval.json", "tensorboard",
+        "checkpoints", "sft",
     }  # fmt: skip

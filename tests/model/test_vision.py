@@ -15,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 from rlcore_backends.common import node_address
-from run_files import first_prompts
 from safetensors.torch import load_file, save_file
 
 from rlcore import registry
@@ -27,6 +26,7 @@ from rlcore.cli.main import main
 from rlcore.config.loader import validate
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import ModelConfig, OptimizerConfig, RolloutConfig
+from rlcore.data.sources import training_prompts
 from rlcore.errors import ConfigError
 from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
@@ -459,7 +459,7 @@ def test_ranks_that_share_the_models_weights_read_the_images_between_them(folder
 def updated(worker, ranks=1, mine=0):
     """The weights after one DPO step, with this rank's part of the batch."""
     worker.load("dpo")
-    prompts = first_prompts(worker.resolved, 4)
+    prompts = training_prompts(worker.config.data, worker.resolved.family, seed=0).draw(4)
     own = prompts[4 * mine // ranks : 4 * (mine + 1) // ranks]
     read = [worker.embed([prompt.vision for prompt in own])]
     if ranks > 1:

@@ -9,6 +9,7 @@ import pytest
 from run_files import first_prompts, settings
 
 from rlcore.config.schema import RunConfig
+from rlcore.config.sections import EvaluationConfig
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.clock import Clock
 from rlcore.rewards.runner import RewardFunctions
@@ -16,7 +17,7 @@ from rlcore.runtime import placement
 from rlcore.runtime.roles import InlineReward
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.train import advantages, records, sampling
-from rlcore.train.evaluate import Evaluation
+from rlcore.train.evaluate import Evaluation, SetResult
 from rlcore.types import Batch, Group, Prompt, Row, Sample, Score
 
 FAILED = Score(None, "error")
@@ -72,7 +73,7 @@ def test_a_failed_sample_is_not_charged_for_its_length():
 def test_an_evaluation_is_the_mean_of_rows_and_counts_failures_apart():
     groups = [group("a", 2, 4), group("b", 3, 3), group("c", 1, 1)]
     scores = [[Score(1.0), FAILED], [Score(0.0), Score(1.0)], [FAILED, Score(None, "timeout")]]
-    row = Evaluation(groups, scores, dropped_long=2).metrics()
+    row = Evaluation([SetResult("eval", EvaluationConfig(), groups, scores, dropped_long=2)]).metrics()
     assert row["eval/score"] == pytest.approx((1.0 + 0.5) / 2) and row["eval/error"] == 3
     assert row["eval/rows"] == 3 and row["eval/response_length"] == pytest.approx(14 / 6)
     assert row["eval/dropped_long"] == 2

@@ -36,7 +36,9 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-TURNS = [message("user", "Hi"), message("assistant", "Yes?"), message("user", "What is 1 + 1?"), message("assistant", "It is 2")]
+TURNS = [
+    message("user", "Hi"), message("assistant", "Yes?"), message("user", "What is 1 + 1?"), message("assistant", "It is 2"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +117,12 @@ def test_without_a_chat_template_each_turn_is_imitated_too(tiny_llama):
 def test_images_stay_with_the_turns_that_show_them(vision):
     family = registry.load("families", "qwen2_5_vl")(vision)
     images = [Image.new("RGB", (56, 56), color) for color in ("red", "blue")]
-    shown = [{"type": "image"}, {"type": "text", "text": "Color?"}]
-    row = row_of([message("user", shown), message("assistant", "Red"), message("user", shown), message("assistant", "Blue")], images)
+    asked = message("user", [{"type": "image"}, {"type": "text", "text": "Color?"}])
+    row = row_of([asked, message("assistant", "Red"), asked, message("assistant", "Blue")], images)
     (prompt,) = family.encode_conversation(row)
     assert prompt.vision["image_grid_thw"].tolist() == [[1, 4, 4]] * 2
-    pads = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Color?"
-    assert marked(family, prompt) == f"{USER}{pads}{END}{ASSISTANT}[Red<|im_end|>]\n{USER}{pads}{END}{ASSISTANT}[Blue<|im_end|>]"
+    asked = f"{USER}<|vision_start|>{'<|image_pad|>' * 4}<|vision_end|>Color?{END}{ASSISTANT}"
+    assert marked(family, prompt) == f"{asked}[Red<|im_end|>]\n{asked}[Blue<|im_end|>]"
     assert len(family.encode(row).row.images) == 1, "the prompt has only its own"
     assert family.conversation_length(row) == len(prompt.token_ids)
 
@@ -131,9 +133,10 @@ def test_the_loss_is_transformers_own_on_the_same_labels(pictures, vision, tiny_
     included."""
     folder = vision if pictures else tiny_llama
     content = "<image>Which? <image>" if pictures else "Which?"
-    images = [[str(image(tmp_path, 3 * number + place)) for place in range(2)] for number in range(3)]
     chats = [{"messages": [message("user", content), *TURNS[1 : 2 + 2 * (number % 2)]]} for number in range(3)]
-    path = jsonl(tmp_path, *({**chat, **({"images": shown} if pictures else {})} for chat, shown in zip(chats, images, strict=True)))
+    for number, chat in enumerate(chats if pictures else ()):
+        chat["images"] = [str(image(tmp_path, 3 * number + place)) for place in range(2)]
+    path = jsonl(tmp_path, *chats)
     options = {"messages": "messages", "answer": None, **({"images": "images"} if pictures else {})}
     data = {"train": {"path": str(path), "options": options}, "max_prompt_tokens": 64}
     config = validate(RunConfig, settings(folder, sft={"steps": 1, "optimizer": {"max_grad_norm": 1e9}}, data=data))
