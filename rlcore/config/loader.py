@@ -42,8 +42,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read the file and apply the overrides, without validation."""
-    path = Path(path)
+    """Read the file, over the run file that it names as its `base`, and apply the overrides, without validation."""
+    values = _based(Path(path), ())
+    for override in overrides:
+        values = _override(values, override)
+    return values
+
+
+def _based(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file merged into those of its base; `above`: the files that it is the base of."""
+    values = _file(path)
+    if (base := values.pop("base", None)) is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the path of a run file, from this one's folder; it is {_kind(base)}")
+    above = (*above, path.resolve())
+    if (path.parent / base).resolve() in above:
+        raise ConfigError(f"{path}: base: {base} has this file as its base; remove one")
+    return _merged(_based(path.parent / base, above), values)
+
+
+def _merged(below: Any, values: Any) -> Any:
+    """Sections are merged; any other value replaces the one below, and an empty one removes it."""
+    if not (isinstance(below, dict) and isinstance(values, dict)):
+        return values
+    kept = {key: value for key, value in below.items() if key not in values}
+    return kept | {key: _merged(below.get(key), value) for key, value in values.items() if value is not None}
+
+
+def _file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
@@ -57,8 +84,6 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         found = _kind(values)
         raise ConfigError(f"{path}: a run file is a mapping of settings (model:, data:, reward:, ...), this holds {found}")
-    for override in overrides:
-        values = _override(values, override)
     return values
 
 

@@ -64,7 +64,7 @@ def test_text_rows_as_json_lines_and_options_for_other_columns(tmp_path):
         ({"data_source": "a", **GRADED}, "no column 'prompt' among data_source, ability"),
         ({"data_source": "a", "prompt": "x"}, "no column 'reward_model.ground_truth' among data_source, prompt"),
         ({"data_source": "a", "prompt": "x", "reward_model": {"style": "rule"}}, "no field 'ground_truth' in the column 'rew"),
-        ({"data_source": "a", "prompt": "x", "reward_model": {"ground_truth": None}}, "column 'reward_model.ground_.*' is empty"),
+        ({"data_source": "a", "prompt": "x", "reward_model": {"ground_truth": None}}, "column 'reward_model.*' is empty"),
         ({"prompt": "x", **GRADED}, "no column 'data_source'"),
         ({"data_source": "a", "prompt": "x", "videos": ["a.mp4"], **GRADED}, "the row has videos, which are not read"),
         ({"data_source": "a", "prompt": "<image>x", "images": [], **GRADED}, "has no image for it"),
