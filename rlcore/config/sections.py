@@ -257,7 +257,8 @@ class SftConfig(Strict):
     steps: PositiveInt | None = None
     """Optimizer steps; with epochs too, whichever ends first."""
     epochs: PositiveInt | None = None
-    """Passes over the rows, each row once in each; the last step has the rows that are left."""
+    """Passes over the rows, each row once in each; the last step has the rows that are left. Rows that are only found to be too
+    long when they are drawn count as well."""
     rows_per_step: PositiveInt = 32
     """Rows of an optimizer step, over all devices."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)

@@ -14,7 +14,7 @@ from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint, read_
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import SftConfig
 from rlcore.data.chat import check_opening
-from rlcore.data.prompts import Encoded, PromptSource, no_check
+from rlcore.data.prompts import Encoded, PromptSource
 from rlcore.device import Backend
 from rlcore.errors import ConfigError
 from rlcore.model.resolved import ResolvedModel
@@ -42,7 +42,7 @@ def train(
     with Session(config, backend, folder, console) as session:
         session.read(partial(check_target, resolved=session.resolved), conversations=True)
         rewards = RewardFunctions(config.reward) if config.reward else None
-        held_out = session.held_out(rewards.check if rewards else no_check)
+        held_out = session.held_out(partial(_check_held_out, rewards=rewards, resolved=session.resolved))
         session.start().load("sft", steps=steps(config.sft, session.source))
         if held_out and rewards:
             session.placement.start_engines()
@@ -100,6 +100,13 @@ def check_target(row: Row, resolved: ResolvedModel) -> None:
         )
 
 
+def _check_held_out(row: Row, rewards: RewardFunctions | None, resolved: ResolvedModel) -> None:
+    if rewards:
+        rewards.check(row)
+    if row.target:
+        check_target(row, resolved)
+
+
 def response_length(row: Row, text: str, what: str, family: ModelFamily) -> int:
     """Count the tokens of a response to imitate; ConfigError if it repeats what the chat template writes before it, or goes on
     after the end of its turn."""
@@ -128,7 +135,7 @@ def imitation(
     clock = Clock(session.watchdog.heartbeat)
 
     def batch() -> Batch:
-        return imitated(source.draw(int(min(config.rows_per_step, rows - source.drawn))), placement)
+        return imitated(source.draw(int(min(config.rows_per_step, max(rows - source.drawn, 1)))), placement)
 
     def evaluation() -> Evaluation:
         sets, family = held_out or {}, session.resolved.family
