@@ -32,7 +32,7 @@ def check(program: str) -> Path:
 
 def theirs(program: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Steps:
     """TRL's steps, excluding the first."""
-    return _run("TRL", [str(HERE / "peer_trl.py"), str(program), *arguments], environment or {})
+    return run("TRL", [str(HERE / "peer_trl.py"), str(program), *arguments], environment or {})
 
 
 def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], steps: int) -> Steps:
@@ -43,7 +43,7 @@ def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], s
         file = Path(folder, "run.yaml")
         train = {"path": str(data), "options": {"answer": "answer" if "answer" in rows[0] else None}}
         file.write_text(yaml.safe_dump({**settings, "data": {**settings.get("data", {}), "train": train}}))
-        return _run("rlcore", [str(HERE / "ours.py"), str(file), str(steps + 1)], {"PYTHONPATH": str(HERE)})
+        return run("rlcore", [str(HERE / "ours.py"), str(file), str(steps + 1)], {"PYTHONPATH": str(HERE)})
 
 
 def table(rlcore: Steps, trl: Steps) -> str:
@@ -71,7 +71,7 @@ def _per_token(steps: Steps) -> float:
     return statistics.median(step["all"] / step["response_tokens"] for step in steps)
 
 
-def _run(side: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Steps:
+def run(side: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Steps:
     """The program's JSON lines, except the first."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
