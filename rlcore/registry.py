@@ -15,7 +15,10 @@ from rlcore.config.loader import validate
 from rlcore.config.sections import Strict
 from rlcore.errors import PluginError, nearest
 
-GROUPS = ("backends", "doctors", "families", "models", "rollout_engines", "placements", "rewards", "datasets", "launchers")
+GROUPS = (
+    "backends", "doctors", "families", "models", "rollout_engines", "placements", "rewards", "datasets", "preparations",
+    "layouts", "launchers",
+)  # fmt: skip
 
 
 def names(group: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
+from rlcore.cli.data import run_data
 from rlcore.cli.inspect import run_plan, run_show
 from rlcore.cli.launch import LAUNCHER, run_launch
 from rlcore.cli.machine import run_check, run_doctor
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.set_defaults(complete=_add_launcher_options)
     _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", run_show, "every setting of the run, as YAML")
+    _add_data(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser
@@ -89,6 +91,24 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
     command.set_defaults(run=run, debug=False)
     return command
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    what = "write a published data set as training files: every split found, each row checked"
+    command = commands.add_parser("data", help=what, description=what[0].upper() + what[1:] + ".")
+    names, layouts = ", ".join(registry.names("preparations")), ", ".join(registry.names("layouts"))
+    command.add_argument("name", metavar="NAME", help=f"the data set: {names}")
+    command.add_argument(
+        "--input", required=True, metavar="X",
+        help="its files as published: a folder, a file, an id on the hub (org/name, at HF_ENDPOINT) or modelscope:org/name",
+    )  # fmt: skip
+    command.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder, or the same call's of before")
+    command.add_argument("--layout", default="ours", metavar="LAYOUT", help=f"whose columns: {layouts}; default: ours")
+    command.add_argument(
+        "--drop", action="append", default=[], metavar="REASON",
+        help="leave out rows for this reason, as the command names it, even if they are more than half of a split",
+    )  # fmt: skip
+    command.set_defaults(run=run_data)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

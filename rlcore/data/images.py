@@ -111,7 +111,7 @@ def _open_image(value: Any, where: str, folder: Path) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     try:
-        return Image.open(io.BytesIO(_image_bytes(value, where, folder)))
+        return Image.open(io.BytesIO(image_bytes(value, where, folder)))
     except ConfigError:
         raise
     except FileNotFoundError as error:
@@ -120,7 +120,8 @@ def _open_image(value: Any, where: str, folder: Path) -> Image.Image:
         raise ConfigError(f"{where}: the image cannot be opened: {error}") from error
 
 
-def _image_bytes(value: Any, where: str, folder: Path) -> bytes:
+def image_bytes(value: Any, where: str, folder: Path) -> bytes:
+    """An image's encoded content, from any form but a PIL image. ConfigError naming `where`; OSError for an unreadable file."""
     what = f"an object of {', '.join(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
