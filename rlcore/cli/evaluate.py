@@ -10,19 +10,17 @@ from rlcore.cli.run_folder import RECORD
 from rlcore.cli.train import run_training
 from rlcore.errors import ConfigError
 
-_NO_ACTOR = ("model.lora=null", "placement.offload=[]", "placement.max_restarts=0")
-"""Without training: LoRA begins as no change, engines are never sent weights that they gave up, and nothing is saved to restart
-from."""
-
 
 def run_evaluation(options: argparse.Namespace) -> None:
-    options.overrides = [*options.overrides, *_NO_ACTOR, *(served(options.model) if options.model else ())]
+    options.overrides = [*options.overrides, *served(options.model)]
     run_training("rlcore.train.evaluate.run", options)
 
 
-def served(model: Path) -> list[str]:
-    """Overrides by which the engines serve the weights that `--model` names. A checkpoint has its own vision tower."""
-    return [f"model.path={json.dumps(str(model_folder(model)))}", "model.options={}", "vision.path=null"]
+def served(model: Path | None) -> list[str]:
+    """Overrides by which the engines serve the weights that `--model` names. LoRA starts as no change, and a checkpoint has it
+    merged, and its own vision tower."""
+    chosen = [f"model.path={json.dumps(str(model_folder(model)))}", "model.options={}", "vision.path=null"] if model else []
+    return ["model.lora=null", *chosen]
 
 
 def model_folder(path: Path) -> Path:
