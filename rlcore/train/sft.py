@@ -37,11 +37,11 @@ def train(
 ) -> None:
     """`rlcore sft`: run the `sft` section by itself; without training rows, only evaluate. `begin` is called before anything is
     written."""
-    if config.sft is None:
-        raise ConfigError("sft: must be set for supervised training (steps or epochs, rows_per_step, optimizer)")
     if not config.data.train and not config.data.eval:
         raise ConfigError("data: names no rows; set data.train to train, or data.eval to evaluate only")
     config = config if config.data.train else evaluating(config)
+    if config.sft is None:
+        raise ConfigError("sft: must be set for supervised training (steps or epochs, rows_per_step, optimizer)")
     saved = latest_checkpoint(folder) if resume else None
     with Session(config, backend, folder, console) as session:
         if config.data.train:
