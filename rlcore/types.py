@@ -69,6 +69,10 @@ class Prompt:
         read = self.vision is not None and "image_embeds" in self.vision
         return replace(self, row=Row(self.row.id, (), images=() if read else self.row.images))
 
+    def for_rewards(self) -> Prompt:
+        """Copy without fields that only models read: images and positions."""
+        return replace(self, row=replace(self.row, images=()), vision=None, position_ids=None)
+
     @property
     def next_position(self) -> int:
         """The position of the first response token."""
@@ -85,7 +89,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     seed: int = 0
-    first: int = 0  # global index of the first prompt, where an engine gets only part of a call
+    first: int = 0  # global index of the first prompt, where a call has only part of all prompts
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from rlcore.config import loader
 from rlcore.errors import ConfigError
 
 LAUNCHER = "ray"
+TRAINERS = ("grpo", "sft", "dpo", "eval")
 
 
 def run_launch(options: argparse.Namespace) -> int:
@@ -24,10 +25,20 @@ def run_launch(options: argparse.Namespace) -> int:
     wanted = config.topology.devices
     if launcher.devices is not None and wanted > launcher.devices:
         raise ConfigError(f"placement: {wanted} devices, but all nodes have {launcher.devices}; lower it, or add nodes")
-    place = [*(["--run-dir", str(options.run_dir)] if options.run_dir else []), *(["--resume"] if options.resume else [])]
-    chosen = ["--backend", options.backend] if options.backend else []
-    trainer = [sys.executable, "-m", "rlcore", options.train, options.file, *options.overrides, *chosen, *place]
+    trainer = [sys.executable, "-m", "rlcore", options.train, options.file, *options.overrides, *_passed_on(options)]
     return launcher.run(trainer, chosen_backend(config))
+
+
+def _passed_on(options: argparse.Namespace) -> list[str]:
+    """Options of the trainer's command; ConfigError for one that it does not have."""
+    evaluates = options.train == "eval"
+    if options.model and not evaluates:
+        raise ConfigError(f"--model: is what rlcore eval scores; {options.train} reads model.path")
+    if options.resume and evaluates:
+        raise ConfigError("--resume: an evaluation is not resumed; start it again")
+    named = {"--backend": options.backend, "--run-dir": options.run_dir, "--model": options.model}
+    given = [part for name, value in named.items() if value for part in (name, str(value))]
+    return [*given, *(["--resume"] if options.resume else [])]
 
 
 def _placed(options: argparse.Namespace, devices: int | None) -> list[str]:

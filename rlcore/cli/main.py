@@ -14,8 +14,9 @@ from typing import Any
 
 from rlcore import registry
 from rlcore.cli.data import run_data
+from rlcore.cli.evaluate import run_evaluation
 from rlcore.cli.inspect import run_plan, run_show
-from rlcore.cli.launch import LAUNCHER, run_launch
+from rlcore.cli.launch import LAUNCHER, TRAINERS, run_launch
 from rlcore.cli.machine import run_check, run_doctor
 from rlcore.cli.train import run_training
 from rlcore.diagnose.conformance.report import SECTIONS
@@ -63,17 +64,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rlcore {metadata.version('rlcore')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
-    for name, module, what in (
-        ("grpo", "rlcore.train.grpo", "train by a policy gradient: the algorithm section (after a warm start, if sft is set)"),
-        ("sft", "rlcore.train.sft", "supervised training alone: the sft section"),
-        ("dpo", "rlcore.train.dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
+    for name, what in (
+        ("grpo", "train by a policy gradient: the algorithm section (after a warm start, if sft is set)"),
+        ("sft", "supervised training alone: the sft section; without data.train, only the evaluation"),
+        ("dpo", "train on pairs of a preferred and a rejected response: the dpo section"),
     ):
-        command = _command(commands, name, partial(run_training, module), what)
+        command = _command(commands, name, partial(run_training, f"rlcore.train.{name}.train"), what)
         _add_run_folder(command)
-        command.add_argument("--debug", action="store_true", help="the same job in this process alone; breakpoint() is pdb")
+        _add_resume(command)
+        _add_debug(command)
+    what = "score a model on every set of data.eval, without training: sampled responses, each row once"
+    command = _command(commands, "eval", run_evaluation, what)
+    command.set_defaults(label="-eval", resume=False)
+    _add_run_folder(command, "-eval")
+    _add_model(command)
+    _add_debug(command)
     launch = _command(commands, "launch", run_launch, "train over the devices of several nodes: the same line on each of them")
     _add_run_folder(launch)
-    launch.add_argument("--train", choices=("grpo", "sft", "dpo"), default="grpo", help="what the head runs; default: grpo")
+    _add_resume(launch)
+    launch.add_argument("--train", choices=TRAINERS, default=TRAINERS[0], help=f"what the head runs; default: {TRAINERS[0]}")
+    _add_model(launch, " (with --train eval)")
     launch.set_defaults(complete=_add_launcher_options)
     _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", run_show, "every setting of the run, as YAML")
@@ -89,7 +99,7 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the run file's")
     installed = ", ".join(registry.names("backends"))
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
-    command.set_defaults(run=run, debug=False)
+    command.set_defaults(run=run, debug=False, label="")
     return command
 
 
@@ -142,9 +152,21 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_check)
 
 
-def _add_run_folder(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<run file's name>-<date>-<time>")
+def _add_run_folder(command: argparse.ArgumentParser, label: str = "") -> None:
+    command.add_argument("--run-dir", type=Path, metavar="DIR", help=f"default: runs/<run file's name>{label}-<date>-<time>")
+
+
+def _add_resume(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
+
+
+def _add_debug(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--debug", action="store_true", help="the same job in this process alone; breakpoint() is pdb")
+
+
+def _add_model(command: argparse.ArgumentParser, when: str = "") -> None:
+    what = "a model folder, a checkpoint, or a run folder for its latest one"
+    command.add_argument("--model", type=Path, metavar="PATH", help=f"{what}{when}; default: the run file's model.path")
 
 
 def _add_launcher_options(command: argparse.ArgumentParser) -> None:

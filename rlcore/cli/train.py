@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 _HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with it, or another folder"
 
 
-def run_training(module: str, options: argparse.Namespace) -> None:
+def run_training(command: str, options: argparse.Namespace) -> None:
+    """`command`: the function that runs it, in a module that is imported once the backend has set the environment."""
     config = load_settings(options)
     backend = prepared_backend(config)
     folder = _run_folder(options)
     with Claim(folder) as claim:
         if options.resume:
             claim.take()
-        train = importlib.import_module(module).train
+        module, _, name = command.rpartition(".")
+        train = getattr(importlib.import_module(module), name)
         from rlcore.monitor.console import Console
 
         _hush()
@@ -64,7 +66,7 @@ def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: 
 def _run_folder(options: argparse.Namespace) -> Path:
     """Path of the run folder, not created yet."""
     stem = Path(options.file).stem
-    folder = options.run_dir or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = options.run_dir or Path("runs") / f"{stem}{options.label}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = (folder / RECORD).exists()
     if options.resume and options.run_dir is None:
         raise ConfigError("--resume: say which run with --run-dir DIR")
@@ -109,11 +111,12 @@ def _hush() -> None:
 
 
 def _closing(folder: Path) -> None:
-    latest = folder / "checkpoints" / "latest"
+    latest, evaluated = folder / "checkpoints" / "latest", (folder / "eval.json").exists()
     print(
         f"\nrun folder: {folder}\n"
         f"  metrics.jsonl       every step's numbers\n"
         f"  samples.jsonl       every sample with its score\n"
-        f"  tensorboard/        tensorboard --logdir {folder}\n"
+        + ("  eval.json           the last evaluation by set, source and level\n" if evaluated else "")
+        + f"  tensorboard/        tensorboard --logdir {folder}\n"
         + (f"  checkpoints/        {latest.read_text().strip()}/model loads with from_pretrained" if latest.exists() else "")
     )

@@ -156,7 +156,7 @@ class RunConfig(Strict):
 
     @property
     def evaluation_sets(self) -> dict[str, EvaluationConfig]:
-        """Sampling settings of each held-out set: its own, or those of the evaluation section."""
+        """Settings of each held-out set: its own, or those of the evaluation section, without which there are none."""
         if self.evaluation is None:
             return {}
         shared, own = self.evaluation, EvaluationConfig.model_fields.keys()
@@ -164,6 +164,14 @@ class RunConfig(Strict):
             name: shared.model_copy(update={key: value for key, value in one if key in own and value is not None})
             for name, one in self.data.eval.items()
         }
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Every sampling temperature, by the setting that gives it."""
+        found = {"rollout.temperature": self.rollout.temperature}
+        for (key, one), settings in zip(self.data.held_out_sets.items(), self.evaluation_sets.values(), strict=False):
+            found["evaluation.temperature" if one.temperature is None else f"{key}.temperature"] = settings.temperature
+        return found
 
     @property
     def rewards(self) -> dict[str, RewardConfig]:

@@ -89,13 +89,14 @@ class TrainingSetConfig(DatasetConfig):
 
 
 class EvaluationSetConfig(DatasetConfig):
-    """A held-out set; its sampling settings replace those of the evaluation section."""
+    """A held-out set; its settings replace those of the evaluation section."""
 
     max_new_tokens: PositiveInt | None = None
     temperature: NonNegativeFloat | None = None
     top_p: Fraction | None = None
     top_k: NonNegativeInt | None = None
     samples: PositiveInt | None = None
+    passing_score: float | None = None
 
 
 class DataConfig(Strict):
@@ -155,6 +156,13 @@ class DataConfig(Strict):
         unset = [number for number, one in enumerate(self.train) if one.weight is None]
         if 0 < len(unset) < len(self.train):
             raise ValueError(f"train.{unset[0]}.weight: must be set, since other data sets of the mixture have one")
+        return self
+
+    @model_validator(mode="after")
+    def _sets_have_names(self) -> DataConfig:
+        for name in self.eval:
+            if not name.strip() or (name == ONLY and len(self.eval) > 1):
+                raise ValueError(f"eval: {name!r} cannot name one of several held-out sets; give it another name")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -75,6 +75,40 @@ def evaluation_line(numbers: Metrics) -> str:
     parts = [f"{name} {numbers[f'eval/{name}']:{form}}" for name, form in shown.items() if f"eval/{name}" in numbers]
     rows = f" on {numbers['eval/rows']:.0f} rows" if "eval/rows" in numbers else ""
     return f"before training  eval {', '.join(parts) or 'without a score'}{rows}"
+
+
+def sets_line(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """Format the score, or the loss, of every held-out set."""
+    known = [(name, one.get("score", one.get("loss"))) for name, one in sets.items()]
+    return "  ".join(f"{name} {number:.3f}" for name, number in known if number is not None)
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """Format the content of eval.json: a line for each held-out set, for each value of its columns, and for all rows."""
+    lines: list[tuple[str, Mapping[str, Any]]] = []
+    for name, one in report["sets"].items():
+        lines.append((name, one))
+        parts = one.get("by", {}).items()
+        lines += [(f"  {column} {value}", part) for column, values in parts for value, part in values.items()]
+    lines += [("all", report["all"])] if "all" in report else []
+    lines = [(name, {"rows": one.get("loss_rows"), **one}) for name, one in lines]
+    known = dict.fromkeys(key for _, one in lines for key in one)
+    repeated = [key for key in known if "@" in key]
+    shown = [key for key in ("rows", "score", "accuracy", *repeated, *_TITLES) if key in known]
+    table = [["held-out rows", *(_TITLES.get(key, key) for key in shown)]]
+    table += [[name, *(_number(key, one.get(key)) for key in shown)] for name, one in lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table)
+
+
+_TITLES = {
+    "loss": "loss", "response_length": "tokens", "clip_ratio": "cut off", "error": "failed", "dropped_long": "dropped",
+}  # fmt: skip
+_COUNTS = ("rows", "response_length", "error", "dropped_long")
+
+
+def _number(key: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if key in _COUNTS else f"{value:.4f}"
 
 
 def _order(score: Score) -> float:

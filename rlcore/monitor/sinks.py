@@ -1,4 +1,4 @@
-"""Writers of a run's metrics and samples: metrics.jsonl, samples.jsonl, TensorBoard."""
+"""Writers of a run's numbers and samples: metrics.jsonl, samples.jsonl, eval.json, TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ class Sinks:
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
-    def write(self, step: int, metrics: Metrics, samples: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Write a step's metrics and samples; RunError if the disk is full or writing fails otherwise."""
+    def write(
+        self, step: int, metrics: Metrics, samples: Iterable[Mapping[str, Any]] = (),
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a step's metrics and samples, and the content of eval.json if it evaluated; RunError if the disk is full or
+        writing fails otherwise."""
         with self._writing(f"step {step}"):
+            if evaluation is not None:
+                _replace(self.folder / "eval.json", json.dumps(evaluation, indent=1, ensure_ascii=False).encode() + b"\n")
             self.samples.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
             self.samples.flush()
             self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -63,6 +69,11 @@ def _keep_before(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)  # bytes: text also splits at U+2028 and the like, which samples hold
+    _replace(path, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a whole file atomically."""
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))
+    draft.write_bytes(content)
     os.replace(draft, path)

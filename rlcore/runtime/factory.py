@@ -84,8 +84,7 @@ class Factory:
         """The engine that the run file or the backend chooses, started; it gets its weights by `load_weights`."""
         config, resolved = self.config, self.resolved
         name = resolved.backend.default_engine if config.rollout.engine == "auto" else config.rollout.engine
-        sampling = {"rollout": config.rollout} | ({"evaluation": config.evaluation} if config.evaluation else {})
-        response = max(settings.max_new_tokens for settings in sampling.values())
+        response = max(settings.max_new_tokens for settings in (config.rollout, *config.evaluation_sets.values()))
         longest, context = config.data.max_prompt_tokens + response, context_length(resolved.folder)
         if context is not None and longest > context:
             raise ConfigError(
@@ -96,7 +95,7 @@ class Factory:
             family=resolved.family, folder=resolved.folder, backend=resolved.backend, config=config.rollout,
             dtype=resolved.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=resolved.engine_lora,
             beat=self.beat, image_embeds=config.model.images_are_read_once,
-            temperatures={f"{section}.temperature": settings.temperature for section, settings in sampling.items()},
+            temperatures=config.temperatures,
         )  # fmt: skip
 
     @property

@@ -88,10 +88,7 @@ class PooledReward:
         self._turns = cycle(pool.members)
 
     def begin(self, group: Group) -> Future[list[Score]]:
-        """Score a copy without images, vision inputs and position ids, which only models read."""
-        row = replace(group.prompt.row, images=())
-        bare = replace(group.prompt, row=row, vision=None, position_ids=None)
-        return next(self._turns).call(RewardWorker.score, replace(group, prompt=bare))
+        return next(self._turns).call(RewardWorker.score, replace(group, prompt=group.prompt.for_rewards()))
 
 
 class PooledEncoder:
@@ -116,17 +113,19 @@ class PooledRollout:
         return [groups[place] for place in range(len(prompts))]
 
     def stream(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
-        """Yield (prompt index, group) as engines finish; prompts are split evenly, and a prompt's seed follows its index."""
+        """Yield (prompt index, group) as engines finish. Prompts are split evenly; a prompt's seed follows its index, counted
+        from `sampling.first`."""
         prompts = [self._kept(prompt) for prompt in prompts]
         read = [prompt.for_models() for prompt in prompts]
         shares = even(len(prompts), len(self.pool.members) // self.devices)
-        parts = [(read[share.start : share.stop], replace(sampling, first=share.start)) for share in shares]
+        parts = [(read[share.start : share.stop], replace(sampling, first=sampling.first + share.start)) for share in shares]
         sent = self.pool.shared(parts, self.devices)
         calls = [
             member.stream(Worker.generate, sent[number // self.devices], number % self.devices == 0)
             for number, member in enumerate(self.pool.members)
         ]
-        yield from ((place, Group(prompts[place], samples)) for place, samples in merged(calls))
+        places = ((place - sampling.first, samples) for place, samples in merged(calls))
+        yield from ((place, Group(prompts[place], samples)) for place, samples in places)
 
     def _kept(self, prompt: Prompt) -> Prompt:
         """Store pixel values, since the actor reads them too. Embeddings are in the store already."""

@@ -120,7 +120,7 @@ class Worker:
     def generate(
         self, part: tuple[Sequence[Prompt], Sampling], answers: bool = True
     ) -> Iterator[tuple[int, Sequence[Sample]]]:
-        """Yield (index in the whole call, samples) of each prompt as it finishes. All processes of one engine draw the same
+        """Yield (global index, samples) of each prompt as it finishes. All processes of one engine draw the same
         samples; the one that `answers` yields them."""
         prompts, sampling = part
         with self.memory_manager.phase("infer", "rollout"):

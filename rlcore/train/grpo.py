@@ -30,9 +30,10 @@ from rlcore.runtime.roles import InlineReward, Scorer
 from rlcore.runtime.signals import Interruption
 from rlcore.train import sft
 from rlcore.train.advantages import advantage_inputs, needs_old_logprobs, with_advantages
-from rlcore.train.evaluate import Evaluation, evaluate
+from rlcore.train.evaluate import evaluate
 from rlcore.train.loop import Loop, NothingToLearn
 from rlcore.train.records import Iteration, failures, sample_records, score_metrics, source_metrics
+from rlcore.train.results import Evaluation
 from rlcore.train.sampling import STAGES, Sampled, Sampler, synced
 from rlcore.train.session import Session
 from rlcore.types import Batch, Metrics, Prompt, Row

@@ -15,10 +15,10 @@ from rlcore.config.sections import EvaluationConfig
 from rlcore.data.prompts import PromptSource
 from rlcore.errors import ConfigError, NonFinite, RunError
 from rlcore.monitor.clock import Clock
-from rlcore.monitor.console import Console, evaluation_line
+from rlcore.monitor.console import Console, evaluation_line, evaluation_table, sets_line
 from rlcore.monitor.sinks import Sinks
-from rlcore.train.evaluate import Evaluation
 from rlcore.train.records import evaluation_records, failures
+from rlcore.train.results import Evaluation
 from rlcore.train.session import Session
 from rlcore.types import Metrics
 
@@ -105,7 +105,7 @@ class Loop:
         self.sinks = Sinks(self.folder, self.session.config.logging.tensorboard, self.done + 1 if self.done else 0)
         try:
             self.console.start(self.task.name, self.task.steps, self.done)
-            if self.done == 0 and self.evaluation and self.evaluation.before:
+            if self.done == 0 and self.evaluation and (self.evaluation.before or not self.task.steps):
                 self._evaluate_before()
             self.task.start()
             self.session.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
@@ -125,12 +125,12 @@ class Loop:
         numbers, records = step.metrics(), [*step.records()]
         if evaluation:
             numbers, records = numbers | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
-            evaluation.write(self.folder, number)
-        self.sinks.write(number, numbers, records)
+        self.sinks.write(number, numbers, records, evaluation.report(number) if evaluation else None)
         if number % self.task.log_every == 0 or number == self.task.steps:
             self.console.step(step.line(numbers), self.task.log_every)
         step.show(numbers, self.console)
-        self.console.warn(failures(evaluation.scores, "evaluation: ") if evaluation else None)
+        if evaluation:
+            self._show(evaluation)
 
     def _trained(self, number: int) -> Step:
         try:
@@ -147,9 +147,14 @@ class Loop:
         began = time.perf_counter()
         evaluation = self.task.evaluate()
         numbers = evaluation.metrics() | {"timing/evaluate": time.perf_counter() - began}
-        self.sinks.write(0, numbers, evaluation_records(evaluation))
-        evaluation.write(self.folder, 0)
-        self.console.say(evaluation_line(numbers))
+        self.sinks.write(0, numbers, evaluation_records(evaluation), evaluation.report(0))
+        self.console.say(evaluation_line(numbers) if self.task.steps else evaluation_table(evaluation.report(0)))
+        self._show(evaluation)
+
+    def _show(self, evaluation: Evaluation) -> None:
+        """Print the sets' scores, where there are several, and failed rewards."""
+        if len(evaluation.sets) > 1 and self.task.steps:
+            self.console.say(f"    eval  {sets_line(evaluation.report(self.done)['sets'])}")
         self.console.warn(failures(evaluation.scores, "evaluation: "))
 
     def _due(self, every: int, at_end: bool) -> bool:

@@ -12,7 +12,7 @@ from rlcore.algorithms import dapo
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import ONLY
 from rlcore.monitor.metrics import spread
-from rlcore.train.evaluate import Evaluation
+from rlcore.train.results import Evaluation
 from rlcore.train.sampling import Scored
 from rlcore.types import AdvantageInputs, Batch, Group, Metrics, Receipt, Score
 
@@ -98,6 +98,7 @@ def failures(scores: Sequence[Sequence[Score]], where: str = "") -> str | None:
 
 
 def evaluation_records(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield a samples.jsonl line per sample of every held-out set."""
     for one in evaluation.sets:
         named = {} if one.name == ONLY else {"set": one.name}
         yield from ({"phase": "eval", **named, **record} for record, _ in _samples(one.groups, one.scores))
@@ -107,7 +108,8 @@ def _samples(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Iter
     for group, group_scores in zip(groups, scores, strict=True):
         for index, (sample, score) in enumerate(zip(group.samples, group_scores, strict=True)):
             yield {
-                "row": group.prompt.row.id, "sample": index, "response": sample.text, "answer": group.prompt.row.answer,
+                "row": group.prompt.row.id, "source": group.prompt.row.source, "sample": index, "response": sample.text,
+                "answer": group.prompt.row.answer,
                 "finish": sample.finish, "prompt_tokens": len(group.prompt.token_ids), "response_tokens": len(sample.token_ids),
                 "policy_version": sample.policy_version, "score": score.value, "status": score.status,
                 "parts": dict(score.parts), "detail": score.detail,

@@ -10,7 +10,7 @@ from types import TracebackType
 from rlcore.checkpoint.state import seed_random_states
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import ONLY
-from rlcore.data.prompts import Encoded, left_out, no_check
+from rlcore.data.prompts import Encoded, PromptSource, left_out, no_check
 from rlcore.data.sources import held_out_prompts, training_prompts
 from rlcore.device import Backend
 from rlcore.model.resolved import ResolvedModel
@@ -18,6 +18,7 @@ from rlcore.monitor.console import Console
 from rlcore.runtime.placement import Placement, start
 from rlcore.runtime.signals import Interruption
 from rlcore.runtime.watchdog import Watchdog
+from rlcore.train.results import Columns
 from rlcore.types import Prompt, Row
 
 
@@ -34,6 +35,7 @@ class Session:
             self.watchdog = stack.enter_context(Watchdog(self.config.placement.stall_seconds, self.folder))
             seed_random_states(self.config.seed)
             self.resolved = ResolvedModel(self.config, self.backend)
+            self.source = PromptSource([], self.resolved.family.encode_conversation)  # no training rows until `read`
             self._stack = stack.pop_all()
         return self
 
@@ -50,7 +52,14 @@ class Session:
     def held_out(self, check: Callable[[Row], None]) -> dict[str, Encoded[Prompt]]:
         """Open the held-out rows, each of which must pass `check`, if the run evaluates."""
         if self.config.evaluation is not None:
-            self._held_out = held_out_prompts(self.config.data, self.resolved.family, check)
+            columns = Columns(self.config.evaluation.by)
+
+            def checked(row: Row) -> None:
+                check(row)
+                columns.see(row)
+
+            self._held_out = held_out_prompts(self.config.data, self.resolved.family, checked)
+            columns.refuse_missing()
         return self._held_out
 
     def start(self) -> Placement:
@@ -68,7 +77,8 @@ class Session:
             key = "data.eval" if name == ONLY else f"data.eval.{name}"
             self.console.warn(left_out(key, prompts.dropped_long, len(prompts), self.config.data))
         if self.config.data.eval and not self._held_out:
-            remedy = "add it (evaluation: {}) or remove data.eval"
-            self.console.warn(f"data.eval: no row of it is evaluated, because evaluation is not set; {remedy}")
+            reason = "evaluation is not set; add it (evaluation: {}) or remove data.eval"
+            reason = reason if self.config.evaluation is None else "this command evaluates nothing; see rlcore eval"
+            self.console.warn(f"data.eval: no row of it is evaluated, because {reason}")
         if self.source.unread:
             self.console.say(f"data.train: {len(self.source):,} rows, each checked when it is drawn (data.check)")

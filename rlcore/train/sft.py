@@ -24,8 +24,9 @@ from rlcore.protocols import ModelFamily, Reward
 from rlcore.rewards.runner import RewardFunctions
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.roles import InlineReward
-from rlcore.train.evaluate import Evaluation, evaluate
+from rlcore.train.evaluate import evaluate, evaluating
 from rlcore.train.loop import Loop
+from rlcore.train.results import Evaluation
 from rlcore.train.session import Session
 from rlcore.train.supervised import SupervisedTask
 from rlcore.types import Batch, Group, Metrics, Prompt, Row, Sample
@@ -36,11 +37,15 @@ def train(
 ) -> None:
     """`rlcore sft`: run the `sft` section by itself; without training rows, only evaluate. `begin` is called before anything is
     written."""
+    if not config.data.train and not config.data.eval:
+        raise ConfigError("data: names no rows; set data.train to train, or data.eval to evaluate only")
+    config = config if config.data.train else evaluating(config)
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps or epochs, rows_per_step, optimizer)")
     saved = latest_checkpoint(folder) if resume else None
     with Session(config, backend, folder, console) as session:
-        session.read(partial(check_target, resolved=session.resolved), conversations=True)
+        if config.data.train:
+            session.read(partial(check_target, resolved=session.resolved), conversations=True)
         rewards = RewardFunctions(config.reward) if config.reward else None
         held_out = session.held_out(partial(_check_held_out, rewards=rewards, resolved=session.resolved))
         session.start().load("sft", steps=steps(config.sft, session.source))
@@ -61,8 +66,8 @@ def warm_up(session: Session, folder: Path) -> None:
 
 
 def steps(config: SftConfig, source: PromptSource) -> int:
-    """Steps of the whole run: the last one of `epochs` may have fewer rows."""
-    limits = [config.steps] if config.steps is not None else []
+    """Steps of the whole run: the last one of `epochs` may have fewer rows. None without rows."""
+    limits = [config.steps if len(source) else 0] if config.steps is not None else []
     if config.epochs is not None:
         limits.append(math.ceil(config.epochs * len(source) / config.rows_per_step))
     return min(limits)
@@ -101,9 +106,10 @@ def check_target(row: Row, resolved: ResolvedModel) -> None:
 
 
 def _check_held_out(row: Row, rewards: RewardFunctions | None, resolved: ResolvedModel) -> None:
+    """Rows need a target for the loss or, where rewards score sampled responses, a reward."""
     if rewards:
         rewards.check(row)
-    if row.target:
+    if row.target or not rewards:
         check_target(row, resolved)
 
 
@@ -140,8 +146,9 @@ def imitation(
     def evaluation() -> Evaluation:
         sets, family = held_out or {}, session.resolved.family
         losses = {
-            name: loss for name, prompts in sets.items() if (loss := target_loss(prompts.rows, placement, family, config))
-        }
+            name: {**loss, "dropped_long": float(prompts.dropped_long)}
+            for name, prompts in sets.items() if (loss := target_loss(prompts.rows, placement, family, config))
+        }  # fmt: skip
         if rewards is None:
             return Evaluation(losses=losses)
         placement.sync_weights()
@@ -154,14 +161,16 @@ def imitation(
 
 
 def target_loss(rows: Sequence[Row], placement: Placement, family: ModelFamily, config: SftConfig) -> Metrics:
-    """Mean negative log-probability of the held-out targets' tokens, and their number; empty without targets."""
-    total, tokens = 0.0, 0
+    """Mean negative log-probability of the held-out targets' tokens, and the number of these and of their rows; empty without
+    targets."""
+    total, tokens, targets = 0.0, 0, 0
     for start in range(0, len(rows), config.rows_per_step):
         chunk = [row for row in rows[start : start + config.rows_per_step] if row.target]
         if chunk:
             batch = imitated([prompt for row in chunk for prompt in family.encode_conversation(row)], placement)
             total, tokens = total - float(placement.actor.logprobs(batch).double().sum()), tokens + len(batch.loss_mask)
-    return {"loss": total / tokens, "loss_tokens": float(tokens)} if tokens else {}
+            targets += len(chunk)
+    return {"loss": total / tokens, "loss_tokens": float(tokens), "loss_rows": float(targets)} if tokens else {}
 
 
 def imitated(prompts: Sequence[Prompt], placement: Placement) -> Batch:

@@ -11,7 +11,7 @@ from rlcore.data.prompts import PromptSource
 from rlcore.monitor import metrics
 from rlcore.monitor.clock import Clock, timings
 from rlcore.monitor.console import Console
-from rlcore.train.evaluate import Evaluation
+from rlcore.train.results import Evaluation
 from rlcore.train.session import Session
 from rlcore.types import Batch, Metrics
 

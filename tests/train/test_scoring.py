@@ -17,7 +17,7 @@ from rlcore.runtime import placement
 from rlcore.runtime.roles import InlineReward
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.train import advantages, records, sampling
-from rlcore.train.evaluate import Evaluation, SetResult
+from rlcore.train.results import Evaluation, SetResult
 from rlcore.types import Batch, Group, Prompt, Row, Sample, Score
 
 FAILED = Score(None, "error")
