@@ -45,7 +45,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the file, over the run file that it names as its `base`, and apply the overrides, without validation."""
     values = _based(Path(path), ())
     for override in overrides:
-        values = _override(values, override)
+        values = overridden(values, override)
     return values
 
 
