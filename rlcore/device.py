@@ -5,9 +5,10 @@ Imports nothing heavy: a backend sets environment variables before torch is impo
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -34,6 +35,7 @@ class Backend(ABC):
     default_engine: ClassVar[str] = "torch"
     environment_requirements: ClassVar[str] = "the backend's own requirements"  # the file that installs its stack
     spellings: ClassVar[Mapping[str, str]] = {}  # older names of variables in `environment`, read where those are unset
+    engine_memory_option: ClassVar[str | None] = None  # the option of `Options` that sets the engine's memory
 
     options: Any  # of the class `Options`; a backend that has some declares which: `options: MyOptions`
 
@@ -98,6 +100,25 @@ class Backend(ABC):
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Device-specific arguments of an engine; the run file overrides them."""
         return {}
+
+    def shortage(self, error: BaseException) -> Literal["device", "host"] | None:
+        """Which memory ran out, if that is what the error says."""
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return "device"
+        text = str(error)
+        allocators = isinstance(error, RuntimeError) and ("can't allocate memory" in text or "std::bad_alloc" in text)
+        system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        return "host" if allocators or system else None
+
+    def free_memory(self) -> tuple[int, int] | None:
+        """Bytes of the device's memory: free, and in all; None where torch cannot say."""
+        import torch
+
+        device = self.device(0)
+        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return ask(device) if ask else None
 
     def exchange(self, group: ProcessGroup, bucket_bytes: int) -> Exchange | None:
         """A faster all-gather than the collective one for weight sync, or None."""

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from rlcore.errors import Remedy
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.types import Batch, Group, Metrics, NamedTensors, Prompt, Receipt, Row, Sampling, Score, Vision
 
@@ -82,6 +83,10 @@ class Rollout(Protocol):
     def resume(self) -> None: ...
 
     def device_bytes(self) -> int: ...
+
+    def relief(self) -> Sequence[Remedy]:
+        """Settings with which the engine would need less memory, the mildest first; asked for when there is not enough."""
+        ...
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """Serve these weights from now on; RunError when what the engine holds is not what was sent."""

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import psutil
 from pydantic import PositiveFloat, PositiveInt
 
 from rlcore.config.sections import Strict
@@ -44,6 +45,7 @@ class CpuBackend(Backend):
     options: CpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cpu.txt"
+    engine_memory_option: ClassVar[str | None] = "kv_cache_gib"
 
     @property
     def threads(self) -> int:
@@ -69,6 +71,10 @@ class CpuBackend(Backend):
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Engine arguments that depend on the device."""
         return {"kv_cache_memory_bytes": int(self.options.kv_cache_gib * _GIB)} if engine == "vllm" else {}
+
+    def free_memory(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
 
     def device(self, local_rank: int) -> torch.device:
         import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
+# by the driver, by NCCL and cuBLAS for their own buffers, and by vLLM about its warm-up
+_OUT_OF_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
 
 
 class CudaOptions(Strict):
@@ -44,6 +47,7 @@ class CudaBackend(Backend):
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cuda.txt"
     spellings: ClassVar[Mapping[str, str]] = {"PYTORCH_CUDA_ALLOC_CONF": _ALLOCATOR}
+    engine_memory_option: ClassVar[str | None] = "engine_memory"
 
     def environment(self) -> Mapping[str, str]:
         """Expandable segments, since packed rows differ in length and fragment fixed ones. vLLM turns them off around the
@@ -64,6 +68,10 @@ class CudaBackend(Backend):
             "enable_sleep_mode": self.options.sleep_level > 0,
             "enforce_eager": False,  # decoding is many small kernels: CUDA graphs launch them together
         }
+
+    def shortage(self, error: BaseException) -> Literal["device", "host"] | None:
+        of_libraries = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))
+        return super().shortage(error) or ("device" if of_libraries else None)
 
     def adamw(self, groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
         if self.options.optimizer == "torch":

@@ -81,6 +81,7 @@ class NpuBackend(Backend):
     options: NpuOptions
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/npu.txt"
+    engine_memory_option: ClassVar[str | None] = "engine_memory"
 
     def environment(self) -> Mapping[str, str]:
         return {**DEFAULTS, **{name: value for name, (value, _) in self._needed().items()}}
@@ -95,6 +96,11 @@ class NpuBackend(Backend):
         if engine != "vllm":
             return {}
         return {"gpu_memory_utilization": self.options.engine_memory, "enable_sleep_mode": self.options.sleep_level > 0}
+
+    def shortage(self, error: BaseException) -> Literal["device", "host"] | None:
+        """torch_npu raises a plain RuntimeError, "NPU out of memory. Tried to allocate ..."."""
+        of_allocator = isinstance(error, RuntimeError) and "NPU out of memory" in str(error)
+        return super().shortage(error) or ("device" if of_allocator else None)
 
     def device(self, local_rank: int) -> torch.device:
         import torch

@@ -6,14 +6,17 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, Concatenate
 
 import ray
 from pydantic import PositiveFloat
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -23,19 +26,20 @@ from rlcore.config.placement import PoolShape
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import Strict
 from rlcore.device import Backend
-from rlcore.errors import ConfigError, RlcoreError
+from rlcore.errors import ConfigError, OutOfMemory, RlcoreError
 from rlcore.model.resolved import ResolvedModel
 from rlcore.monitor.heartbeat import ProcessHandle, publish
 from rlcore.runtime import jemalloc
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.pool import P, Pool, R, results
 from rlcore.runtime.reward_worker import RewardWorker
+from rlcore.runtime.shortage import recognized
 from rlcore.runtime.watchdog import Watchdog
 from rlcore.runtime.worker import Worker
 
 from ..common import node_address
 from . import debugging
-from .observers import Observers, died
+from .observers import DEATHS, Observers, died
 from .store import Outbox, Parcel, RayStore, unpacked, values
 
 
@@ -122,12 +126,12 @@ class Process:
 
     def call(self, method: str, arguments: Parcel) -> Parcel:
         args, kwargs = unpacked(arguments, values)
-        with self.heartbeat.stage(method):
+        with self.heartbeat.stage(method), recognized(self.worker, method, args):
             return self.outbox.answer(getattr(self.worker, method)(*args, **kwargs))
 
     def stream(self, method: str, arguments: Parcel) -> Iterator[Parcel]:
         args, kwargs = unpacked(arguments, values)
-        with self.heartbeat.stage(method):
+        with self.heartbeat.stage(method), recognized(self.worker, method, args):
             for item in getattr(self.worker, method)(*args, **kwargs):
                 yield self.outbox.answer(item)
 
@@ -137,7 +141,8 @@ class Remote:
 
     def __init__(self, process: Any, name: str, store: RayStore) -> None:
         self.process, self.name, self.store = process, name, store
-        self.where = "not started"
+        self.where, self.neighbours = "not started", 1
+        self.starved: Callable[[], str] = str
 
     def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         name = method.__name__
@@ -169,22 +174,29 @@ class Remote:
     def _resolve(self, answer: Future[Any], method: str, read: Callable[[Any], Any], done: Future[Any]) -> None:
         try:
             answer.set_result(read(done.result()))
-        except Exception as error:
-            answer.set_exception(self._explained(error, method))
+        except Exception as error:  # explained in a thread that may wait for Ray, as its own, which calls this, may not
+            caught = error
+            threading.Thread(target=lambda: answer.set_exception(self._explained(caught, method)), daemon=True).start()
 
     def _explained(self, error: BaseException, method: str) -> BaseException:
         cause = getattr(error, "cause", None)
+        if isinstance(cause, OutOfMemory):
+            return OutOfMemory(replace(cause.shortage, who=f"{self.name} ({self.where})", neighbours=self.neighbours))
         if isinstance(cause, RlcoreError):
             return cause
-        return died(self.name, self.where, method, error) if isinstance(error, RayActorError) else error
+        if not isinstance(error, DEATHS):
+            return error
+        return died(self.name, self.where, method, error, self.starved, self.neighbours)
 
 
 def _show(members: Sequence[Remote], observers: Observers) -> None:
     """Register the members with the observers, and set their location for messages."""
     shown = results([member.ask(Process.show, member.name) for member in members])
+    on_node = Counter(node for node, _ in shown)
     for member, (node, handle) in zip(members, shown, strict=True):
-        member.where = str(handle)
+        member.where, member.neighbours = str(handle), on_node[node]
         observers.add(node, handle)
+        member.starved = partial(observers.starved, node)
 
 
 def _connect_broadcast(actor: Pool, rollout: Pool) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from torch import distributed, nn
 
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.device import Backend
-from rlcore.errors import ConfigError, PluginError, nearest
+from rlcore.errors import ConfigError, OutOfMemory, PluginError, RlcoreError, Shortage, nearest
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 
 from .internals import model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
+from .relief import Relief
 from .rollout import VllmRollout
 from .weights import VllmWeightsRollout
 
@@ -55,6 +57,7 @@ def build(
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
+    _refuse_executor(config.options)
     if lora:
         from .lora import engine_arguments
 
@@ -64,10 +67,14 @@ def build(
 
         register_class(folder)
         _collect_earlier()
+        arguments = defaults | config.options
+        relief = Relief(arguments, config.options, backend, max_tokens)
         try:
-            llm = LLM(**(defaults | config.options))
-        except ValueError as error:
-            raise ConfigError(f"rollout.engine: vLLM refuses to start: {error}") from error
+            llm = LLM(**arguments)
+        except Exception as error:
+            if (failure := _start_failure(error, relief)) is None:
+                raise
+            raise failure from error
         if config.tensor_parallel > 1:
             unname_shared_memory()
         _check_heads(model_runner(llm).get_model())
@@ -75,8 +82,22 @@ def build(
         if lora:
             from .lora import VllmLoraRollout
 
-            return VllmLoraRollout(llm, family, beat, level, dtype, lora)
-        return VllmWeightsRollout(llm, family, beat, level, dtype, _shapes(folder))
+            rollout: VllmRollout = VllmLoraRollout(llm, family, beat, level, dtype, lora)
+        else:
+            rollout = VllmWeightsRollout(llm, family, beat, level, dtype, _shapes(folder))
+        rollout.relief = partial(relief.savings, llm)
+        return rollout
+
+
+def _start_failure(error: Exception, relief: Relief) -> RlcoreError | None:
+    """The error that says what vLLM lacked; None if it says nothing of the kind."""
+    if memory := relief.backend.shortage(error):
+        said = " ".join(str(error).split())
+        return OutOfMemory(Shortage("start_engine", memory, said, relief=tuple(relief.savings())))
+    if not isinstance(error, ValueError):
+        return None
+    shortage = relief.refused(error)
+    return OutOfMemory(shortage) if shortage else ConfigError(f"rollout.engine: vLLM refuses to start: {error}")
 
 
 def _sleep_level(llm: LLM, backend: Backend) -> int:
@@ -149,6 +170,15 @@ def _refuse_raised(temperatures: Mapping[str, float]) -> None:
                 f"{key}: {temperature} is below {_LEAST_TEMPERATURE}, at which vLLM would sample instead; raise it to that, or"
                 " set rollout.engine=torch"
             )
+
+
+def _refuse_executor(options: Mapping[str, Any]) -> None:
+    """ConfigError for an engine in other processes, as under Ray's compiled graphs."""
+    if (executor := options.get("distributed_executor_backend")) is not None:
+        raise ConfigError(
+            f"rollout.options.distributed_executor_backend: {executor!r} would run the engine in other processes, and weights"
+            " are loaded and checked in this one; remove it, and set rollout.tensor_parallel for several devices"
+        )
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:

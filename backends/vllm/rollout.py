@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlcore.distributed.fingerprint import Constants
+from rlcore.errors import Remedy
 from rlcore.protocols import ModelFamily
 from rlcore.rollout.sampler import folded
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
@@ -36,6 +37,7 @@ class VllmRollout:
         self._family = family
         self._runner = model_runner(llm)
         self.version: int | None = 0
+        self.relief: Callable[[], Sequence[Remedy]] = tuple  # settings with which it would need less memory
         self._request: LoRARequest | None = None  # the LoRA weights to sample with
         self._level = sleep_level
         self._asleep, self._cached = False, True

@@ -46,7 +46,14 @@ def run_training(command: str, options: argparse.Namespace) -> None:
             remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
             console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
         run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config))
-        _restarting(run, folder, options.resume, config.placement.max_restarts, console)
+        try:
+            _restarting(run, folder, options.resume, config.placement.max_restarts, console)
+        except Exception as error:
+            from rlcore.diagnose import failure
+
+            if (told := failure.told(error, config, backend, folder)) is None:
+                raise
+            raise told from error
     _closing(folder)
 
 

@@ -45,7 +45,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the file, over the run file that it names as its `base`, and apply the overrides, without validation."""
     values = _based(Path(path), ())
     for override in overrides:
-        values = _override(values, override)
+        values = overridden(values, override)
     return values
 
 
@@ -101,7 +101,8 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
+def overridden(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """A copy of `values` under `a.b=value`; the value is YAML."""
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[\w/-]+(\.[\w/-]+)*", key):
         raise ConfigError(f"{override!r}: an override is a.b=value, for example train.steps=10")

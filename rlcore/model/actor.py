@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ class TorchActor(TrainedModel):
             read(self.forward, self.model, self.family.hf_name, folder / "model", self.settings.device)
         self.learner.load(folder)
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+    def _losses(self, batch: Batch) -> Generator[tuple[Tensor, TokenLoss], None, None]:
         """Yield, per micro-batch, the indices in [N] of the tokens that count, and their loss."""
         if not batch.denominator:
             return

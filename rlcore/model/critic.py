@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class TorchCritic(TrainedModel):
         fill(self.forward.named_parameters(), load_file(folder / "critic.safetensors"))
         self.learner.load(folder)
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+    def _losses(self, batch: Batch) -> Generator[tuple[Tensor, TokenLoss], None, None]:
         assert batch.values is not None and batch.returns is not None
         if not batch.denominator:
             return

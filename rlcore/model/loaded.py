@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,15 +73,16 @@ class TrainedModel(PackedModel):
         self.learner.optimizer.register_step_post_hook(self.working.expire)
 
     def step(self, batch: Batch) -> StepStatistics:
-        """Take one optimizer step; `batch` is this rank's part of it."""
-        return self.learner.step(batch, self._losses(batch))
+        """Take one optimizer step; `batch` is this rank's part of it. An error leaves the model on its own weights."""
+        with closing(self._losses(batch)) as losses:  # which run on the working copy
+            return self.learner.step(batch, losses)
 
     def stepped(self, batch: Batch, objective: Objective | Reduction) -> Metrics:
         """Combined metrics of one optimizer step per minibatch of the schedule."""
         steps = self.schedule.steps(batch, objective, self.learner.steps)
         return combined([(self.step(step), step.denominator) for step in steps])
 
-    def _losses(self, batch: Batch) -> Iterator[tuple[Tensor, TokenLoss]]:
+    def _losses(self, batch: Batch) -> Generator[tuple[Tensor, TokenLoss], None, None]:
         """Yield, per micro-batch, the indices in [N] of the tokens that count, and their loss."""
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from rlcore.config.loader import validate
 from rlcore.config.sections import LoraConfig, RolloutConfig, Strict
 from rlcore.device import Backend
 from rlcore.distributed.fingerprint import Constants, Fingerprint, compare, fingerprint
-from rlcore.errors import RunError
+from rlcore.errors import Remedy, RunError
 from rlcore.model import lora as low_rank
 from rlcore.model.precision import wide_tables
 from rlcore.monitor.heartbeat import no_heartbeat
@@ -97,6 +97,10 @@ class TorchRollout:
 
     def device_bytes(self) -> int:
         return self._offloaded.device_bytes()
+
+    def relief(self) -> Sequence[Remedy]:
+        """None: it has no settings."""
+        return ()
 
     def load_weights(self, weights: NamedTensors, version: int) -> Receipt:
         """RunError names the tensors that are missing, unknown or not what was sent."""

@@ -66,12 +66,20 @@ class OffloadedTensors:
         self._away: list[tuple[torch.UntypedStorage, int, torch.Tensor | None]] = []
 
     def pause(self) -> None:
-        for tensor in self._held():
-            storage, copy = tensor.untyped_storage(), None
-            if self._keep:
-                copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu").copy_(tensor)
-            self._away.append((storage, storage.nbytes(), copy))
-            storage.resize_(0)
+        """All of them or, if the host lacks the memory, none."""
+        try:
+            for tensor in self._held():
+                self._free(tensor)
+        except BaseException:
+            self.resume()
+            raise
+
+    def _free(self, tensor: Tensor) -> None:
+        storage, copy = tensor.untyped_storage(), None
+        if self._keep:
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu").copy_(tensor)
+        self._away.append((storage, storage.nbytes(), copy))
+        storage.resize_(0)
 
     def resume(self) -> None:
         for storage, size, copy in self._away:
@@ -138,6 +146,10 @@ class MemoryManager:
         """Record the device bytes of a phase; `extra` are held besides the parts."""
         held = extra + sum(part.device_bytes() for part in self._parts.values())
         self._most[phase] = max(self._most.get(phase, 0), held)
+
+    def held(self) -> dict[str, int]:
+        """Bytes of each part that is on the device."""
+        return {name: part.device_bytes() for name, part in self._parts.items() if name not in self._away}
 
     def memory(self) -> Metrics:
         """`memory/<phase>`: peak device memory of the parts in that phase since the last call, GiB."""

@@ -25,6 +25,7 @@ from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Metrics, Receipt
 
 _PINGS = 5
+_BETWEEN_POOLS = frozenset({"send", "receive"})  # calls in which the workers of one pool wait for those of another
 
 
 class Placement:
@@ -90,6 +91,15 @@ class Placement:
         result |= self.actor.update(batch)
         self.version += 1
         return result
+
+    def can_save(self, stage: str, steps: int) -> bool:
+        """Whether a call of `stage` that failed on one worker has left the actor as it was after that many optimizer steps, and
+        none of its ranks waiting in a collective for the one that failed."""
+        roles = {"generate": "rollout", "embed": "vision", "reference_logprobs": "reference"}
+        apart = self._of[roles.get(stage, "actor")] is not self._of["actor"] and stage in roles
+        alone = stage == "embed" or (stage == "generate" and self.config.rollout.tensor_parallel == 1)
+        free = apart or alone or len(self._of["actor"].members) == 1
+        return free and stage not in _BETWEEN_POOLS and self.actor.holds(steps)
 
     def spans(self) -> list[Span]:
         """Spans of every worker since the last call, on this process's clock."""

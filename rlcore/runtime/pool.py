@@ -16,6 +16,7 @@ from rlcore.errors import RlcoreError, WorkerDied
 from rlcore.model.optimizer import StepStatistics, combined
 from rlcore.model.packing import deal
 from rlcore.monitor.clock import Span
+from rlcore.runtime.shortage import recognized
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch, Group, Metrics
 
@@ -57,7 +58,7 @@ class Here:
     def call(self, method: Callable[Concatenate[Any, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         future: Future[R] = Future()
         try:
-            with self.worker.heartbeat.stage(method.__name__):
+            with self.worker.heartbeat.stage(method.__name__), recognized(self.worker, method.__name__, args):
                 future.set_result(getattr(self.worker, method.__name__)(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
@@ -65,7 +66,7 @@ class Here:
 
     def stream(self, method: Callable[Concatenate[Any, P], Iterator[R]], *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
         """Run to the end first: the consumer would only hold up this process's own work."""
-        with self.worker.heartbeat.stage(method.__name__):
+        with self.worker.heartbeat.stage(method.__name__), recognized(self.worker, method.__name__, args):
             return iter(list(getattr(self.worker, method.__name__)(*args, **kwargs)))
 
 

@@ -49,6 +49,10 @@ class PooledActor(PooledReference):
     def load(self, folder: Path) -> None:
         self.steps = self.pool.all(Worker.restore, folder)[0]
 
+    def holds(self, steps: int) -> bool:
+        """Whether its weights, and the critic's, are those of that many optimizer steps."""
+        return all(taken == {steps} for taken in self.pool.all(Worker.steps_taken))
+
 
 class PooledCritic:
     def __init__(self, actor: PooledActor) -> None:

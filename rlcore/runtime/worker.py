@@ -55,6 +55,7 @@ class Worker:
         self.clock = Clock(finish=partial(torch.get_device_module(device).synchronize, device))
         self.memory_manager = MemoryManager(self.clock, self.config.placement.offload)
         self.ranks = world.ALONE
+        self.whole_groups = False  # whether the loss needs all samples of a group in one forward pass
         self.encoder: VisionEncoder | None = None
         self.actor: TorchActor | None = None
         self.reference: Reference | None = None
@@ -82,6 +83,7 @@ class Worker:
         self.encoder = self.actor = self.reference = self.critic = None
         task, trained = training_task(command, self.config, steps), "actor" in self.roles
         compared = task.with_reference and "reference" in self.roles
+        self.whole_groups = task.objective.whole_groups
         factory = self._factory
         if trained or compared:
             seed_random_states(self.config.seed)  # same on every rank
@@ -196,6 +198,10 @@ class Worker:
             if self.critic:
                 self.critic.load(folder / "critic")
         return actor.learner.steps
+
+    def steps_taken(self) -> set[int]:
+        """Numbers of optimizer steps that actor and critic have taken; they differ if an update broke off between the two."""
+        return {role.learner.steps for role in (self.actor, self.critic) if role}
 
     def now(self) -> float:
         return time.perf_counter()

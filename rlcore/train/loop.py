@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from rlcore.checkpoint.folder import read_state, save_checkpoint
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.config.sections import EvaluationConfig
 from rlcore.data.prompts import PromptSource
-from rlcore.errors import ConfigError, NonFinite, RunError
+from rlcore.errors import ConfigError, NonFinite, OutOfMemory, RunError
 from rlcore.monitor.clock import Clock
 from rlcore.monitor.console import Console, evaluation_line, evaluation_table, sets_line
 from rlcore.monitor.sinks import Sinks
@@ -94,6 +95,7 @@ class Loop:
         self.task, self.session, self.folder, self.clock, self.evaluation = task, session, folder, clock, evaluation
         self.actor, self.source, self.console = session.placement.actor, task.source, session.console
         self.done = self.saved = 0  # steps
+        self.updates = 0  # optimizer steps, after step `done`
         self.drawn = self.source.drawn  # prompts drawn, after step `done`
         self.random: Mapping[str, Any] = {}  # random states, after step `done`
 
@@ -114,8 +116,15 @@ class Loop:
             self.sinks.close()
 
     def _step(self, number: int) -> None:
-        step = self._trained(number)
-        self.done, self.drawn = number, step.drawn
+        try:
+            self._finish(number, self._trained(number))
+        except OutOfMemory as error:
+            error.shortage = replace(error.shortage, step=number)
+            self._rescue(error.shortage.stage, number)
+            raise
+
+    def _finish(self, number: int, step: Step) -> None:
+        self.done, self.drawn, self.updates = number, step.drawn, self.actor.steps
         due = self.evaluation is not None and self._due(self.evaluation.every, self.evaluation.at_end)
         evaluation = self.task.evaluate() if due else None
         if self._due(self.session.config.train.save_every, at_end=True):
@@ -157,6 +166,17 @@ class Loop:
             self.console.say(f"    eval  {sets_line(evaluation.report(self.done)['sets'])}")
         self.console.warn(failures(evaluation.scores, "evaluation: "))
 
+    def _rescue(self, stage: str, number: int) -> None:
+        """Save the last finished step after step `number` broke off in `stage`, if a worker can still do so."""
+        if not self.session.placement.can_save(stage, self.updates):
+            return
+        if self.done == number:  # only its evaluation or checkpoint broke off
+            self.random = random_states()
+        try:
+            self._keep()
+        except RunError as error:
+            self.console.warn(f"step {self.done} could not be saved: {error}")
+
     def _due(self, every: int, at_end: bool) -> bool:
         return bool(every and self.done % every == 0) or (at_end and self.done == self.task.steps)
 
@@ -175,6 +195,7 @@ class Loop:
         self.actor.load(saved)
         state = read_state(saved)
         self.done = self.saved = state["step"]
+        self.updates = self.actor.steps
         self.source.drawn = self.drawn = state["drawn"]
         self.task.restore(state)
         restore_random_states(state["random"])
