@@ -125,8 +125,8 @@ class ModelFamily(Protocol):
         """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, on all its ranks."""
         ...
 
-    def embedded(self, model: nn.Module, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings of a prompt, images in their places."""
+    def prefill(self, model: nn.Module, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Logits [1, V] after a prompt, and its key-value cache; the model has attention that fills one."""
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
@@ -152,7 +152,8 @@ class VisionModelFamily(ModelFamily, Protocol):
     """A model family with a vision tower."""
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
-        """[tokens, D] of each image, from its pixels; `vision` has the images of one prompt or of several together."""
+        """[tokens, ...] of each image: all that the text model is given of it, in the form that engines take too. `vision` has
+        the pixels of one prompt's images or of several prompts' together."""
         ...
 
 

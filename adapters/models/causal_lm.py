@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from rlcore.distributed.ulysses import Slice
 from rlcore.errors import ConfigError
 from rlcore.model.attention import NAME as PACKED_ATTENTION
+from rlcore.model.packing import alone
 from rlcore.model.precision import lookup, wide_tables
 from rlcore.types import Packed, Prompt, Row
 
@@ -83,23 +84,18 @@ class CausalLM:
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
         """[t, D]: last hidden states after the final norm, on the model's device."""
         part = part or Slice(packed.tokens)
-        token_ids = part.cut(packed.input_ids).to(model.device)
-        output = model.model(
-            inputs_embeds=lookup(model.get_input_embeddings().weight, token_ids)[None],
-            position_ids=part.cut(packed.position_ids)[None].to(model.device),
-            segments=packed.segments,
-            part=part,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
+        inputs = self._inputs(model, packed, part)
+        return self._decoder(model)(**inputs, segments=packed.segments, part=part, use_cache=False).last_hidden_state[0]
 
-    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings, on the model's device."""
-        return lookup(model.get_input_embeddings().weight, torch.tensor(prompt.token_ids, device=model.device))
+    def prefill(self, model: Any, prompt: Prompt) -> tuple[Tensor, Any]:
+        """[1, V] logits after the prompt, and its key-value cache."""
+        inputs = self._inputs(model, alone(prompt), Slice(len(prompt.token_ids)))
+        output = self._decoder(model)(**inputs, use_cache=True)
+        return model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The decoder layers, in order."""
-        return model.model.layers
+        return self._decoder(model).layers
 
     def head(self, model: Any) -> Tensor:
         """[V, D]: the output head's weight."""
@@ -124,6 +120,18 @@ class CausalLM:
     def opening(self, row: Row) -> str:
         """The generation prompt that the chat template adds after the row's last message; empty without a template."""
         return self._template_text(row).removeprefix(self._template_text(row, generation=False))
+
+    def _decoder(self, model: Any) -> Any:
+        """The text model without its head."""
+        return model.model
+
+    def _inputs(self, model: Any, packed: Packed, part: Slice) -> dict[str, Any]:
+        """Arguments of the decoder for this rank's tokens of a row, on the model's device."""
+        token_ids = part.cut(packed.input_ids).to(model.device)
+        return {
+            "inputs_embeds": lookup(model.get_input_embeddings().weight, token_ids)[None],
+            "position_ids": part.cut(packed.position_ids)[None].to(model.device),
+        }
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         """Prompt text and tokens, one placeholder per image. A chat template adds the special tokens itself."""

@@ -50,6 +50,7 @@ def build(
             f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
             " or set rollout.engine=torch"
         )
+    _collect_earlier()
     defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
@@ -63,7 +64,6 @@ def build(
         from vllm import LLM
 
         register_class(folder)
-        _collect_earlier()
         try:
             llm = LLM(**(defaults | config.options))
         except ValueError as error:
@@ -114,7 +114,7 @@ def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
 
 def _collect_earlier() -> None:
     """Collect this process's previous engine now, if unreferenced: vLLM destroys the process groups when an engine is
-    collected, and later those would be the next engine's."""
+    collected. Later those would be the next engine's, and until then this process looks like one of several ranks."""
     gc.collect()
 
 

@@ -15,7 +15,7 @@ from rlcore.rollout.sampler import folded
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, Prompt, Sample, Sampling
 
-from .internals import derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
+from .internals import clear_scratch, derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -86,6 +86,7 @@ class VllmRollout:
         RunError names whatever else did not come back."""
         if self._level:
             self._llm.wake_up(tags=["weights"])
+            clear_scratch(self._runner)
         self._check_wake("weights")
         self._asleep = False
 

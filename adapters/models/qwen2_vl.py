@@ -1,4 +1,4 @@
-"""Qwen2.5-VL family: images become runs of placeholder tokens with positions on three axes."""
+"""Qwen2-VL and Qwen2.5-VL: images become runs of placeholder tokens with positions on three axes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rlcore.types import Packed, Prompt, Row, Vision
 from .causal_lm import CausalLM, image_parts
 
 
-class Qwen2_5_VL(CausalLM):
-    """Qwen2.5-VL, for rows with and without images."""
+class Qwen2VL(CausalLM):
+    """Qwen2-VL and Qwen2.5-VL, whose vision towers differ; for rows with and without images."""
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
     processor_class: ClassVar[Any] = AutoProcessor
@@ -56,66 +56,69 @@ class Qwen2_5_VL(CausalLM):
             text=text,
         )
 
-    def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
-        """[t, D]. Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
-
-        transformers' own forward pass counts those too, and refuses the sample.
-        """
-        part = part or Slice(packed.tokens)
-        in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
-        for segment in packed.segments:
-            in_prompt[segment.start : segment.start + segment.prompt] = True
-        output = model.model.language_model(
-            inputs_embeds=self._embedded(model, packed.input_ids, in_prompt, packed.vision, part)[None],
-            position_ids=part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device),
-            segments=packed.segments,
-            part=part,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
-
-    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings, with image embeddings at their placeholders."""
-        token_ids, vision = torch.tensor(prompt.token_ids), [prompt.vision] if prompt.vision else []
-        return self._embedded(model, token_ids, torch.ones(len(token_ids), dtype=torch.bool), vision, Slice(len(token_ids)))
-
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        return model.model.language_model.layers
-
     def vision_tower(self, model: Any) -> nn.Module:
         return model.model.visual
 
     def embed_images(self, tower: Any, vision: Vision) -> Sequence[Tensor]:
-        """[tokens, D] of each image, one token a merged patch."""
+        """`_features` of each image, one token a merged patch."""
         pixels, grids = vision["pixel_values"].to(tower.device, tower.dtype), vision["image_grid_thw"]
-        embedded = tower(pixels, grid_thw=grids.to(tower.device), return_dict=True).pooler_output
-        return embedded.split(_merged(tower, grids))
+        return self._features(tower(pixels, grid_thw=grids.to(tower.device), return_dict=True)).split(_merged(tower, grids))
 
     def hf_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
-    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
-        if image_parts(row) != len(row.images):
-            raise ConfigError(
-                f"{row.id}: the messages have {image_parts(row)} image parts for {len(row.images)} images;"
-                " give each image one part {type: image}, where it belongs in the text"
-            )
-        return list(row.messages)
+    def _decoder(self, model: Any) -> Any:
+        return model.model.language_model
 
-    def _embedded(self, model: Any, token_ids: Tensor, in_prompt: Tensor, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """Embed tokens [T] -> this rank's [t, D]; `vision` images fill the placeholders that are `in_prompt` [T], in order."""
-        embedded = lookup(model.get_input_embeddings().weight, part.cut(token_ids).to(model.device))
-        if not vision:
-            return embedded + _nothing_of(self.vision_tower(model))
-        images = self._images(model, vision, part)
-        places = (in_prompt & (token_ids == self.processor.image_token_id)).nonzero()[:, 0]
+    def _inputs(self, model: Any, packed: Packed, part: Slice) -> dict[str, Any]:
+        """Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
+
+        transformers' own forward pass counts those too, and refuses the sample.
+        """
+        places = self._placeholders(packed)
+        embedded = lookup(model.get_input_embeddings().weight, part.cut(packed.input_ids).to(model.device))
+        positions = part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device)
+        if not len(places):
+            return {"inputs_embeds": (embedded + _nothing_of(self.vision_tower(model)))[None], "position_ids": positions}
         held = part.held(places)
+        images = self._images(model, [vision for vision in packed.vision if vision is not None], part)
         here = images[held.to(model.device)].to(embedded.dtype)
-        return embedded.index_copy(0, (places[held] - part.start).to(model.device), here)
+        return {**self._placed(embedded, (places[held] - part.start).to(model.device), here), "position_ids": positions}
+
+    def _features(self, output: Any) -> Tensor:
+        """[tokens, D]: what the tower's output gives the text model."""
+        return output.pooler_output
+
+    def _placed(self, embedded: Tensor, places: Tensor, images: Tensor) -> dict[str, Any]:
+        """Arguments of the decoder: embeddings [t, D] with the images' features [m, ...] at `places` [m]."""
+        return {"inputs_embeds": embedded.index_copy(0, places, images)[None]}
+
+    def _placeholders(self, packed: Packed) -> Tensor:
+        """[tokens]: indices in T of the prompts' image placeholders, on the host. RunError names a row whose images have
+        another number of tokens."""
+        placeholder, places = packed.input_ids == self.processor.image_token_id, []
+        for segment, name, vision in zip(packed.segments, packed.names, packed.vision, strict=True):
+            here = placeholder[segment.start : segment.start + segment.prompt].nonzero()[:, 0]
+            tokens, features = self._counts(vision)
+            if not len(here) == tokens == features:
+                raise RunError(
+                    f"{name}: the prompt has {len(here)} image placeholders, its images have {tokens} tokens and features of"
+                    f" {features}; a prompt and its images are to be encoded together, by one image processor"
+                )
+            places.append(here + segment.start)
+        return torch.cat(places)
+
+    def _counts(self, vision: Vision | None) -> tuple[int, int]:
+        """Number of tokens of a prompt's images: by their sizes, and by their features or pixels."""
+        if vision is None:
+            return 0, 0
+        merged = self.processor.image_processor.merge_size**2
+        features = len(vision["image_embeds"]) if "image_embeds" in vision else len(vision["pixel_values"]) // merged
+        return int(vision["image_grid_thw"].prod(-1).sum()) // merged, features
 
     def _images(self, model: Any, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """[tokens, D] of all images: precomputed, or from the vision tower now, with the images split over the ranks that share
-        the row."""
+        """[tokens, ...] of all images: precomputed, or from the vision tower now, with the images split over the ranks that
+        share the row."""
         if "image_embeds" in vision[0]:
             return torch.cat([prompt["image_embeds"] for prompt in vision]).to(model.device)
         tower, grids = self.vision_tower(model), torch.cat([prompt["image_grid_thw"] for prompt in vision])
@@ -126,6 +129,14 @@ class Qwen2_5_VL(CausalLM):
             return self.embed_images(tower, {"pixel_values": chosen, "image_grid_thw": grids[images]})
 
         return torch.cat(part.dealt(_merged(tower, grids), read))
+
+    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
+        if image_parts(row) != len(row.images):
+            raise ConfigError(
+                f"{row.id}: the messages have {image_parts(row)} image parts for {len(row.images)} images;"
+                " give each image one part {type: image}, where it belongs in the text"
+            )
+        return list(row.messages)
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         text, token_ids = super()._read(row)
