@@ -96,6 +96,7 @@ class ModelFamily(Protocol):
     """A model family."""
 
     stop_token_ids: frozenset[int]  # the tokens that end a turn
+    image_options: Mapping[str, Any]  # settings of the Hugging Face image processor other than the folder's, for engines too
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
@@ -149,7 +150,8 @@ class ModelFamily(Protocol):
 
 
 class VisionModelFamily(ModelFamily, Protocol):
-    """A model family with a vision tower."""
+    """A model family with a vision tower. Its constructor takes `min_pixels` and `max_pixels` of an image if it can scale
+    images to them."""
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
         """[tokens, ...] of each image: all that the text model is given of it, in the form that engines take too. `vision` has

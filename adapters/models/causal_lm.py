@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ class CausalLM:
     model_class: ClassVar[Any] = AutoModelForCausalLM
     processor_class: ClassVar[Any] = AutoTokenizer
     attention: ClassVar[str | Mapping[str, str]] = PACKED_ATTENTION
+    image_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, folder: Path) -> None:
         self.processor = _open_processor(self.processor_class, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,15 @@ class Qwen2VL(CausalLM):
     model_class: ClassVar[Any] = AutoModelForImageTextToText
     processor_class: ClassVar[Any] = AutoProcessor
     attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
+
+    def __init__(self, folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Images are scaled to between `min_pixels` and `max_pixels`; None is the folder's own limit. ConfigError for limits
+        that no image can keep."""
+        super().__init__(folder)
+        images = self.processor.image_processor
+        size = _limits(folder, images, min_pixels, max_pixels)
+        if min_pixels is not None or max_pixels is not None:
+            images.size, self.image_options = type(images.size)(**size), {"size": size}
 
     def prompt_length(self, row: Row) -> int:
         """P of `encode`, from image sizes only."""
@@ -160,6 +170,26 @@ class Qwen2VL(CausalLM):
                 raise ConfigError(f"{row.id}: image {index} ({size}) does not fit the processor: {error}") from None
             counts.append(patches // processor.merge_size**2)
         return counts
+
+
+def _limits(folder: Path, processor: Any, least: int | None, most: int | None) -> dict[str, int]:
+    """Least and most pixels of an image, as transformers' processors take them: under the names of edges."""
+    own, unit = dict(processor.size), (processor.patch_size * processor.merge_size) ** 2
+    if most is not None and most < unit:
+        raise ConfigError(f"vision.max_pixels: {most} is less than one image token, {unit} pixels; give at least {unit}")
+    low, high = least or own.get("shortest_edge"), most or own.get("longest_edge")
+    if low is None or high is None:
+        raise ConfigError(
+            f"model.path: {folder} has no limits of an image (size.shortest_edge and size.longest_edge of its image processor);"
+            " set vision.min_pixels and vision.max_pixels"
+        )
+    if low > high:
+        given, other = ("min_pixels", "max_pixels") if most is None else ("max_pixels", "min_pixels")
+        raise ConfigError(
+            f"vision.{given}: with the model folder's own {other} an image would have at least {low} and at most {high} pixels;"
+            f" set vision.{other} too"
+        )
+    return {"shortest_edge": low, "longest_edge": high}
 
 
 def _merged(tower: Any, grids: Tensor) -> list[int]:

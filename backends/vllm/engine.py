@@ -51,7 +51,8 @@ def build(
             " or set rollout.engine=torch"
         )
     _collect_earlier()
-    defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
+    defaults |= _image_arguments(folder, family.image_options, image_embeds)
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_raised(temperatures or {})
@@ -85,8 +86,8 @@ def _sleep_level(llm: LLM, backend: Backend) -> int:
     return (level or 1) if sleep_mode(llm) else 0
 
 
-def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int, image_embeds: bool) -> dict[str, Any]:
-    arguments = {
+def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
+    return {
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_tokens,
@@ -98,10 +99,15 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
-        arguments["enable_mm_embeds"] = image_embeds
-    return arguments
+
+
+def _image_arguments(folder: Path, image_options: Mapping[str, Any], image_embeds: bool) -> dict[str, Any]:
+    """Arguments of an engine whose model has a vision tower; images are scaled as the trainer scales them."""
+    if "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return {}
+    limits = {"image": _IMAGES_A_PROMPT, "video": 0}
+    scaled = {"mm_processor_kwargs": {"images_kwargs": dict(image_options)}} if image_options else {}
+    return {"limit_mm_per_prompt": limits, "enable_mm_embeds": image_embeds, **scaled}
 
 
 def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
@@ -152,10 +158,16 @@ def _refuse_raised(temperatures: Mapping[str, float]) -> None:
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """ConfigError for an argument that vLLM does not have, or that would part it from the trainer."""
     from vllm import EngineArgs
 
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in options:
+        if name == "mm_processor_kwargs":
+            raise ConfigError(
+                f"rollout.options.{name}: the engine would read other images than the trainer; set vision.min_pixels and"
+                " vision.max_pixels, which hold for both"
+            )
         if name not in known:
             hint = nearest(name, known)
             hint = hint if "did you mean" in hint else "; vLLM's engine arguments are what may stand here"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore.config.schema import RunConfig
-from rlcore.config.sections import ModelConfig
+from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.images import Pictures
 from rlcore.distributed import fsdp
 from rlcore.errors import ConfigError, RunError
@@ -401,6 +401,78 @@ def test_images_that_lack_features_or_are_absent_are_named(two):
         found = rf"narrow: .* has {count} image placeholders, its images have {tokens} tokens and features of {features};"
         with pytest.raises(RunError, match=found):
             family.hidden(model, packed)
+
+
+# pixel limits
+
+
+def limited(name, models, **limits):
+    folder = resolve(ModelConfig(path=name), models)
+    return family_of(folder, ModelConfig(path=name), VisionConfig(**limits))
+
+
+@pytest.mark.parametrize(("name", "unit"), [("tiny_qwen2_vl", 28), ("tiny_qwen2_5_vl", 28), ("tiny_qwen3_vl", 32)])
+def test_an_image_is_scaled_to_the_limits_of_the_run_file(name, unit, models):
+    row = Row("a", image_row(1).messages, images=[noise(400, 300, seed=0)])
+    counts = {}
+    for limits in ({}, {"max_pixels": 6 * unit**2}, {"min_pixels": 40 * unit**2, "max_pixels": 50 * unit**2}):
+        family = limited(name, models, **limits)
+        prompt = family.encode(row)
+        assert len(prompt.token_ids) == family.prompt_length(row)
+        counts[tuple(limits.values())] = prompt.token_ids.count(family.processor.image_token_id)
+    own, small, between = counts.values()
+    assert small <= 6 < 40 <= between <= 50 < own <= 64
+    tiny = Row("a", row.messages, images=[noise(20, 20, seed=0)])
+    assert limited(name, models, min_pixels=9 * unit**2).encode(tiny).token_ids.count(family.processor.image_token_id) == 9
+
+
+FORMS = {  # as in published folders
+    "pixels": {"min_pixels": 3136, "max_pixels": 50176},
+    "edges": {"size": {"shortest_edge": 3136, "longest_edge": 50176}},
+    "both": {"min_pixels": 3136, "max_pixels": 50176, "size": {"min_pixels": 3136, "max_pixels": 50176}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_folders_limits_may_have_any_form_and_those_of_the_run_file_are_saved(form, models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(ModelConfig(path="tiny_qwen2_vl"), models), folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())["image_processor"]
+    settings.pop("size")
+    file.unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | FORMS[form]))
+    config, row = ModelConfig(path="x"), Row("a", image_row(1).messages, images=[noise(400, 300, seed=0)])
+    lengths = [family_of(folder, config, VisionConfig(max_pixels=most)).prompt_length(row) for most in (None, 20000)]
+    family_of(folder, config, VisionConfig(max_pixels=20000)).save_processor(folder)
+    assert lengths[0] > lengths[1] == family_of(folder, config).prompt_length(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "message"),
+    [
+        ("tiny_qwen2_vl", {"max_pixels": 783}, "max_pixels: 783 is less than one image token, 784 pixels; give at least"),
+        ("tiny_qwen3_vl", {"max_pixels": 1023}, "max_pixels: 1023 is less than one image token, 1024 pixels; give"),
+        ("tiny_qwen2_5_vl", {"max_pixels": 3135}, "max_pixels: with .* own min_pixels .* least 3136 and at most 3135 pixels;"),
+        ("tiny_qwen3_vl", {"min_pixels": 65537}, "min_pixels: with .* own max_pixels .* least 65537 .* 65536 pixels; set"),
+        ("tiny_llama", {"max_pixels": 5000}, "max_pixels: models of the family 'llama' have no such limit of images; remove"),
+    ],
+)
+def test_limits_that_no_image_can_keep_are_refused(name, limits, message, models):
+    with pytest.raises(ConfigError, match=rf"^vision\.{message}"):
+        limited(name, models, **limits)
+
+
+def test_a_folder_without_limits_needs_those_of_the_run_file(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(ModelConfig(path="tiny_qwen3_vl"), models), folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["size"] = {"min_pixels": 3136, "max_pixels": 50176}  # transformers leaves these aside
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"^model\.path: .* has no limits of an image .*; set vision\.min_pixels and"):
+        family_of(folder, ModelConfig(path="x"), VisionConfig(max_pixels=50176))
+    family = family_of(folder, ModelConfig(path="x"), VisionConfig(min_pixels=3136, max_pixels=50176))
+    assert family.prompt_length(image_row(2)) == len(family.encode(image_row(2)).token_ids)
 
 
 def test_an_image_too_thin_is_an_error_naming_the_row(models):
