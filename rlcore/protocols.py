@@ -101,6 +101,7 @@ class ModelFamily(Protocol):
     """A model family."""
 
     stop_token_ids: frozenset[int]  # the tokens that end a turn
+    image_options: Mapping[str, Any]  # settings of the Hugging Face image processor other than the folder's, for engines too
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
 
@@ -143,8 +144,8 @@ class ModelFamily(Protocol):
         """[T, D]: the last hidden states of a packed row, after the final norm; [t, D] of a slice, on all its ranks."""
         ...
 
-    def embedded(self, model: nn.Module, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings of a prompt, images in their places."""
+    def prefill(self, model: nn.Module, prompt: Prompt) -> tuple[Tensor, Any]:
+        """Logits [1, V] after a prompt, and its key-value cache; the model has attention that fills one."""
         ...
 
     def vision_tower(self, model: nn.Module) -> nn.Module | None: ...
@@ -167,10 +168,12 @@ class ModelFamily(Protocol):
 
 
 class VisionModelFamily(ModelFamily, Protocol):
-    """A model family with a vision tower."""
+    """A model family with a vision tower. Its constructor takes `min_pixels` and `max_pixels` of an image if it can scale
+    images to them."""
 
     def embed_images(self, tower: nn.Module, vision: Vision) -> Sequence[Tensor]:
-        """[tokens, D] of each image, from its pixels; `vision` has the images of one prompt or of several together."""
+        """[tokens, ...] of each image: all that the text model is given of it, in the form that engines take too. `vision` has
+        the pixels of one prompt's images or of several prompts' together."""
         ...
 
 

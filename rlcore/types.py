@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, float]
 NamedTensors = Iterable[tuple[str, Tensor]]  # Hugging Face names, whole tensors, one at a time
-Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once embedded, image_embeds [tokens, D]
+Vision = Mapping[str, Tensor]  # image_grid_thw [I, 3] and pixel_values or, once embedded, image_embeds [tokens, ...]
 _TOKEN_FIELDS = (
     "rollout_logprobs",
     "loss_mask",
@@ -314,7 +314,8 @@ class Packed:
     predictors: Tensor  # [M] int64, index in T of the hidden state that predicts the target
     targets: Tensor  # [M] int64
     index: Tensor  # [M] int64, index of the target in the batch's [N]
-    vision: Sequence[Vision]  # one per group that has images, in row order
+    names: Sequence[str]  # the row of each segment
+    vision: Sequence[Vision | None]  # the images of each segment
 
     @property
     def tokens(self) -> int:

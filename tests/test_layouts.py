@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rlcore_backends.common import node_address
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
 from rlcore.algorithms.loss import objective, policy_loss
+from rlcore.algorithms.objective import Objective, tokens
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.algorithm import PRESETS, AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
@@ -25,7 +27,7 @@ from rlcore.model.actor import TorchActor
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loaded import LoadedModel
 from rlcore.model.packing import deal, microbatches
-from rlcore.types import Batch, Group, Row, Sample, TokenView
+from rlcore.types import Batch, Group, Row, Sample, TokenLoss, TokenView
 
 LIMIT = 9
 SETTINGS = {
@@ -38,6 +40,13 @@ SETTINGS = {
 SHARED = {1: 4096, 2: 60, 8: 28}  # number of micro-batches of these 16 samples -> token cap
 ROUNDING = 3e-6  # fp32 against float64: transformers' own padded fp32 pass differs by 1.6e-6
 ALONE = {1: 4096, 2: 200, 8: 50}  # likewise, with a prompt copy per sample
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(backend):
+    torch.set_num_threads(1)
+    yield
+    backend.prepare()
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,42 @@ def padded(family, folder, batch, config, shift=None):
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
+def pictured(family):
+    """Prompts with two images, none and one, three samples each."""
+    random = torch.Generator().manual_seed(2)
+    groups = []
+    for number, sizes in enumerate((((96, 128), (64, 64)), (), ((128, 80),))):
+        pixels = (torch.randint(256, (*size, 3), generator=random, dtype=torch.uint8).numpy() for size in sizes)
+        images = [Image.fromarray(array) for array in pixels]
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "Which?"}]
+        prompt = family.encode(Row(str(number), [{"role": "user", "content": parts}], images=images))
+        ids = [torch.randint(8, 200, (length,), generator=random).tolist() for length in (5, 1, 3)]
+        groups.append(Group(prompt, [Sample(each, [0.0] * len(each), "", "stop", 0) for each in ids]))
+    batch = Batch.of(groups)
+    return replace(batch, advantages=torch.randn(len(batch.loss_mask), generator=random))
+
+
+def padded_images(folder, batch, image_token):
+    """Gradient of the mean of log-probability x advantage, by transformers' own forward pass over padded sequences."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    rows = [(group.prompt, sample.token_ids.tolist()) for group in batch.groups for sample in group.samples]
+    width = max(len(prompt.token_ids) + len(response) for prompt, response in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(rows):
+        length = len(prompt.token_ids) + len(response)
+        ids[row, :length], mask[row, :length] = torch.tensor(prompt.token_ids + response), 1
+    seen = [prompt.vision for prompt, _ in rows if prompt.vision]
+    images = {key: torch.cat([vision[key] for vision in seen]) for key in ("pixel_values", "image_grid_thw")}
+    types = (ids == image_token).int()
+    logits = model(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, use_cache=False, **images).logits
+    logprobs, taken = logits.log_softmax(-1), []
+    for row, (prompt, response) in enumerate(rows):
+        places = slice(len(prompt.token_ids) - 1, len(prompt.token_ids) + len(response) - 1)
+        taken.append(logprobs[row, places].gather(1, torch.tensor(response)[:, None])[:, 0])
+    (-torch.cat(taken) * batch.advantages).mean().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
 def apart(gradient, yardstick):
     return float((gradient - yardstick).norm() / yardstick.norm())
 
@@ -144,6 +189,28 @@ def test_every_layout_has_the_padded_gradient(family, tiny_llama, name):
     for report, gradient in zip(reports, gradients, strict=True):
         assert report == pytest.approx(reports[0], rel=1e-5, abs=1e-6)
         assert apart(gradient, gradients[0]) < 1e-6
+
+
+def weighted(view):
+    return TokenLoss(-view.logprobs * view.advantages)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_every_layout_of_images_has_the_padded_gradient(kind, models):
+    """The tower's weights included, whether it reads the images of a row together or of each row alone."""
+    folder = models / f"layouts_{kind}"
+    registry.load("models", f"tiny_{kind}")(folder, layers=3, vision_layers=3)
+    family = registry.load("families", kind)(folder)
+    batch = pictured(family)
+    yardstick = padded_images(folder, batch, family.processor.image_token_id)
+    gradients = []
+    for layout, cap in ((batch, 4096), (batch, 50), (alone(batch), 200)):
+        actor = actor_of(family, folder, AlgorithmConfig(), cap)
+        actor.objective = Objective(weighted, aggregation.token_mean, tokens)
+        actor.forward.settings = replace(actor.forward.settings, temperature=1.0)
+        gradients.append(gradient_of(actor, layout)[1])
+        assert apart(gradients[-1], yardstick) < 1e-5, (len(layout.groups), cap)
+    assert max(apart(gradient, gradients[0]) for gradient in gradients) < 5e-6
 
 
 def test_the_gradient_is_the_slope_of_the_loss(family, tiny_llama):

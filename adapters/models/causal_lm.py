@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from rlcore.distributed.ulysses import Slice
 from rlcore.errors import ConfigError
 from rlcore.model.attention import NAME as PACKED_ATTENTION
+from rlcore.model.packing import alone
 from rlcore.model.precision import lookup, wide_tables
 from rlcore.types import Packed, Prompt, Row
 
@@ -34,6 +36,7 @@ class CausalLM:
     model_class: ClassVar[Any] = AutoModelForCausalLM
     processor_class: ClassVar[Any] = AutoTokenizer
     attention: ClassVar[str | Mapping[str, str]] = PACKED_ATTENTION
+    image_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, folder: Path) -> None:
         self.processor = _open_processor(self.processor_class, folder)
@@ -109,23 +112,18 @@ class CausalLM:
     def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
         """[t, D]: last hidden states after the final norm, on the model's device."""
         part = part or Slice(packed.tokens)
-        token_ids = part.cut(packed.input_ids).to(model.device)
-        output = model.model(
-            inputs_embeds=lookup(model.get_input_embeddings().weight, token_ids)[None],
-            position_ids=part.cut(packed.position_ids)[None].to(model.device),
-            segments=packed.segments,
-            part=part,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
+        inputs = self._inputs(model, packed, part)
+        return self._decoder(model)(**inputs, segments=packed.segments, part=part, use_cache=False).last_hidden_state[0]
 
-    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings, on the model's device."""
-        return lookup(model.get_input_embeddings().weight, torch.tensor(prompt.token_ids, device=model.device))
+    def prefill(self, model: Any, prompt: Prompt) -> tuple[Tensor, Any]:
+        """[1, V] logits after the prompt, and its key-value cache."""
+        inputs = self._inputs(model, alone(prompt), Slice(len(prompt.token_ids)))
+        output = self._decoder(model)(**inputs, use_cache=True)
+        return model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         """The decoder layers, in order."""
-        return model.model.layers
+        return self._decoder(model).layers
 
     def head(self, model: Any) -> Tensor:
         """[V, D]: the output head's weight."""
@@ -151,6 +149,18 @@ class CausalLM:
         """The generation prompt that the chat template adds after the row's last message; empty without a template."""
         messages = self._messages(_asked(row))
         return self._template.render(messages, row.id).removeprefix(self._template.render(messages, row.id, generation=False))
+
+    def _decoder(self, model: Any) -> Any:
+        """The text model without its head."""
+        return model.model
+
+    def _inputs(self, model: Any, packed: Packed, part: Slice) -> dict[str, Any]:
+        """Arguments of the decoder for this rank's tokens of a row, on the model's device."""
+        token_ids = part.cut(packed.input_ids).to(model.device)
+        return {
+            "inputs_embeds": lookup(model.get_input_embeddings().weight, token_ids)[None],
+            "position_ids": part.cut(packed.position_ids)[None].to(model.device),
+        }
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         """Prompt text and tokens, one placeholder per image."""

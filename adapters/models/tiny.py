@@ -28,7 +28,9 @@ SPECIAL_TOKENS = (
 )
 WORDS_AS_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 VOCABULARY = 576
-IMAGE_UNIT = 28  # side in pixels of one image token: patches of 14, merged 2 by 2
+IMAGE_UNIT = 28  # side in pixels of one image token of Qwen2-VL and Qwen2.5-VL: patches of 14, merged 2 by 2
+IMAGE_UNIT_3 = 32  # of Qwen3-VL: patches of 16
+POSITIONS = 64  # positions that a tiny Qwen3-VL's tower learns: a grid of 8 by 8, stretched over an image's patches
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -96,34 +98,80 @@ def tiny_qwen2_5_vl(
         Qwen2VLVideoProcessor,
     )
 
-    _check_heads("vision_", vision_hidden_size, vision_heads, 4)
-    if min_pixels > max_pixels:
-        raise ConfigError(f"model.options.min_pixels: {min_pixels} is more than max_pixels {max_pixels}; swap or equal them")
-    tokenizer = _tokenizer()
-    token: Any = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **_text_config(hidden_size, layers, heads, key_value_heads, context),
-            **_token_config(tokenizer),
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000.0, "mrope_section": _rotary_sections(hidden_size // heads // 2),
-            },
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": vision_layers, "hidden_size": vision_hidden_size, "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": vision_heads, "out_hidden_size": hidden_size, "patch_size": IMAGE_UNIT // 2, "spatial_merge_size": 2,
-            "window_size": 112, "fullatt_block_indexes": list(range(1, vision_layers, 2)),
-            "initializer_range": _deviation(vision_hidden_size),
-        },
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+    tower = _tower_config(vision_hidden_size, vision_layers, vision_heads, IMAGE_UNIT)
+    tower |= {
+        "hidden_size": vision_hidden_size, "intermediate_size": 2 * vision_hidden_size, "out_hidden_size": hidden_size,
+        "window_size": 112, "fullatt_block_indexes": list(range(1, vision_layers, 2)),
+    }  # fmt: skip
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context) | _three_axes(hidden_size // heads // 2, 3 / 8)
+    images = Qwen2VLImageProcessor(**_limits(min_pixels, max_pixels))
+    processor = Qwen2_5_VLProcessor(images, _tokenizer(), Qwen2VLVideoProcessor(), CHAT_TEMPLATE)
+    _write_vision_model(folder, seed, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig, text, tower, processor, tied)
+
+
+def tiny_qwen2_vl(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True, vision_hidden_size: PositiveInt = 64,
+    vision_layers: PositiveInt = 4, vision_heads: PositiveInt = 4, min_pixels: PositiveInt = 4 * IMAGE_UNIT**2,
+    max_pixels: PositiveInt = 64 * IMAGE_UNIT**2,
+) -> None:
+    """A Qwen2-VL, 1.0 million parameters by default; its images are those of `tiny_qwen2_5_vl`."""
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tower = _tower_config(vision_hidden_size, vision_layers, vision_heads, IMAGE_UNIT)
+    tower |= {"embed_dim": vision_hidden_size, "mlp_ratio": 2, "hidden_size": hidden_size}
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context) | _three_axes(hidden_size // heads // 2, 3 / 8)
+    images = Qwen2VLImageProcessor(**_limits(min_pixels, max_pixels))
+    processor = Qwen2VLProcessor(images, _tokenizer(), Qwen2VLVideoProcessor(), CHAT_TEMPLATE)
+    _write_vision_model(folder, seed, Qwen2VLForConditionalGeneration, Qwen2VLConfig, text, tower, processor, tied)
+
+
+def tiny_qwen3_vl(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True, vision_hidden_size: PositiveInt = 64,
+    vision_layers: PositiveInt = 4, vision_heads: PositiveInt = 4, min_pixels: PositiveInt = 4 * IMAGE_UNIT_3**2,
+    max_pixels: PositiveInt = 64 * IMAGE_UNIT_3**2,
+) -> None:
+    """A Qwen3-VL, 1.2 million parameters by default. 128 by 128 pixels are 16 tokens. Every other layer of the tower gives
+    features to a layer of the text model, but none to the last, after which no token reads another."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    tower = _tower_config(vision_hidden_size, vision_layers, vision_heads, IMAGE_UNIT_3)
+    tower |= {
+        "hidden_size": vision_hidden_size, "intermediate_size": 2 * vision_hidden_size, "out_hidden_size": hidden_size,
+        "num_position_embeddings": POSITIONS, "deepstack_visual_indexes": list(range(0, vision_layers, 2))[: layers - 1],
+    }  # fmt: skip
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context) | {"head_dim": hidden_size // heads}
+    text |= _three_axes(hidden_size // heads // 2, 5 / 16, mrope_interleaved=True)
+    gray = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = Qwen2VLImageProcessor(patch_size=IMAGE_UNIT_3 // 2, **gray, **_limits(min_pixels, max_pixels))
+    processor = Qwen3VLProcessor(images, _tokenizer(), Qwen3VLVideoProcessor(), CHAT_TEMPLATE)
+    _write_vision_model(folder, seed, Qwen3VLForConditionalGeneration, Qwen3VLConfig, text, tower, processor, tied)
+
+
+def _write_vision_model(
+    folder: Path, seed: int, model_class: Any, config_class: Any, text: dict[str, Any], tower: dict[str, Any], processor: Any,
+    tied: bool,
+) -> None:
+    token = processor.tokenizer.convert_tokens_to_ids
+    config = config_class(
+        text_config={**text, **_token_config(processor.tokenizer), "tie_word_embeddings": tied},
+        vision_config=tower, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=tied,
     )  # fmt: skip
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=min_pixels, max_pixels=max_pixels),
-        tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
-    _write(folder, seed, Qwen2_5_VLForConditionalGeneration, config, processor)
+    _write(folder, seed, model_class, config, processor)
 
 
 def _write_text_model(folder: Path, seed: int, model_class: Any, config_class: Any, text: dict[str, Any], tied: bool) -> None:
@@ -152,6 +200,22 @@ def _text_config(hidden_size: int, layers: int, heads: int, key_value_heads: int
     }  # fmt: skip
 
 
+def _tower_config(hidden_size: int, layers: int, heads: int, unit: int) -> dict[str, Any]:
+    """Settings that the towers share."""
+    _check_heads("vision_", hidden_size, heads, 4)
+    return {
+        "depth": layers, "num_heads": heads, "patch_size": unit // 2, "spatial_merge_size": 2,
+        "initializer_range": _deviation(hidden_size),
+    }  # fmt: skip
+
+
+def _limits(least: int, most: int) -> dict[str, Any]:
+    """Arguments of an image processor."""
+    if least > most:
+        raise ConfigError(f"model.options.min_pixels: {least} is more than max_pixels {most}; swap or equal them")
+    return {"min_pixels": least, "max_pixels": most}
+
+
 def _deviation(width: int) -> float:
     """Standard deviation of random weights that keeps activations' scale. The usual 0.02 fits widths of thousands."""
     return width**-0.5
@@ -173,10 +237,12 @@ def _token_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rotary_sections(pairs: int) -> list[int]:
-    """Rotary pairs of a head for time, height and width, in Qwen2.5-VL's proportion 2 : 3 : 3."""
-    side = pairs * 3 // 8
-    return [pairs - 2 * side, side, side]
+def _three_axes(pairs: int, share: float, **more: Any) -> dict[str, Any]:
+    """Rotary positions on three axes: of a head's pairs, this share for height and for width, the others for time. The
+    published models' shares are 3/8, and 5/16 in Qwen3-VL."""
+    side = int(pairs * share)
+    sections = [pairs - 2 * side, side, side]
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **more}}
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

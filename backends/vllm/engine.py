@@ -52,7 +52,9 @@ def build(
             f"rollout.engine: vllm is not installed; pip install -r {backend.environment_requirements}"
             " or set rollout.engine=torch"
         )
-    defaults = _engine_arguments(folder, dtype, max_tokens, seed, image_embeds) | dict(backend.engine_options("vllm"))
+    _collect_earlier()
+    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
+    defaults |= _image_arguments(folder, family.image_options, image_embeds)
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     _refuse_raised(temperatures or {})
@@ -66,7 +68,6 @@ def build(
         from vllm import LLM
 
         register_class(folder)
-        _collect_earlier()
         arguments = defaults | config.options
         relief = Relief(arguments, config.options, backend, max_tokens)
         try:
@@ -106,8 +107,8 @@ def _sleep_level(llm: LLM, backend: Backend) -> int:
     return (level or 1) if sleep_mode(llm) else 0
 
 
-def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int, image_embeds: bool) -> dict[str, Any]:
-    arguments = {
+def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
+    return {
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": max_tokens,
@@ -119,10 +120,15 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        arguments["limit_mm_per_prompt"] = {"image": _IMAGES_A_PROMPT, "video": 0}
-        arguments["enable_mm_embeds"] = image_embeds
-    return arguments
+
+
+def _image_arguments(folder: Path, image_options: Mapping[str, Any], image_embeds: bool) -> dict[str, Any]:
+    """Arguments of an engine whose model has a vision tower; images are scaled as the trainer scales them."""
+    if "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return {}
+    limits = {"image": _IMAGES_A_PROMPT, "video": 0}
+    scaled = {"mm_processor_kwargs": {"images_kwargs": dict(image_options)}} if image_options else {}
+    return {"limit_mm_per_prompt": limits, "enable_mm_embeds": image_embeds, **scaled}
 
 
 def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _one_of_many(tensor_parallel: int) -> dict[str, Any]:
 
 def _collect_earlier() -> None:
     """Collect this process's previous engine now, if unreferenced: vLLM destroys the process groups when an engine is
-    collected, and later those would be the next engine's."""
+    collected. Later those would be the next engine's, and until then this process looks like one of several ranks."""
     gc.collect()
 
 
@@ -182,10 +188,16 @@ def _refuse_executor(options: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """ConfigError for an argument that vLLM does not have, or that would part it from the trainer."""
     from vllm import EngineArgs
 
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in options:
+        if name == "mm_processor_kwargs":
+            raise ConfigError(
+                f"rollout.options.{name}: the engine would read other images than the trainer; set vision.min_pixels and"
+                " vision.max_pixels, which hold for both"
+            )
         if name not in known:
             hint = nearest(name, known)
             hint = hint if "did you mean" in hint else "; vLLM's engine arguments are what may stand here"

@@ -58,6 +58,14 @@ def preserved_random_state() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def clear_scratch(runner: Any) -> None:
+    """Zero what Qwen3-VL adds to the hidden states of tokens that are of no image. A sleep that discards the weights discards
+    it too, and nothing else writes all of it again. Delete when: vLLM's level 2 keeps `deepstack_input_embeds`."""
+    with torch.inference_mode():
+        for tensor in getattr(runner.get_model(), "deepstack_input_embeds", None) or ():
+            tensor.zero_()
+
+
 def sleep_mode(llm: LLM) -> bool:
     """Whether vLLM's sleep mode is on. Delete when: `LLM` says so."""
     return llm.llm_engine.vllm_config.model_config.enable_sleep_mode

@@ -60,8 +60,10 @@ def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> Slot:
 
 
 def _fused(model: nn.Module) -> dict[str, list[str]]:
-    """Fused layers of the engine -> the layers they are made of."""
-    return {fused: parts for fused, parts in getattr(model, "packed_modules_mapping", {}).items() if len(parts) > 1}
+    """Fused layers of the engine -> the layers they are made of. Qwen2-VL leaves it to its text model to say so."""
+    from vllm.model_executor.utils import get_packed_modules_mapping
+
+    return {fused: parts for fused, parts in get_packed_modules_mapping(model).items() if len(parts) > 1}
 
 
 class WeightManifest:

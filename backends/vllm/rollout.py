@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from rlcore.distributed.fingerprint import Constants
-from rlcore.errors import Remedy
+from rlcore.errors import Remedy, RunError
 from rlcore.protocols import ModelFamily
 from rlcore.rollout.sampler import folded
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
 from rlcore.types import Group, Prompt, Sample, Sampling
 
-from .internals import derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
+from .internals import clear_scratch, derives_from_weights, kv_cache_tensors, model_runner, preserved_random_state
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -67,6 +67,7 @@ class VllmRollout:
                 for output in cast("list[RequestOutput]", engine.step()):  # the others are of pooling models
                     if output.finished:
                         place = int(output.request_id)
+                        _check_prompt(prompts[place], output)
                         yield place, Group(prompts[place], [self._sample(completion, version) for completion in output.outputs])
 
     def pause(self) -> None:
@@ -88,6 +89,7 @@ class VllmRollout:
         RunError names whatever else did not come back."""
         if self._level:
             self._llm.wake_up(tags=["weights"])
+            clear_scratch(self._runner)
         self._check_wake("weights")
         self._asleep = False
 
@@ -157,6 +159,16 @@ class VllmRollout:
         logprobs = np.fromiter((step[token].logprob for step, token in drawn), np.float32, len(token_ids))
         finish = "stop" if completion.finish_reason == "stop" else "length"
         return Sample(np.array(token_ids, np.int32), logprobs, self._family.decode(token_ids), finish, version)
+
+
+def _check_prompt(prompt: Prompt, output: RequestOutput) -> None:
+    """RunError where the engine made another number of tokens of a prompt's images than the trainer, which would take its
+    samples for answers to what the trainer reads."""
+    if output.prompt_token_ids != prompt.token_ids:
+        raise RunError(
+            f"{prompt.row.id}: the engine read {len(output.prompt_token_ids or ())} tokens, the trainer's prompt has"
+            f" {len(prompt.token_ids)}: they scale images differently; set vision.min_pixels and vision.max_pixels"
+        )
 
 
 def _request(prompt: Prompt) -> TokensPrompt:

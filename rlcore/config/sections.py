@@ -64,6 +64,16 @@ class VisionConfig(Strict):
     """A model of the same family (folder or source) whose vision tower replaces the policy's."""
     images_per_batch: PositiveInt = 16
     """Images per forward pass of the tower."""
+    min_pixels: PositiveInt | None = None
+    """Smaller images are enlarged to this many pixels, for trainer and engine alike; unset is the model folder's own limit."""
+    max_pixels: PositiveInt | None = None
+    """Larger images are reduced to this many pixels, which bounds their tokens (28 x 28 or 32 x 32 pixels each)."""
+
+    @model_validator(mode="after")
+    def _some_size_is_allowed(self) -> VisionConfig:
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels: {self.min_pixels} is above max_pixels {self.max_pixels}; lower it")
+        return self
 
 
 class BackendConfig(Strict):

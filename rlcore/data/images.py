@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from rlcore.data.files import tried
 from rlcore.errors import ConfigError
 
+_TURNED = range(2, 9)  # orientation tags of images that are stored otherwise than seen
+_SIDEWAYS = range(5, 9)  # those whose width and height are swapped
+_TAGS_OF_PNG = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")  # chunks that may hold an orientation
 _WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1.0}  # 16-bit PGM opens as I
 
 
@@ -27,7 +30,7 @@ class Pictures(Sequence[Image.Image]):
 
     make: Callable[[Any], Image.Image]  # importable, so that rows can be pickled
     sources: tuple[Any, ...]
-    sizes: tuple[tuple[int, int], ...]  # (width, height) of each, known without decoding
+    sizes: tuple[tuple[int, int], ...]  # (width, height) of each as seen, known without decoding
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -42,12 +45,14 @@ def decode_image(value: Any, where: str, folder: Path) -> Image.Image:
     """Decode an RGB image, transparency on white, from any form data sets use; ConfigError naming `where` when broken.
 
     A form is a PIL image, bytes, {"bytes", "path"} as in Hugging Face parquet files, a path relative to `folder`, base64,
-    or a `data:image/...;base64,` URL. Orientation tags are not applied. Gray of more than 8 bits is scaled: 16-bit and integer
-    pixels from 0..65535, float pixels from 0..1; ConfigError when one lies outside.
+    or a `data:image/...;base64,` URL. It is turned as its orientation tag (EXIF) says. Gray of more than 8 bits is scaled:
+    16-bit and integer pixels from 0..65535, float pixels from 0..1; ConfigError when one lies outside.
     """
     image = _open_image(value, where, folder)
     try:
         image.load()
+        if _orientation(image) in _TURNED:
+            image = ImageOps.exif_transpose(image)
         image = _eight_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -62,7 +67,7 @@ def pictures(values: Any, where: str, folder: Path) -> Sequence[Image.Image]:
     if values is None:
         return ()
     values = tuple(values) if isinstance(values, list | tuple) else (values,)
-    sizes = tuple(_open_image(value, where, folder).size for value in values)
+    sizes = tuple(_size_as_seen(value, where, folder) for value in values)
     return Pictures(_decode, tuple((value, where, folder) for value in values), sizes) if values else ()
 
 
@@ -89,6 +94,27 @@ def _check(source: tuple[Any, str, Path]) -> None:
 
 def _decode(source: tuple[Any, str, Path]) -> Image.Image:
     return decode_image(*source)
+
+
+def _size_as_seen(value: Any, where: str, folder: Path) -> tuple[int, int]:
+    """(width, height) once turned, from the header; Pillow swaps those of a TIFF itself."""
+    image = _open_image(value, where, folder)
+    width, height = image.size
+    try:
+        swapped = image.format != "TIFF" and not _is_untagged(image) and _orientation(image) in _SIDEWAYS
+    except Exception as error:
+        raise ConfigError(f"{where}: the image's orientation cannot be read: {error}") from error
+    return (height, width) if swapped else (width, height)
+
+
+def _is_untagged(image: Image.Image) -> bool:
+    """Whether it is a PNG without tags, as most are: Pillow would decode it to look for one behind the pixels."""
+    file = getattr(image, "fp", None)
+    return image.format == "PNG" and isinstance(file, io.BytesIO) and not any(tag in file.getvalue() for tag in _TAGS_OF_PNG)
+
+
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlcore import registry
-from rlcore.config.sections import ModelConfig
+from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.files import tried
 from rlcore.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from rlcore.protocols import ModelFamily
 
+NO_LIMITS = VisionConfig()
 Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
 
 
@@ -43,8 +44,9 @@ def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
     return folder
 
 
-def family_of(folder: Path, config: ModelConfig) -> ModelFamily:
-    """The model family, from `config.family` or the folder's model_type; ConfigError lists the families."""
+def family_of(folder: Path, config: ModelConfig, vision: VisionConfig = NO_LIMITS) -> ModelFamily:
+    """The model family, from `config.family` or the folder's model_type, with the pixel limits of `vision`; ConfigError lists
+    the families."""
     families = registry.names("families")
     kind = model_type(folder) if config.family == "auto" else config.family
     if kind not in families:
@@ -54,7 +56,11 @@ def family_of(folder: Path, config: ModelConfig) -> ModelFamily:
             f"model.path: {folder} is of the family {kind!r}; supported: {', '.join(families)};"
             " where one of them has the same layers, name it as model.family"
         )
-    return registry.load("families", kind)(folder)
+    family = registry.load("families", kind)
+    limits = {key: pixels for key in ("min_pixels", "max_pixels") if (pixels := getattr(vision, key)) is not None}
+    if not limits.keys() <= inspect.signature(family).parameters.keys():
+        raise ConfigError(f"vision.{min(limits)}: models of the family {kind!r} have no such limit of images; remove it")
+    return family(folder, **limits)
 
 
 def model_type(folder: Path, section: str = "model") -> str:

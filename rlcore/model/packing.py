@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlcore.distributed.balance import over_ranks, spread
 from rlcore.errors import ConfigError
-from rlcore.types import Batch, Group, Packed, Segment, Vision
+from rlcore.types import Batch, Group, Packed, Prompt, Segment, Vision
 
 Shapes = Sequence[tuple[int, Sequence[int]]]  # per group: prompt tokens, and response tokens of each sample
 
@@ -52,6 +52,16 @@ def pack(batch: Batch, pieces: Sequence[Piece]) -> Packed:
     for piece in pieces:
         row.add(piece)
     return row.packed()
+
+
+def alone(prompt: Prompt) -> Packed:
+    """A prompt as a row of its own, without targets."""
+    length = len(prompt.token_ids)
+    positions = _positions(prompt.position_ids, length, _axes(prompt.position_ids))
+    return Packed(
+        torch.tensor(prompt.token_ids), positions[0] if len(positions) == 1 else positions, (Segment(0, length, ()),),
+        predictors=_NONE, targets=_NONE, index=_NONE, names=(prompt.row.id,), vision=(prompt.vision,),
+    )  # fmt: skip
 
 
 def microbatches(batch: Batch, cap: int, whole_groups: bool = False) -> list[Packed]:
@@ -155,7 +165,8 @@ class _RowBuilder:
         self._input_ids, self._targets, self._predictors, self._index = _Integers(), _Integers(), _Integers(), _Integers()
         self._positions: list[Tensor] = []  # [axes, tokens]
         self._segments: list[Segment] = []
-        self._vision: list[Vision] = []
+        self._names: list[str] = []
+        self._vision: list[Vision | None] = []
 
     def add(self, piece: Piece) -> None:
         group, start = self._batch.groups[piece.group], len(self._input_ids)
@@ -169,8 +180,8 @@ class _RowBuilder:
         chosen = piece.samples if prompt.imitated is None else ()
         lengths = [self._respond(group.samples[one].token_ids, last, first[one], prompt.next_position) for one in chosen]
         self._segments.append(Segment(start, len(prompt.token_ids), tuple(lengths)))
-        if prompt.vision is not None:
-            self._vision.append(prompt.vision)
+        self._names.append(prompt.row.id)
+        self._vision.append(prompt.vision)
 
     def packed(self) -> Packed:
         positions = torch.cat(self._positions, dim=1)
@@ -181,6 +192,7 @@ class _RowBuilder:
             predictors=self._predictors.tensor(),
             targets=self._targets.tensor(),
             index=self._index.tensor(),
+            names=self._names,
             vision=self._vision,
         )
 
@@ -229,4 +241,4 @@ def _positions(position_ids: Tensor | None, length: int, axes: int) -> Tensor:
 
 
 _ZERO, _NONE = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), predictors=_NONE, targets=_NONE, index=_NONE, vision=())
+_IDLE = Packed(_ZERO, _ZERO, (Segment(0, 1, ()),), predictors=_NONE, targets=_NONE, index=_NONE, names=("",), vision=(None,))

@@ -34,7 +34,7 @@ class ResolvedModel:
         self.tower_folder = self._tower_folder()
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
-        self.family = family_of(self.folder, config.model)
+        self.family = family_of(self.folder, config.model, config.vision)
         self.family.use_template(config.data.chat_template, config.data.chat_template_options)
         fast, asked = backend.default_precision(), config.model.precision
         self.precision = precision = fast if asked == "auto" else asked

@@ -172,7 +172,7 @@ class TorchRollout:
         self, prompts: Sequence[Prompt], sampling: Sampling, generators: Sequence[torch.Generator]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield tokens and log-probabilities [prompts x samples] of each step, until every sample has stopped."""
-        logits, cache = _joined([self._read(prompt) for prompt in prompts])
+        logits, cache = _joined([self._family.prefill(self._model, prompt) for prompt in prompts])
         cache.batch_repeat_interleave(sampling.samples)
         logits = logits.repeat_interleave(sampling.samples, dim=0)
         positions = torch.tensor([prompt.next_position for prompt in prompts]).repeat_interleave(sampling.samples)
@@ -188,18 +188,6 @@ class TorchRollout:
             running &= ~torch.isin(tokens, self._stop)
             if not running.any():
                 return
-
-    def _read(self, prompt: Prompt) -> tuple[Tensor, Any]:
-        """Prefill a prompt -> logits [1, V] after it, and its key-value cache."""
-        device, positions = self._model.device, prompt.position_ids
-        positions = torch.arange(len(prompt.token_ids)) if positions is None else positions[:, None]
-        output = self._model(
-            inputs_embeds=self._family.embedded(self._model, prompt)[None],
-            position_ids=positions.to(device) if positions.dim() > 1 else positions[None].to(device),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1], output.past_key_values
 
     def _continue(self, tokens: Tensor, cache: Any, positions: Tensor) -> Tensor:
         """Decode one step: tokens [S] at positions [S] -> logits [S, V] after them."""

@@ -21,7 +21,7 @@ CAP = "train.max_tokens_per_microbatch"
 def read(config: RunConfig, backend: Backend) -> tuple[PromptSource, dict[str, Encoded[Prompt]]]:
     """The training rows and the evaluation rows."""
     backend.prepare()
-    family = family_of(resolve(config.model, MODEL_CACHE), config.model)
+    family = family_of(resolve(config.model, MODEL_CACHE), config.model, config.vision)
     family.use_template(config.data.chat_template, config.data.chat_template_options)
     held_out = held_out_prompts(config.data, family) if config.evaluation else {}
     return training_prompts(config.data, family, config.seed), held_out

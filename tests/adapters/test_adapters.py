@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from PIL import Image
 from run_files import settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore.config.schema import RunConfig
-from rlcore.config.sections import ModelConfig
+from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.images import Pictures
 from rlcore.distributed import fsdp
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, RunError
 from rlcore.model import lora
 from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import microbatches
@@ -31,8 +31,16 @@ from rlcore.train.sft import check_target
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
 TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
-MODELS = (*TEXT_MODELS, "tiny_qwen2_5_vl")
+VISION_MODELS = ("tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_qwen3_vl")
+MODELS = (*TEXT_MODELS, *VISION_MODELS)
 SIZES = ((112, 112), (150, 90), (60, 200))  # width, height
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(backend):
+    torch.set_num_threads(1)
+    yield
+    backend.prepare()
 
 
 def made(name: str, models: Path):
@@ -104,20 +112,20 @@ def test_packed_text_has_the_logprobs_of_each_sample_alone(name, cap, models):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("images", [[0, 1, 2], [0], [2, 1]])
-@pytest.mark.parametrize("cap", [4096, 110])
-def test_packed_images_have_the_logprobs_of_each_sample_alone(images, cap, models):
-    folder, family = made("tiny_qwen2_5_vl", models)
+@pytest.mark.parametrize(("images", "cap"), [([0, 1, 2], 4096), ([0, 1, 2], 110), ([0], 4096), ([2, 1], 110)])
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_packed_images_have_the_logprobs_of_each_sample_alone(name, images, cap, models):
+    folder, family = made(name, models)
     batch = batch_of([family.encode(image_row(count)) for count in images], [[5, 1, 17], [9, 12], [3, 3, 11]][: len(images)])
     ours = packed_logprobs(family, family.load(folder, torch.float32), batch, cap)
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
     assert (ours - sample_logprobs(model, model.config.image_token_id, batch)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_gradients_are_those_of_each_sample_alone(name, models):
     folder, family = made(name, models)
-    prompts = [family.encode(text_row()), family.encode(image_row(2) if name == "tiny_qwen2_5_vl" else text_row("Hi"))]
+    prompts = [family.encode(text_row()), family.encode(image_row(2) if name in VISION_MODELS else text_row("Hi"))]
     batch = batch_of(prompts, [[5, 1, 17], [9, 12]])
     model = family.load(folder, torch.float32)
     packed_logprobs(family, model, batch, 4096).sum().backward()
@@ -129,14 +137,15 @@ def test_packed_gradients_are_those_of_each_sample_alone(name, models):
 
 
 @torch.no_grad()
-def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(models):
-    folder, family = made("tiny_qwen2_5_vl", models)
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_an_image_placeholder_that_a_response_drew_is_a_token_like_any_other(name, models):
+    folder, family = made(name, models)
     prompt, image = family.encode(image_row(1)), family.processor.image_token_id
     response = [5, image, 17, image, 3]
     model = family.load(folder, torch.float32)
     sample = Sample(response, [0.0] * len(response), "", "length", policy_version=0)
     ours = packed_logprobs(family, model, Batch.of([Group(prompt, [sample])]), 4096)
-    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
     read = theirs(input_ids=torch.tensor([prompt.token_ids]), position_ids=prompt.position_ids[:, None], **prompt.vision)
     positions = (torch.arange(len(response)) + prompt.next_position).expand(3, -1)[:, None]
     rest = theirs(input_ids=torch.tensor([response]), position_ids=positions, past_key_values=read.past_key_values)
@@ -156,8 +165,9 @@ def test_an_image_changes_what_follows(models):
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_positions_are_those_of_the_model(images, models):
-    folder, family = made("tiny_qwen2_5_vl", models)
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_positions_are_those_of_the_model(name, images, models):
+    folder, family = made(name, models)
     model = family.load(folder, torch.float32)
     prompt = family.encode(image_row(images))
     token_ids = torch.tensor([prompt.token_ids])
@@ -168,24 +178,27 @@ def test_positions_are_those_of_the_model(images, models):
 
 
 def test_positions_of_a_hand_made_prompt():
-    from rlcore_adapters.models.qwen2_5_vl import multimodal_positions  # here: it needs a prepared backend
+    from rlcore_adapters.models.qwen2_vl import multimodal_positions  # here: it needs a prepared backend
 
     positions = multimodal_positions([7, 9, 9, 9, 9, 9, 9, 7], 9, [[1, 2, 3]])
     assert positions.tolist() == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])
-def test_the_prompt_length_is_known_without_the_pixels(images, models, monkeypatch):
-    _, family = made("tiny_qwen2_5_vl", models)
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_the_prompt_length_is_known_without_the_pixels(name, images, models, monkeypatch):
+    _, family = made(name, models)
     row = image_row(images)
     length = len(family.encode(row).token_ids)
     monkeypatch.setattr(type(family.processor.image_processor), "preprocess", None)
     assert family.prompt_length(row) == length
 
 
-def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_trainer(models):
-    _, family = made("tiny_qwen2_5_vl", models)
-    prompt = family.encode(image_row(1))
+@pytest.mark.parametrize(("name", "patch"), [("tiny_qwen2_vl", 14), ("tiny_qwen2_5_vl", 14), ("tiny_qwen3_vl", 16)])
+def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_trainer(name, patch, models):
+    _, family = made(name, models)
+    row = Row("a", image_row(1).messages, images=[noise(8 * patch, 8 * patch, seed=0)])
+    prompt = family.encode(row)
     image = family.processor.image_token_id
     assert prompt.engine_token_ids.count(image) == 1
     assert prompt.token_ids.count(image) == 16
@@ -194,8 +207,9 @@ def test_an_image_is_one_token_for_the_engine_and_one_a_merged_patch_for_the_tra
     assert [token for token in prompt.token_ids if token != image] == [t for t in prompt.engine_token_ids if t != image]
 
 
-def test_the_processor_of_transformers_makes_the_same_prompt(models):
-    _, family = made("tiny_qwen2_5_vl", models)
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_the_processor_of_transformers_makes_the_same_prompt(name, models):
+    _, family = made(name, models)
     row = image_row(2)
     text = family.processor.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
     theirs = family.processor(text=[text], images=list(row.images), return_tensors="pt")
@@ -226,7 +240,7 @@ def test_text_in_parts_reads_like_text(models):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_has_the_text_that_its_tokens_are(name, models):
     _, family = made(name, models)
-    for row in (text_row(), *([image_row(2)] if name == "tiny_qwen2_5_vl" else [])):
+    for row in (text_row(), *([image_row(2)] if name in VISION_MODELS else [])):
         prompt = family.encode(row)
         assert family.tokenizer(prompt.text, add_special_tokens=False)["input_ids"] == prompt.engine_token_ids
 
@@ -312,6 +326,155 @@ def test_a_placeholder_in_the_text_is_an_error_naming_the_row(models):
         family.prompt_length(text_row("What is <|image_pad|>?"))
 
 
+PUBLISHED = {  # names in the weight files of Qwen2-VL-2B-Instruct, Qwen2.5-VL-3B-Instruct and Qwen3-VL-2B-Instruct
+    "tiny_qwen2_vl": (
+        "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.gate_proj.weight", "visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.bias",
+        "visual.blocks.0.mlp.fc1.weight", "visual.blocks.0.norm1.bias", "visual.merger.ln_q.bias", "visual.merger.mlp.2.weight",
+    ),
+    "tiny_qwen2_5_vl": (
+        "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.0.mlp.up_proj.weight", "visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight",
+        "visual.blocks.0.mlp.gate_proj.bias", "visual.blocks.0.norm2.weight", "visual.merger.ln_q.weight",
+        "visual.merger.mlp.0.bias",
+    ),
+    "tiny_qwen3_vl": (
+        "model.language_model.embed_tokens.weight", "model.language_model.norm.weight",
+        "model.language_model.layers.0.self_attn.q_norm.weight", "model.language_model.layers.0.mlp.down_proj.weight",
+        "model.visual.patch_embed.proj.bias", "model.visual.pos_embed.weight", "model.visual.blocks.0.mlp.linear_fc2.weight",
+        "model.visual.merger.norm.weight", "model.visual.deepstack_merger_list.1.linear_fc1.weight",
+        "model.visual.deepstack_merger_list.0.norm.bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_weights_have_the_names_of_the_published_checkpoints(name, models):
+    folder, family = made(name, models)
+    names = {family.hf_name(key) for key in family.load(folder, torch.float32).state_dict()}
+    assert names.issuperset(PUBLISHED[name])
+    assert {name.split(".")[0] for name in names} == {name.split(".")[0] for name in PUBLISHED[name]} | {"lm_head"}
+
+
+# placeholders and features
+
+
+@pytest.fixture
+def two(models):
+    """A family, its model, and two prompts with an image each, of other sizes."""
+
+    def make(name):
+        folder, family = made(name, models)
+        pictures = {"square": noise(128, 128, seed=0), "narrow": noise(70, 150, seed=1)}
+        rows = [Row(key, image_row(1).messages, images=[image]) for key, image in pictures.items()]
+        return family, family.load(folder, torch.float32), [family.encode(row) for row in rows]
+
+    return make
+
+
+def tokens_of(prompt):
+    return int(prompt.vision["image_grid_thw"].prod()) // 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_images_in_the_wrong_rows_are_named_although_there_are_as_many(name, two):
+    family, model, prompts = two(name)
+    wrong = [replace(one, vision=other.vision) for one, other in zip(prompts, reversed(prompts), strict=True)]
+    (packed,) = microbatches(batch_of(wrong, [[3], [3]]), 4096)
+    first, second = map(tokens_of, prompts)
+    with pytest.raises(RunError, match=rf"^square: the prompt has {first} image placeholders, its images have {second} tokens"):
+        family.hidden(model, packed)
+
+
+@torch.no_grad()
+def test_images_that_lack_features_or_are_absent_are_named(two):
+    family, model, (first, second) = two("tiny_qwen3_vl")
+    grids, count = second.vision["image_grid_thw"], tokens_of(second)
+    faults = {
+        (count, count - 1): {"image_embeds": torch.zeros(count - 1, 384), "image_grid_thw": grids},
+        (count, count - 2): {**second.vision, "pixel_values": second.vision["pixel_values"][:-8]},
+        (0, 0): None,
+    }
+    for (tokens, features), vision in faults.items():
+        (packed,) = microbatches(batch_of([first, replace(second, vision=vision)], [[3], [3]]), 4096)
+        found = rf"narrow: .* has {count} image placeholders, its images have {tokens} tokens and features of {features};"
+        with pytest.raises(RunError, match=found):
+            family.hidden(model, packed)
+
+
+# pixel limits
+
+
+def limited(name, models, **limits):
+    folder = resolve(ModelConfig(path=name), models)
+    return family_of(folder, ModelConfig(path=name), VisionConfig(**limits))
+
+
+@pytest.mark.parametrize(("name", "unit"), [("tiny_qwen2_vl", 28), ("tiny_qwen2_5_vl", 28), ("tiny_qwen3_vl", 32)])
+def test_an_image_is_scaled_to_the_limits_of_the_run_file(name, unit, models):
+    row = Row("a", image_row(1).messages, images=[noise(400, 300, seed=0)])
+    counts = {}
+    for limits in ({}, {"max_pixels": 6 * unit**2}, {"min_pixels": 40 * unit**2, "max_pixels": 50 * unit**2}):
+        family = limited(name, models, **limits)
+        prompt = family.encode(row)
+        assert len(prompt.token_ids) == family.prompt_length(row)
+        counts[tuple(limits.values())] = prompt.token_ids.count(family.processor.image_token_id)
+    own, small, between = counts.values()
+    assert small <= 6 < 40 <= between <= 50 < own <= 64
+    tiny = Row("a", row.messages, images=[noise(20, 20, seed=0)])
+    assert limited(name, models, min_pixels=9 * unit**2).encode(tiny).token_ids.count(family.processor.image_token_id) == 9
+
+
+FORMS = {  # as in published folders
+    "pixels": {"min_pixels": 3136, "max_pixels": 50176},
+    "edges": {"size": {"shortest_edge": 3136, "longest_edge": 50176}},
+    "both": {"min_pixels": 3136, "max_pixels": 50176, "size": {"min_pixels": 3136, "max_pixels": 50176}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_folders_limits_may_have_any_form_and_those_of_the_run_file_are_saved(form, models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(ModelConfig(path="tiny_qwen2_vl"), models), folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())["image_processor"]
+    settings.pop("size")
+    file.unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | FORMS[form]))
+    config, row = ModelConfig(path="x"), Row("a", image_row(1).messages, images=[noise(400, 300, seed=0)])
+    lengths = [family_of(folder, config, VisionConfig(max_pixels=most)).prompt_length(row) for most in (None, 20000)]
+    family_of(folder, config, VisionConfig(max_pixels=20000)).save_processor(folder)
+    assert lengths[0] > lengths[1] == family_of(folder, config).prompt_length(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "message"),
+    [
+        ("tiny_qwen2_vl", {"max_pixels": 783}, "max_pixels: 783 is less than one image token, 784 pixels; give at least"),
+        ("tiny_qwen3_vl", {"max_pixels": 1023}, "max_pixels: 1023 is less than one image token, 1024 pixels; give"),
+        ("tiny_qwen2_5_vl", {"max_pixels": 3135}, "max_pixels: with .* own min_pixels .* least 3136 and at most 3135 pixels;"),
+        ("tiny_qwen3_vl", {"min_pixels": 65537}, "min_pixels: with .* own max_pixels .* least 65537 .* 65536 pixels; set"),
+        ("tiny_llama", {"max_pixels": 5000}, "max_pixels: models of the family 'llama' have no such limit of images; remove"),
+    ],
+)
+def test_limits_that_no_image_can_keep_are_refused(name, limits, message, models):
+    with pytest.raises(ConfigError, match=rf"^vision\.{message}"):
+        limited(name, models, **limits)
+
+
+def test_a_folder_without_limits_needs_those_of_the_run_file(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve(ModelConfig(path="tiny_qwen3_vl"), models), folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["size"] = {"min_pixels": 3136, "max_pixels": 50176}  # transformers leaves these aside
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"^model\.path: .* has no limits of an image .*; set vision\.min_pixels and"):
+        family_of(folder, ModelConfig(path="x"), VisionConfig(max_pixels=50176))
+    family = family_of(folder, ModelConfig(path="x"), VisionConfig(min_pixels=3136, max_pixels=50176))
+    assert family.prompt_length(image_row(2)) == len(family.encode(image_row(2)).token_ids)
+
+
 def test_an_image_too_thin_is_an_error_naming_the_row(models):
     _, family = made("tiny_qwen2_5_vl", models)
     row = Row("row 3", image_row(1).messages, images=[Image.new("RGB", (3000, 2))])
@@ -387,7 +550,7 @@ def headed(request, models, tmp_path):
         shutil.copytree(resolve(ModelConfig(path=name, options={"tied": tied}), models), folder)
         if own:
             weights = load_file(folder / "model.safetensors")
-            embedding = weights["model.embed_tokens.weight"]
+            embedding = next(weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
             weights["lm_head.weight"] = embedding + torch.randn(embedding.shape, generator=seeded(0))
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder, tied and not own

@@ -119,6 +119,7 @@ def test_a_wrong_value_is_named_with_what_would_be_right(file, override, message
         ),
         (["dpo={steps: 1, loss: hinge, label_smoothing: 0.1}"], "dpo.label_smoothing: 0.1 .* and hinge has none; .*"),
         (["optimizer.min_lr=1"], "optimizer.min_lr: 1.0 is above lr 1e-06; lower it"),
+        (["vision.min_pixels=9000", "vision.max_pixels=8000"], "vision.min_pixels: 9000 is above max_pixels 8000; lower it"),
         (
             ["model.lora={sync: adapter}", "sft={steps: 1}"],
             "model.lora.sync: adapter sends the engine no other weights, and the warm start .* or remove sft",

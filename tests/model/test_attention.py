@@ -104,7 +104,7 @@ def test_a_kernel_is_given_rows_in_its_dtypes_only(dtypes, calls, tiny_llama, mo
         return one_by_one(*arguments)
 
     family = registry.load("families", "llama")(tiny_llama)
-    packed = Packed(torch.arange(TOKENS), torch.arange(TOKENS), SEGMENTS, *[torch.arange(3)] * 3, [])
+    packed = Packed(torch.arange(TOKENS), torch.arange(TOKENS), SEGMENTS, *[torch.arange(3)] * 3, ["a"], [None])
     with torch.no_grad():
         model = family.load(tiny_llama, torch.float32)
         expected = family.hidden(model, packed)

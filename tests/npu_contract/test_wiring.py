@@ -112,7 +112,7 @@ def test_a_step_of_a_model_goes_through_the_kernels(kind, tmp_path, calls):
     model = BACKEND.fuse(family.load(tmp_path, torch.float32).to(HERE))
     positions = torch.cat([torch.arange(length) + first for length, first in ((5, 0), (3, 5), (3, 5))])
     places = positions.expand(3, -1) if hasattr(model.model, "language_model") else positions
-    row = Packed(torch.arange(11), places, (Segment(0, 5, (3, 3)),), *[torch.arange(3)] * 3, [])
+    row = Packed(torch.arange(11), places, (Segment(0, 5, (3, 3)),), *[torch.arange(3)] * 3, ["a"], [None])
     with WorkingCopy(model, torch.bfloat16)():
         hidden = family.hidden(model, row)
         assert hidden.device == HERE and hidden.shape == (11, 64) and hidden.dtype == torch.bfloat16

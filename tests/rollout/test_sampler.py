@@ -74,8 +74,11 @@ def test_logprobs_are_those_of_a_whole_forward_pass(text, temperature):
         assert gap(model, group, temperature) < 1e-4
 
 
-def test_images_and_text_are_sampled_alike(vision):
-    folder, family, sampler = vision
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_images_and_text_are_sampled_alike(models, backend, kind):
+    folder = models / f"rollout_{kind}"
+    registry.load("models", f"tiny_{kind}")(folder, layers=3, vision_layers=3)
+    family, sampler = start(backend, folder, kind)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     rows = [row(QUESTIONS[0], picture("red")), row(QUESTIONS[1]), row("Which?", picture("blue", 168), picture("green"))]
     for group in sampler.generate([family.encode(one) for one in rows], Sampling(2, 8)):

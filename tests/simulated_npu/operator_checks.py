@@ -187,7 +187,7 @@ def run(kind, monkeypatch):
         monkeypatch.setitem(AttentionInterface._global_mapping, NAME, attention)
         text = getattr(model.model, "language_model", model.model)
         places = positions if text is model.model else positions.expand(3, -1)
-        packed = Packed(torch.arange(len(positions)) + 9, places, segments, *[torch.arange(3)] * 3, [])
+        packed = Packed(torch.arange(len(positions)) + 9, places, segments, *[torch.arange(3)] * 3, "ab", [None] * 2)
         model.zero_grad()
         dispatch.counts.clear()
         with torch.autocast("npu", dtype=compute, enabled=compute != torch.float32):

@@ -51,23 +51,18 @@ def engine_name(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def vision_folder(models):
-    registry.load("models", "tiny_qwen2_5_vl")(models / "lora_vl", layers=2, vision_layers=2)
-    return models / "lora_vl"
-
-
-@pytest.fixture(scope="module", params=["text", "images"])
-def served(request, engine_name, models, vision_folder, backend):
+@pytest.fixture(scope="module", params=["qwen3", "qwen2_5_vl", "qwen3_vl"])
+def served(request, engine_name, models, backend):
     """An actor, its engine, and a prompt."""
     settings = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
-    if request.param == "text":
-        registry.load("models", "tiny_qwen3")(models / "lora_qwen3", layers=2)
-        folder, kind, row = models / "lora_qwen3", "qwen3", Row("a", [{"role": "user", "content": "3 + 4?"}])
+    kind, folder = request.param, models / f"lora_{request.param}"
+    if kind == "qwen3":
+        registry.load("models", "tiny_qwen3")(folder, layers=2)
+        row = Row("a", [{"role": "user", "content": "3 + 4?"}])
     else:
-        image = Image.new("RGB", (112, 112), "red")
+        registry.load("models", f"tiny_{kind}")(folder, layers=2, vision_layers=2)
         content = [{"type": "image"}, {"type": "text", "text": "Which?"}]
-        folder, kind, row = vision_folder, "qwen2_5_vl", Row("a", [{"role": "user", "content": content}], images=[image])
+        row = Row("a", [{"role": "user", "content": content}], images=[Image.new("RGB", (112, 112), "red")])
         layers = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
         settings["targets"] = [f"language_model.layers.{n}.{layer}" for n in range(2) for layer in layers]
     family = registry.load("families", kind)(folder)

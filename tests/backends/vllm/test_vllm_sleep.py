@@ -84,7 +84,8 @@ class Memory:
         kept = {"buffers": model.named_buffers(), "weights": model.named_parameters() if level == 1 else ()}
         self.kept |= {tag: {name: tensor.detach().clone() for name, tensor in of} for tag, of in kept.items()}
         with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers(), *self.runner.kv_caches):
+            scratch = getattr(model, "deepstack_input_embeds", ()) if level == 2 else ()
+            for tensor in (*model.parameters(), *model.buffers(), *self.runner.kv_caches, *scratch):
                 tensor.fill_(torch.nan)
 
     def wake_up(self, tags=None):
@@ -317,12 +318,14 @@ def no_engine_ends():
     gc.collect()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
+MODELS = [("llama", torch.float32), ("llama", torch.bfloat16), ("qwen2_5_vl", torch.float32), ("qwen2_5_vl", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*MODELS, ("qwen3_vl", torch.float32)])
 def test_updates_sleeps_wakes_and_samples_are_no_fault(no_engine_ends, models, backend, monkeypatch, kind, dtype):
-    """Biases of a bfloat16 model are in float32 on a CPU with AMX."""
-    folder = models / f"faultless_{kind.replace('qwen2_5_', '')}"
-    sizes = {"layers": 2, "vision_layers": 2} if kind == "qwen2_5_vl" else {"layers": 2}
+    """Biases of a bfloat16 model are in float32 on a CPU with AMX. Qwen3-VL keeps tensors in a list, which level 2 loses."""
+    folder = models / f"faultless_{kind}"
+    sizes = {"layers": 2, "vision_layers": 2} if "vl" in kind else {"layers": 2}
     registry.load("models", f"tiny_{kind}")(folder, **sizes)
     family = registry.load("families", kind)(folder)
     engine = registry.load("rollout_engines", "vllm")(family, folder, backend, RolloutConfig(), dtype, 128, 0)
@@ -330,15 +333,17 @@ def test_updates_sleeps_wakes_and_samples_are_no_fault(no_engine_ends, models, b
     worker = engine._llm.llm_engine.model_executor.driver_worker.worker
     monkeypatch.setattr(worker, "sleep", memory.sleep)
     monkeypatch.setattr(worker, "wake_up", memory.wake_up)
-    images = [Image.new("RGB", (112, 112), "red")] if kind == "qwen2_5_vl" else []
+    images = [Image.new("RGB", (112, 112), "red")] if "vl" in kind else []
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": "4 + 5?"}]
     prompts = [family.encode(Row("a", [{"role": "user", "content": content}], images=images))]
     assert len(engine._constants._loaded) > 8
+    before = {}
     for level in (0, 1, 2):
         monkeypatch.setattr(engine, "_level", level)
         for version in (1, 2, 3):
             engine.load_weights(moved(folder, dtype, version), version)
-            engine.generate(prompts, SAMPLING)
+            sampled = drawn(engine, prompts)
+            assert before.setdefault(version, sampled) == sampled
             engine.pause()
             engine.resume()
             assert level == 2 or len(drawn(engine, prompts)) == 1

@@ -1,9 +1,10 @@
-"""Qwen2.5-VL family: images become runs of placeholder tokens with positions on three axes."""
+"""Qwen2-VL and Qwen2.5-VL: images become runs of placeholder tokens with positions on three axes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,12 +23,21 @@ from rlcore.types import Packed, Prompt, Row, Vision
 from .causal_lm import CausalLM, image_parts
 
 
-class Qwen2_5_VL(CausalLM):
-    """Qwen2.5-VL, for rows with and without images."""
+class Qwen2VL(CausalLM):
+    """Qwen2-VL and Qwen2.5-VL, whose vision towers differ; for rows with and without images."""
 
     model_class: ClassVar[Any] = AutoModelForImageTextToText
     processor_class: ClassVar[Any] = AutoProcessor
     attention: ClassVar[str | Mapping[str, str]] = {"": "sdpa", "text_config": PACKED_ATTENTION, "vision_config": "sdpa"}
+
+    def __init__(self, folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        """Images are scaled to between `min_pixels` and `max_pixels`; None is the folder's own limit. ConfigError for limits
+        that no image can keep."""
+        super().__init__(folder)
+        images = self.processor.image_processor
+        size = _limits(folder, images, min_pixels, max_pixels)
+        if min_pixels is not None or max_pixels is not None:
+            images.size, self.image_options = type(images.size)(**size), {"size": size}
 
     def _sequences(self, row: Row) -> Iterator[tuple[str, list[int], list[bool]]]:
         placeholders = 0
@@ -69,66 +79,69 @@ class Qwen2_5_VL(CausalLM):
         widths[places] = self._image_tokens(replace(row, images=row.images[: len(places)]))
         return widths
 
-    def hidden(self, model: Any, packed: Packed, part: Slice | None = None) -> Tensor:
-        """[t, D]. Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
-
-        transformers' own forward pass counts those too, and refuses the sample.
-        """
-        part = part or Slice(packed.tokens)
-        in_prompt = torch.zeros(packed.tokens, dtype=torch.bool)
-        for segment in packed.segments:
-            in_prompt[segment.start : segment.start + segment.prompt] = True
-        output = model.model.language_model(
-            inputs_embeds=self._embedded(model, packed.input_ids, in_prompt, packed.vision, part)[None],
-            position_ids=part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device),
-            segments=packed.segments,
-            part=part,
-            use_cache=False,
-        )
-        return output.last_hidden_state[0]
-
-    def embedded(self, model: Any, prompt: Prompt) -> Tensor:
-        """[P, D]: input embeddings, with image embeddings at their placeholders."""
-        token_ids, vision = torch.tensor(prompt.token_ids), [prompt.vision] if prompt.vision else []
-        return self._embedded(model, token_ids, torch.ones(len(token_ids), dtype=torch.bool), vision, Slice(len(token_ids)))
-
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        return model.model.language_model.layers
-
     def vision_tower(self, model: Any) -> nn.Module:
         return model.model.visual
 
     def embed_images(self, tower: Any, vision: Vision) -> Sequence[Tensor]:
-        """[tokens, D] of each image, one token a merged patch."""
+        """`_features` of each image, one token a merged patch."""
         pixels, grids = vision["pixel_values"].to(tower.device, tower.dtype), vision["image_grid_thw"]
-        embedded = tower(pixels, grid_thw=grids.to(tower.device), return_dict=True).pooler_output
-        return embedded.split(_merged(tower, grids))
+        return self._features(tower(pixels, grid_thw=grids.to(tower.device), return_dict=True)).split(_merged(tower, grids))
 
     def hf_name(self, name: str) -> str:
         return name.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
-    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
-        if image_parts(row) != len(row.images):
-            raise ConfigError(
-                f"{row.id}: the messages have {image_parts(row)} image parts for {len(row.images)} images;"
-                " give each image one part {type: image}, where it belongs in the text"
-            )
-        return list(row.messages)
+    def _decoder(self, model: Any) -> Any:
+        return model.model.language_model
 
-    def _embedded(self, model: Any, token_ids: Tensor, in_prompt: Tensor, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """Embed tokens [T] -> this rank's [t, D]; `vision` images fill the placeholders that are `in_prompt` [T], in order."""
-        embedded = lookup(model.get_input_embeddings().weight, part.cut(token_ids).to(model.device))
-        if not vision:
-            return embedded + _nothing_of(self.vision_tower(model))
-        images = self._images(model, vision, part)
-        places = (in_prompt & (token_ids == self.processor.image_token_id)).nonzero()[:, 0]
+    def _inputs(self, model: Any, packed: Packed, part: Slice) -> dict[str, Any]:
+        """Images fill placeholders in prompts only: a placeholder sampled in a response is an ordinary token.
+
+        transformers' own forward pass counts those too, and refuses the sample.
+        """
+        places = self._placeholders(packed)
+        embedded = lookup(model.get_input_embeddings().weight, part.cut(packed.input_ids).to(model.device))
+        positions = part.cut(packed.position_ids.expand(3, -1))[:, None].to(model.device)
+        if not len(places):
+            return {"inputs_embeds": (embedded + _nothing_of(self.vision_tower(model)))[None], "position_ids": positions}
         held = part.held(places)
+        images = self._images(model, [vision for vision in packed.vision if vision is not None], part)
         here = images[held.to(model.device)].to(embedded.dtype)
-        return embedded.index_copy(0, (places[held] - part.start).to(model.device), here)
+        return {**self._placed(embedded, (places[held] - part.start).to(model.device), here), "position_ids": positions}
+
+    def _features(self, output: Any) -> Tensor:
+        """[tokens, D]: what the tower's output gives the text model."""
+        return output.pooler_output
+
+    def _placed(self, embedded: Tensor, places: Tensor, images: Tensor) -> dict[str, Any]:
+        """Arguments of the decoder: embeddings [t, D] with the images' features [m, ...] at `places` [m]."""
+        return {"inputs_embeds": embedded.index_copy(0, places, images)[None]}
+
+    def _placeholders(self, packed: Packed) -> Tensor:
+        """[tokens]: indices in T of the prompts' image placeholders, on the host. RunError names a row whose images have
+        another number of tokens."""
+        placeholder, places = packed.input_ids == self.processor.image_token_id, []
+        for segment, name, vision in zip(packed.segments, packed.names, packed.vision, strict=True):
+            here = placeholder[segment.start : segment.start + segment.prompt].nonzero()[:, 0]
+            tokens, features = self._counts(vision)
+            if not len(here) == tokens == features:
+                raise RunError(
+                    f"{name}: the prompt has {len(here)} image placeholders, its images have {tokens} tokens and features of"
+                    f" {features}; a prompt and its images are to be encoded together, by one image processor"
+                )
+            places.append(here + segment.start)
+        return torch.cat(places)
+
+    def _counts(self, vision: Vision | None) -> tuple[int, int]:
+        """Number of tokens of a prompt's images: by their sizes, and by their features or pixels."""
+        if vision is None:
+            return 0, 0
+        merged = self.processor.image_processor.merge_size**2
+        features = len(vision["image_embeds"]) if "image_embeds" in vision else len(vision["pixel_values"]) // merged
+        return int(vision["image_grid_thw"].prod(-1).sum()) // merged, features
 
     def _images(self, model: Any, vision: Sequence[Vision], part: Slice) -> Tensor:
-        """[tokens, D] of all images: precomputed, or from the vision tower now, with the images split over the ranks that share
-        the row."""
+        """[tokens, ...] of all images: precomputed, or from the vision tower now, with the images split over the ranks that
+        share the row."""
         if "image_embeds" in vision[0]:
             return torch.cat([prompt["image_embeds"] for prompt in vision]).to(model.device)
         tower, grids = self.vision_tower(model), torch.cat([prompt["image_grid_thw"] for prompt in vision])
@@ -139,6 +152,14 @@ class Qwen2_5_VL(CausalLM):
             return self.embed_images(tower, {"pixel_values": chosen, "image_grid_thw": grids[images]})
 
         return torch.cat(part.dealt(_merged(tower, grids), read))
+
+    def _messages(self, row: Row) -> list[Mapping[str, Any]]:
+        if image_parts(row) != len(row.images):
+            raise ConfigError(
+                f"{row.id}: the messages have {image_parts(row)} image parts for {len(row.images)} images;"
+                " give each image one part {type: image}, where it belongs in the text"
+            )
+        return list(row.messages)
 
     def _read(self, row: Row) -> tuple[str, list[int]]:
         text, token_ids = super()._read(row)
@@ -164,6 +185,26 @@ class Qwen2_5_VL(CausalLM):
                 raise ConfigError(f"{row.id}: image {index} ({size}) does not fit the processor: {error}") from None
             counts.append(patches // processor.merge_size**2)
         return counts
+
+
+def _limits(folder: Path, processor: Any, least: int | None, most: int | None) -> dict[str, int]:
+    """Least and most pixels of an image, as transformers' processors take them: under the names of edges."""
+    own, unit = dict(processor.size), (processor.patch_size * processor.merge_size) ** 2
+    if most is not None and most < unit:
+        raise ConfigError(f"vision.max_pixels: {most} is less than one image token, {unit} pixels; give at least {unit}")
+    low, high = least or own.get("shortest_edge"), most or own.get("longest_edge")
+    if low is None or high is None:
+        raise ConfigError(
+            f"model.path: {folder} has no limits of an image (size.shortest_edge and size.longest_edge of its image processor);"
+            " set vision.min_pixels and vision.max_pixels"
+        )
+    if low > high:
+        given, other = ("min_pixels", "max_pixels") if most is None else ("max_pixels", "min_pixels")
+        raise ConfigError(
+            f"vision.{given}: with the model folder's own {other} an image would have at least {low} and at most {high} pixels;"
+            f" set vision.{other} too"
+        )
+    return {"shortest_edge": low, "longest_edge": high}
 
 
 def _merged(tower: Any, grids: Tensor) -> list[int]:
