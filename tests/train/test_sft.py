@@ -161,7 +161,7 @@ def test_the_loss_is_transformers_own_on_the_same_labels(pictures, vision, tiny_
         one = model(input_ids=ids, labels=labels[None], num_items_in_batch=count, **shown).loss
         one.backward()
         theirs += one.item()
-    assert loss == pytest.approx(theirs, abs=1e-6)
+    assert loss == pytest.approx(theirs, rel=1e-6)
     for name, weight in model.named_parameters():
         assert torch.allclose(seen[name], weight.grad, rtol=1e-4, atol=2e-6), name
 
