@@ -228,17 +228,16 @@ def _paged(case: Case) -> Iterator[Remedy]:
 
 def _lengths(case: Case) -> Iterator[Remedy]:
     """Shorten responses, or else prompts, to what the engine's cache could hold."""
-    config, fits = case.config, case.shortage.fits
-    sampled = {"rollout": config.rollout} | ({"evaluation": config.evaluation} if config.evaluation else {})
-    prompt = config.data.max_prompt_tokens
+    config, fits, prompt = case.config, case.shortage.fits, case.config.data.max_prompt_tokens
     if not fits:
         return
+    responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    for (key, own), sampled in zip(config.data.held_out_sets.items(), config.evaluation_sets.values(), strict=False):
+        responses[f"{'evaluation' if own.max_new_tokens is None else key}.max_new_tokens"] = sampled.max_new_tokens
     if fits > prompt:
-        settings = {
-            f"{name}.max_new_tokens": fits - prompt for name, one in sampled.items() if one.max_new_tokens > fits - prompt
-        }
+        settings = {key: fits - prompt for key, tokens in responses.items() if tokens > fits - prompt}
     else:
-        settings = {"data.max_prompt_tokens": fits - max(one.max_new_tokens for one in sampled.values())}
+        settings = {"data.max_prompt_tokens": fits - max(responses.values())}
     why = f"the cache has room for {fits} tokens; one sample is data.max_prompt_tokens {prompt} and a whole response"
     yield _remedy(case, settings, why)
 

@@ -27,14 +27,14 @@ Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its
 def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
     """Resolve `config.path` to a complete model folder. A source's model is cached in `cache` under a hash of its options.
 
-    ConfigError, naming the run file's `section`, when the path is neither a folder nor a source, the folder is incomplete, or
-    an option is wrong.
+    ConfigError, naming the run file's `section`, when the path is neither a folder nor a source, the folder is incomplete or
+    may not be read, or an option is wrong.
     """
     folder = Path(config.path).expanduser()
     sources = registry.names("models")
     if config.path in sources and not (folder / "config.json").is_file():
         return _made(config, cache, section)
-    if not folder.is_dir():
+    if not _readable(folder, section):
         known = ", ".join(sources) or "none"
         found = f"{config.path!r} is neither a folder nor an installed model source"
         raise ConfigError(f"{section}.path: {found}; sources: {known}{tried(folder)}")
@@ -122,6 +122,19 @@ def _make(source: Source, options: Mapping[str, Any], folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _readable(folder: Path, section: str) -> bool:
+    """Whether it is a folder; ConfigError names what this user may not read of it."""
+    try:
+        there = folder.is_dir()
+        for file in folder.iterdir() if there else ():
+            if file.is_file():
+                file.open("rb").close()
+    except PermissionError as error:
+        remedy = "allow it (chmod -R a+rX, and a+x on the folders above), or give a copy"
+        raise ConfigError(f"{section}.path: {error.filename} may not be read by this user; {remedy}") from None
+    return there
 
 
 def _check_complete(folder: Path, section: str) -> None:

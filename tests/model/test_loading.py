@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -225,3 +228,38 @@ def test_smollm2_unpacks_into_a_chat_model():
     with torch.no_grad():
         token = AutoModelForCausalLM.from_pretrained(folder)(**question).logits[0, -1].argmax()
     assert tokenizer.decode(token) == " Paris"
+
+
+@contextlib.contextmanager
+def someone_else():
+    """Act as a user without rights of their own, where these tests run as root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", [".", "model.safetensors", "config.json", ".."])
+def test_what_may_not_be_read_is_named(closed, monkeypatch):
+    """In a folder that others may enter: pytest's own are their user's."""
+    monkeypatch.setattr(registry, "names", lambda group: [])  # which reads the installed packages
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        folder = Path(base, "shared", "model")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+        (folder / "model.safetensors").touch()
+        with someone_else():
+            assert resolve(ModelConfig(path=str(folder)), Path(base)) == folder
+        os.chmod(folder / closed, 0)
+        try:
+            with someone_else(), pytest.raises(ConfigError) as raised:
+                resolve(ModelConfig(path=str(folder)), Path(base), "critic")
+        finally:
+            os.chmod(folder / closed, 0o755)
+        named = folder if closed == ".." else folder / closed  # below a closed folder nothing can be looked at
+        assert str(raised.value).startswith(f"critic.path: {named} may not be read by this user; allow it (chmod ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,17 @@ from run_files import ARITHMETIC, settings
 from safetensors.torch import load_file
 
 from rlcore.cli.main import main
+from rlcore.config.schema import RunConfig
+from rlcore.errors import OutOfMemory
 from rlcore.model.actor import TorchActor
 from rlcore.model.reference import TorchReference
+from rlcore.model.resolved import ResolvedModel
 from rlcore.rollout.sampler import TorchRollout
 from rlcore.runtime.memory import OffloadedTensors
 from rlcore.runtime.placement import Placement
+from rlcore.runtime.reward_worker import RewardWorker
+from rlcore.runtime.shortage import recognized
+from rlcore.runtime.worker import Worker
 
 CALL = 3  # of a stage's calls, the one that fails
 TOO_MUCH = 2**50
@@ -170,6 +177,27 @@ def test_what_fails_while_it_is_moved_to_the_host_stays_where_it_was():
     with pytest.raises(RuntimeError, match="can't allocate"):
         part.pause()
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+def test_what_a_failed_call_held_is_freed(tiny_llama, backend):
+    """Though the error, which is still there, has the whole traceback."""
+    held = []
+
+    def call():
+        tensor = torch.zeros(4)
+        held.append(weakref.ref(tensor))
+        too_much()
+
+    worker = Worker(ResolvedModel(RunConfig.model_validate(settings(tiny_llama)), backend))
+    with pytest.raises(OutOfMemory) as raised, recognized(worker, "update", ()):
+        call()
+    assert "in call" in raised.value.shortage.trace and "in too_much" in raised.value.shortage.trace
+    assert held[0]() is None
+
+
+def test_a_worker_without_a_device_reports_its_own_error():
+    with pytest.raises(MemoryError), recognized(RewardWorker({}), "score", ()):
+        bytearray(2**55)
 
 
 # in workers
