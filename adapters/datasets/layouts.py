@@ -25,8 +25,8 @@ GEOMETRY_INSTRUCTION = (
     " process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
 )
 BOXED_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-_UNANSWERED = ("DigitalLearningGmbH/MATH-lighteval",)  # ChatLearn's extra_info of these is split and index
 HASHES_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+_UNANSWERED = ("DigitalLearningGmbH/MATH-lighteval",)  # ChatLearn's extra_info of these is split and index
 
 
 def _chatlearn(example: Example, origin: Origin) -> Mapping[str, Any]:

@@ -26,13 +26,18 @@ def row_file(path: Path, types: Mapping[str, Any]) -> JsonRows | ParquetRows:
 
 
 class JsonRows:
-    """One JSON object a line, UTF-8 unescaped; what JSON has no type for (a date) as text."""
+    """One JSON object a line, UTF-8 unescaped; what JSON has no type for (a date) as text. ConfigError for bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path, self._file = path, path.open("w", encoding="utf-8")
 
     def write(self, rows: Sequence[Row]) -> None:
-        self._file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        self._file.writelines(json.dumps(row, ensure_ascii=False, default=self._text) + "\n" for row in rows)
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, bytes):
+            raise ConfigError(f"{self._path.name}: a column holds bytes, which JSON cannot; remove it from the input")
+        return str(value)
 
     def __enter__(self) -> Self:
         return self
@@ -69,12 +74,13 @@ class ParquetRows:
     def _table(self, rows: Sequence[Row]) -> Any:
         import pyarrow
 
-        if self._schema is None:
-            self._schema = _schema(rows, self._types)
-        names = self._schema.names
-        if new := [name for row in rows for name in row if name not in names]:
-            raise ConfigError(f"{self._path.name}: column {new[0]!r} is in some rows only; give it to all of them, or to none")
         try:
+            if self._schema is None:
+                self._schema = _schema(rows, self._types)
+            names = self._schema.names
+            if new := [name for row in rows for name in row if name not in names]:
+                remedy = "give it to all of them, or to none"
+                raise ConfigError(f"{self._path.name}: column {new[0]!r} is in some rows only; {remedy}")
             return pyarrow.Table.from_pylist(list(rows), self._schema)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise ConfigError(f"{self._path.name}: a column changes its type between rows: {error}; use one type") from None
@@ -144,14 +150,15 @@ class OutputFolder:
         remedy = "give another folder, or empty this one"
         try:
             written = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            call, files = written["call"], written["files"]
+        except (OSError, ValueError, KeyError, TypeError):
             listed = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
             raise ConfigError(f"--output: {self.folder} holds files of others ({listed}); {remedy}") from None
-        if written["call"] != self._call:
-            made = ", ".join(f"{name} {value}" for name, value in written["call"].items())
+        if call != self._call:
+            made = ", ".join(f"{name} {value}" for name, value in call.items())
             raise ConfigError(f"--output: {self.folder} was written from {made}; {remedy}")
-        if (now := _stamps(self.folder)) != written["files"]:
-            changed = sorted(name for name in {*now, *written["files"]} if now.get(name) != written["files"].get(name))
+        if (now := _stamps(self.folder)) != files:
+            changed = sorted(name for name in {*now, *files} if now.get(name) != files.get(name))
             raise ConfigError(f"--output: {', '.join(changed)} in {self.folder} changed since it was written; {remedy}")
 
     def _replace(self, draft: Path) -> None:

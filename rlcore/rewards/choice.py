@@ -74,7 +74,7 @@ def _picked(response: str, offered: Sequence[str]) -> str | None:
 def _pick(text: str, offered: Sequence[str], beside: bool = False) -> str | None:
     """The letter that a text stands for. beside: words may follow the letter or the choice's text."""
     text = _CALLED.sub("", _unstyled(text).strip(), count=1).strip()
-    found = {ascii_uppercase[place] for place, one in enumerate(offered) if one and one == _plain(text)}
+    found = {letter for letter, one in zip(ascii_uppercase, offered, strict=False) if one and one == _plain(text)}
     if lone := _LONE.fullmatch(text):
         found.add(lone[1].upper())
     if found:
@@ -112,8 +112,7 @@ def _right(answer: str, offered: Sequence[str]) -> tuple[str, str]:
         content = _plain(found[2] or "")
         if not offered or not content or content == offered[place]:
             return found[1], offered[place] if offered else content
-    if offered.count(_plain(text)) == 1:
-        place = offered.index(_plain(text))
+    if offered.count(_plain(text)) == 1 and (place := offered.index(_plain(text))) < len(ascii_uppercase):
         return ascii_uppercase[place], offered[place]
     raise ValueError(f"the answer {answer!r} is none of the {len(offered)} choices")
 

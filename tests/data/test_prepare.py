@@ -200,6 +200,23 @@ def test_the_same_call_replaces_its_files_and_nothing_else_is_touched(source, da
     assert (out / "test.jsonl").read_text() == (out / "notes.txt").read_text() == "mine"
 
 
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["data", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    parts = ("geo3k, gsm8k, math-lighteval, robo2vlm", "chatlearn, mindspeed, ours, verl", "HF_ENDPOINT", "--drop REASON")
+    assert all(part in text for part in parts)
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", "null"])
+def test_a_folder_with_a_strange_record_is_left_alone(source, data, tmp_path, record):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / output.RECORD).write_text(record)
+    status, _, error = data()
+    assert status == 2 and "holds files of others (.rlcore-data)" in error
+
+
 def test_a_folder_of_others_and_a_file_are_left_alone(source, data, tmp_path):
     status, _, error = data("gsm8k", source, source)
     assert status == 2 and f"{source} holds files of others (test.jsonl, train.jsonl); give another folder" in error
@@ -312,6 +329,13 @@ def test_columns_that_do_not_fit_the_first_rows_are_named(tmp_path, later, messa
     with ParquetRows(tmp_path / "t.parquet", {}) as written, pytest.raises(ConfigError, match=rf"t\.parquet: {message}"):
         written.write([{"n": 1}])
         written.write([later])
+
+
+def test_rows_that_no_file_can_hold_are_named(tmp_path):
+    with ParquetRows(tmp_path / "t.parquet", {}) as written, pytest.raises(ConfigError, match="a column changes its type"):
+        written.write([{"n": 1}, {"n": "text"}])
+    with row_file(tmp_path / "t.jsonl", {}) as written, pytest.raises(ConfigError, match=r"t\.jsonl: a column holds bytes"):
+        written.write([{"n": [b"text"]}])
 
 
 def test_a_column_without_a_value_at_first_may_have_texts_later(tmp_path):

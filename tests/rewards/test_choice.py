@@ -107,6 +107,13 @@ def test_a_lone_letter_that_is_another_choices_text_picks_none():
     assert choice("A", "A. A", {"choices": ["A", "B"]}) == 1
 
 
+def test_choices_beyond_the_letters_are_never_picked():
+    offered = [str(number) for number in range(30)]
+    assert [choice(text, "Z. 25", {"choices": offered}) for text in ("Z", "25", "29")] == [1, 1, 0]
+    with pytest.raises(ValueError, match="the answer '29' is none of the 30 choices"):
+        choice("29", "29", {"choices": offered})
+
+
 def test_two_choices_with_the_same_text_are_told_apart_by_the_letter():
     assert [choice(text, "A. Left", {"choices": ["Left", "left."]}) for text in ("Left", "A", "A. Left", "B")] == [0, 1, 1, 0]
 
