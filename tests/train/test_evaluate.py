@@ -278,13 +278,15 @@ def test_the_settings_of_a_set_hold_for_it_alone(tiny_llama):
     """Among one token, any temperature is greedy; the hot set differs, and only one set is longer."""
     sets = {
         "greedy": rows(5), "one": rows(5, temperature=5.0, top_k=1), "nucleus": rows(5, temperature=5.0, top_p=1e-6),
-        "hot": rows(5, temperature=5.0), "long": rows(5, max_new_tokens=9),
+        "hot": rows(5, temperature=5.0), "long": rows(5, max_new_tokens=20),
     }  # fmt: skip
-    report, samples = Set(of(tiny_llama, sets)).evaluated()
+    ours = Set(of(tiny_llama, {}, data={"eval": sets, "max_prompt_tokens": 34}))
+    assert min(len(prompt.token_ids) for prompt in ours.held_out["long"]) > 34 + 6 - 20, "an engine needs room for the longest"
+    report, samples = ours.evaluated()
     said = {name: [sample["response"] for sample in samples if sample["set"] == name] for name in sets}
     assert said["one"] == said["nucleus"] == said["greedy"] != said["hot"]
     longest = {name: max(sample["response_tokens"] for sample in samples if sample["set"] == name) for name in sets}
-    assert longest == {"greedy": 6, "one": 6, "nucleus": 6, "hot": 6, "long": 9}
+    assert longest == {"greedy": 6, "one": 6, "nucleus": 6, "hot": 6, "long": 20}
     assert report["sets"]["one"]["settings"] == {
         "max_new_tokens": 6, "temperature": 5.0, "top_p": 1.0, "top_k": 1, "samples": 1, "passing_score": 1.0,
     }  # fmt: skip
@@ -385,7 +387,7 @@ def test_a_tower_from_elsewhere_is_evaluated_too(tmp_path, models):
     assert status == 0
     before, after = (samples_of(trained, step=step, phase="eval") for step in (0, 1))
     _, first = start(tmp_path, values, name="first")
-    _, last = start(tmp_path, values, "--model", str(trained), name="last")
+    _, last = start(tmp_path, values, f"vision.path={folders[0]}", "--model", str(trained), name="last")
     own, _ = start(tmp_path, {**values, "vision": {}}, name="own")
     responses = [[one["response"] for one in samples_of(folder)] for folder in (first, last, tmp_path / "own")]
     assert own == 0 and responses[0] == [one["response"] for one in before] != responses[2]
