@@ -123,7 +123,7 @@ class CpuBackend(Backend):
         return 4 * 2**20
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Norms and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        """Norms and rotary positions of Llama, Qwen2 and Qwen3, and of their vision-language models."""
         from ..common import fused
         from . import operators
 

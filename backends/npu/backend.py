@@ -158,7 +158,7 @@ class NpuBackend(Backend):
             attention.use(operators.attention, operators.DTYPES)
 
     def fuse(self, model: nn.Module) -> nn.Module:
-        """Fuse norms, gated units and rotary positions of Llama, Qwen2, Qwen3 and Qwen2.5-VL."""
+        """Fuse norms, gated units and rotary positions of Llama, Qwen2 and Qwen3, and of their vision-language models."""
         if not self.options.fused:
             return model
         from ..common import fused
