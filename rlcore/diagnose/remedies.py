@@ -199,9 +199,10 @@ def _meta_init(case: Case) -> Iterator[Remedy]:
 
 
 def _replicas(case: Case) -> Iterator[Remedy]:
-    if (now := case.config.sharding.replicas) > 1:
+    now = case.config.sharding.replicas
+    if now == "all" or now > 1:
         why = "each device holds a smaller shard of weights, gradients and moments; more traffic"
-        yield _remedy(case, {"sharding.replicas": now // 2 if now % 2 == 0 else 1}, why)
+        yield _remedy(case, {"sharding.replicas": now // 2 if now != "all" and now % 2 == 0 else 1}, why)
 
 
 def _lora(case: Case) -> Iterator[Remedy]:
