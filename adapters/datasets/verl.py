@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from rlcore.data.chat import conversation
-from rlcore.data.files import open_records
+from rlcore.data.published import split_records
 from rlcore.data.records import Record
 from rlcore.data.rows import Rows, chat_of, shown_with
 from rlcore.errors import ConfigError
@@ -20,11 +20,12 @@ _PROMPTS = ("prompt", "messages")
 
 def verl(
     path: Path | None, *, answer: str = "reward_model.ground_truth", source: str = "data_source", images: str = "images",
-    target: str | None = None, instruction: str = "",
+    target: str | None = None, instruction: str = "", split: str | None = None,
 ) -> Rows:  # fmt: skip
-    """Rows whose source, by which a reward table chooses, is in the column `source`. Images may also be inside the messages
-    (`image_url`), as ChatLearn has them. The other columns go to the reward. ConfigError for a row with videos."""
-    return Rows(open_records(path), partial(_row, answer, source, images, target, instruction))
+    """Rows of a file, or of a `split` of a folder or hub id. A row's source, by which a reward table chooses, is in the column
+    `source`. Images may also be inside the messages (`image_url`), as ChatLearn has them. The other columns go to the reward.
+    ConfigError for a row with videos."""
+    return Rows(split_records(path, split), partial(_row, answer, source, images, target, instruction))
 
 
 def _row(answer: str, source: str, images: str, target: str | None, instruction: str, record: Record) -> Row:

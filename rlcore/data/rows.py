@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from rlcore import registry
 from rlcore.config.sections import DatasetConfig
 from rlcore.data.chat import PLACEHOLDER, conversation, dialogue, inline_images
-from rlcore.data.files import open_records
 from rlcore.data.images import pictures
 from rlcore.data.lazy import LazySequence
+from rlcore.data.published import split_records
 from rlcore.data.records import Record, check_text
 from rlcore.errors import ConfigError, PluginError, RlcoreError
 from rlcore.types import Row
@@ -37,10 +37,10 @@ class Rows(LazySequence[Row]):
 def rows(
     path: str | Path | None, *, prompt: str = "prompt", messages: str | None = None, answer: str | None = "answer",
     target: str | None = None, rejected: str | None = None, images: str | None = None, id: str | None = None,
-    source: str | None = None, instruction: str = "",
+    source: str | None = None, instruction: str = "", split: str | None = None,
 ) -> Rows:
-    """Rows of a file by column names, `a.b` for the field b of the column a; `instruction` is a text. The other columns go to
-    the reward as fields.
+    """Rows of a file, or of a `split` of a folder or hub id, by column names, `a.b` for the field b of the column a;
+    `instruction` is a text. The other columns go to the reward as fields.
 
     The prompt column holds a text or a list of chat messages. answer=None: data without answers. target: the SFT response, and
     with `rejected` the chosen one of a preference pair. messages, instead of prompt and target: a chat whose assistant's turns
@@ -67,7 +67,7 @@ def rows(
             source=record.text(source) if source else "",
         )
 
-    return Rows(open_records(path), make)
+    return Rows(split_records(path, split), make)
 
 
 def chat_of(record: Record, column: str) -> list[Any]:

@@ -54,8 +54,10 @@ class Case:
         return self.backend.device(0).type != "cpu"
 
     @property
-    def sharded(self) -> bool:
-        return self.pool.devices > 1
+    def shards(self) -> int:
+        """Devices that a copy of the model is sharded over."""
+        replicas = self.config.sharding.replicas
+        return 1 if replicas == "all" else self.pool.devices // replicas
 
     @property
     def row(self) -> int:
@@ -151,9 +153,14 @@ def _sequence(case: Case) -> Iterator[Remedy]:
 
 
 def _gradients(case: Case) -> Iterator[Remedy]:
-    if case.sharded and case.config.sharding.gradient_sync == "last":
+    if case.shards > 1 and case.config.sharding.gradient_sync == "last":
         why = "gradients are sharded after each micro-batch, where a whole copy (4 bytes a parameter) is kept until the last"
         yield _remedy(case, {"sharding.gradient_sync": "each"}, why)
+
+
+def _reshard(case: Case) -> Iterator[Remedy]:
+    if case.shards > 1 and not case.config.sharding.reshard_after_forward:
+        yield _remedy(case, {"sharding.reshard_after_forward": True}, "a layer's weights are gathered only while it runs")
 
 
 def _images(case: Case) -> Iterator[Remedy]:
@@ -186,14 +193,14 @@ def _offload(case: Case) -> Iterator[Remedy]:
 def _cpu_offload(case: Case) -> Iterator[Remedy]:
     sharding = case.config.sharding
     whole = case.stage == "load" and (case.config.model.lora or not sharding.meta_init)  # loaded on the device, then sharded
-    if case.own_memory and case.sharded and not sharding.cpu_offload and not whole:
+    if case.own_memory and case.pool.devices > 1 and not sharding.cpu_offload and not whole:
         why = "weights, gradients and moments stay in host memory, and each layer visits the device; slow"
         yield _remedy(case, {"sharding.cpu_offload": True}, why)
 
 
 def _meta_init(case: Case) -> Iterator[Remedy]:
     config = case.config
-    if case.sharded and not config.sharding.meta_init and not config.model.lora:
+    if case.shards > 1 and not config.sharding.meta_init and not config.model.lora:
         why = "each device reads only its shard of the weights, where now each reads the whole model in float32"
         yield _remedy(case, {"sharding.meta_init": True}, why)
 
@@ -245,7 +252,7 @@ def _lengths(case: Case) -> Iterator[Remedy]:
 
 def _bucket(case: Case) -> Iterator[Remedy]:
     now = case.config.sharding.bucket_mib
-    if now > 64 and (case.sharded or case.config.placement.apart):
+    if now > 64 and (case.shards > 1 or case.config.placement.apart):
         yield _remedy(case, {"sharding.bucket_mib": now // 2}, "so many MiB of weights are gathered at once for the engine")
 
 
@@ -263,7 +270,8 @@ def _tensor_parallel(case: Case) -> Iterator[Remedy]:
 def _devices(case: Case) -> Iterator[Remedy]:
     setting, now, roles = case.pool
     settings: dict[str, Any] = {"placement.kind": "ray"} if case.config.placement.kind == "local" else {}
-    shared = "weights, gradients and moments" if "actor" in roles else "the prompts"
+    copied = "actor" not in roles or case.config.sharding.replicas == "all"
+    shared = "the prompts" if copied else "weights, gradients and moments"
     rest = "a row's activations (sharding.sequence_parallel shares those)"
     if case.stage in ("start_engine", "generate", "sync", "receive"):
         rest = "an engine's memory (rollout.tensor_parallel shares that)"
@@ -293,7 +301,7 @@ def _reward_workers(case: Case) -> Iterator[Remedy]:
         yield _remedy(case, {"placement.reward_workers": now // 2}, "each is a process with imports and data of its own")
 
 
-_WEIGHTS: tuple[Rung, ...] = (_offload, _cpu_offload, _replicas, _lora)
+_WEIGHTS: tuple[Rung, ...] = (_reshard, _offload, _cpu_offload, _replicas, _lora)
 _SCORE: tuple[Rung, ...] = (_microbatch, _sequence, *_WEIGHTS)
 _ENGINE: tuple[Rung, ...] = (_relief, _paged, _lengths, _offload, _tensor_parallel)
 _LADDERS: dict[str, tuple[Rung, ...]] = {

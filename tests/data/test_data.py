@@ -345,6 +345,14 @@ def test_an_image_that_is_cut_is_named_when_the_rows_are_loaded(form, tmp_path):
     assert len(ROWS.fitting(load_rows(config.model_copy(update={"max_rows": 2})))) == 2
 
 
+def test_train_and_test_files_of_one_folder_are_never_mixed(tmp_path):
+    for name in ("train", "test"):
+        jsonl(tmp_path, {"prompt": name, "answer": "1"}, name=f"{name}-00000-of-00001.jsonl")
+    with pytest.raises(ConfigError, match="holds the splits train and test; say which with the option split"):
+        rows(tmp_path)
+    assert [row.messages[0]["content"] for row in rows(tmp_path, split="test")] == ["test"]
+
+
 def test_the_size_of_an_image_is_known_without_its_pixels(tmp_path):
     path = jsonl(tmp_path, {"prompt": "x", "answer": "1", "images": [base64.b64encode(png()).decode()] * 2})
     (row,) = rows(path, images="images")

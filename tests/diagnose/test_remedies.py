@@ -35,6 +35,8 @@ RUNS = {
     "eight devices": {"placement": RAY},
     "six devices": {"placement": {"kind": "ray", "devices": 6}},
     "copies": {"placement": RAY, "sharding": COPIES},
+    "a copy a device": {"placement": RAY, "sharding": {"replicas": "all"}},
+    "gathered once": {"placement": RAY, "sharding": {"reshard_after_forward": False}},
     "shared rows": {"placement": RAY, "sharding": {"sequence_parallel": 2, "cpu_offload": True}},
     "pools": {"placement": APART, "algorithm": {"group_size": 4, "kl_coef": 0.1}},
     "lora": {"model": {"path": "m", "lora": {"rank": 4}}, "placement": {**RAY, "offload": ["engine", "optimizer"]}},
@@ -125,6 +127,19 @@ def test_an_update_climbs_from_what_costs_time_to_what_costs_devices():
     assert "the longest row had 3000 tokens" in found[1].why
 
 
+def test_copies_of_the_model_are_sharded_before_more_devices_are_asked_for():
+    for sharding, first in (({"replicas": "all"}, "1"), ({"replicas": 4}, "2"), ({"replicas": 3}, "1")):
+        devices = 6 if sharding["replicas"] == 3 else 8
+        start = case("load", configured(placement={"kind": "ray", "devices": devices}, sharding=sharding), heads=7)
+        offered = [remedy.overrides[0] for remedy in climbed(start)]
+        assert offered[1] == f"sharding.replicas={first}" and offered[-1] == f"placement.devices={2 * devices}", offered
+    *_, last = remedies(case("load", configured(placement=RAY, sharding={"replicas": "all"})))
+    assert last.why.startswith("they share the prompts, not "), "each has the whole model"
+    kept = configured(placement=RAY, sharding={"reshard_after_forward": False, "sequence_parallel": 8, "gradient_sync": "each"})
+    kept = kept.model_copy(update={"train": kept.train.model_copy(update={"gradient_checkpointing": True})})
+    assert next(remedies(case("update", kept, tokens=512))).overrides == ("sharding.reshard_after_forward=true",)
+
+
 def test_one_device_has_no_rung_of_several():
     found = climbed(case("update", configured(), tokens=600))
     assert keys(found) == [
@@ -169,6 +184,9 @@ def test_a_shortage_of_the_host_takes_back_what_was_moved_there():
     ("update", {"placement": {"kind": "ray", "devices": 3}}, {}, "sharding.sequence_parallel"),
     ("update", {}, {}, "sharding.cpu_offload"),
     ("update", {}, {}, "sharding.gradient_sync"),
+    ("update", {"placement": RAY, "sharding": {"replicas": "all"}}, {}, "sharding.gradient_sync"),
+    ("update", {"placement": RAY}, {}, "sharding.reshard_after_forward"),
+    ("load", {"placement": RAY, "sharding": {"replicas": "all", "meta_init": False}}, {}, "sharding.meta_init"),
     ("update", {"placement": RAY}, {"backend": "cpu"}, "placement.offload"),
     ("update", {"placement": RAY}, {"backend": "cpu"}, "sharding.cpu_offload"),
     ("update", {"model": {"path": "m", "lora": {}}}, {}, "model.lora"),
