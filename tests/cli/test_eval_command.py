@@ -102,7 +102,7 @@ def test_a_model_without_weights_is_refused(run_file, saved, tmp_path, capsys):
      ("checkpoints/step_000004/model/model.safetensors",) * 2],
 )  # fmt: skip
 def test_what_may_not_be_read_is_named(saved, closed, named):
-    for parent in saved.parents[:3]:
+    for parent in saved.parents[:4]:
         parent.chmod(0o755)
     (saved / closed).chmod(0)
     os.seteuid(NOBODY)

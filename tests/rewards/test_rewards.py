@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcore import registry
-from rlcore.config.sections import RewardConfig
+from rlcore.config.sections import EVERY, RewardConfig
 from rlcore.errors import ConfigError
 from rlcore.rewards.bounded import Bounded
 from rlcore.rewards.geo3k import geo3k, well_formed
@@ -384,7 +384,7 @@ def group(*texts, answer="5"):
 
 
 def functions(*terms):
-    return RewardFunctions([RewardConfig(**term) for term in terms])
+    return RewardFunctions({EVERY: [RewardConfig(**term) for term in terms]})
 
 
 def test_scores_are_weighted_sums_with_unweighted_parts():

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import first_prompts
 
 from rlcore import registry
 from rlcore.config.schema import RunConfig
+from rlcore.data.sources import training_prompts
 from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import local
 from rlcore.runtime.watchdog import Watchdog
@@ -53,7 +53,7 @@ def near(resolved: ResolvedModel, folder: Path, mean: float, most: float) -> Non
     with local(resolved, Watchdog(0, folder)) as run:
         run.load("grpo")
         run.start_engines()
-        prompts = first_prompts(resolved, 4)
+        prompts = training_prompts(resolved.config.data, resolved.family, seed=0).draw(4)
         for version in range(3):
             assert run.sync_weights().version == version
             batch = Batch.of(run.rollout.generate(prompts, Sampling(4, 12, seed=version)))
