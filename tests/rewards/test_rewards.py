@@ -451,8 +451,10 @@ def test_a_wrong_reward_setting_is_named(terms, message):
 
 def test_every_registered_reward_scores_a_right_answer_with_one():
     response = r"<think>x</think> <answer>5</answer> \boxed{5}"
+    lettered = Prompt(Row("a:1", [], answer="A. 5", fields={"choices": ["5", "6"]}), [1], [1])
+    chosen = Group(lettered, [Sample([1], [0.0], "A. 5", "stop", 0)])
     for name in registry.names("rewards"):
-        ((score,),) = functions({"name": name}).score([group(response)])
+        ((score,),) = functions({"name": name}).score([chosen if name in ("choice", "robo2vlm") else group(response)])
         assert score.value == pytest.approx(1.0), (name, score)
 
 
