@@ -10,10 +10,9 @@ from pathlib import Path
 from rlcore.data.lazy import LazySequence
 from rlcore.data.lines import JsonLines, JsonList, holds_a_list
 from rlcore.data.records import Record
+from rlcore.data.splits import SUFFIXES, data_files
 from rlcore.data.tables import ArrowFile, ParquetFile
 from rlcore.errors import ConfigError
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
 class Records(LazySequence[Record]):
@@ -63,7 +62,7 @@ def _files(path: str | Path | None) -> list[Path]:
         raise ConfigError(f"{path}: no such data file or folder{tried(path)}")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name not in _OF_DATASETS)
+        files = sorted(data_files(path))
         kinds = sorted({file.suffix for file in files})
         if len(kinds) != 1:
             found = " and ".join(kinds) or "no data files"
@@ -77,7 +76,6 @@ def _open_json(file: Path) -> Sequence[Record]:
     return JsonList(file) if holds_a_list(file) else JsonLines(file)
 
 
-_OF_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json")  # what `datasets.save_to_disk` writes beside the rows
 _OPENERS: dict[str, Callable[[Path], Sequence[Record]]] = {
     ".jsonl": JsonLines, ".json": _open_json, ".parquet": ParquetFile, ".arrow": ArrowFile,
 }  # fmt: skip

@@ -9,7 +9,6 @@ from types import TracebackType
 
 from rlcore.checkpoint.state import seed_random_states
 from rlcore.config.schema import RunConfig
-from rlcore.config.sections import ONLY
 from rlcore.data.prompts import Encoded, PromptSource, left_out, no_check
 from rlcore.data.sources import held_out_prompts, training_prompts
 from rlcore.device import Backend
@@ -73,8 +72,7 @@ class Session:
         self.console.say(self.resolved.notice)
         self.console.warn(self.resolved.caution)
         self.console.warn(left_out("data.train", self.source.dropped_long, len(self.source), self.config.data))
-        for name, prompts in self._held_out.items():
-            key = "data.eval" if name == ONLY else f"data.eval.{name}"
+        for key, prompts in zip(self.config.data.held_out_sets, self._held_out.values(), strict=False):  # all of them, or none
             self.console.warn(left_out(key, prompts.dropped_long, len(prompts), self.config.data))
         if self.config.data.eval and not self._held_out:
             reason = "evaluation is not set; add it (evaluation: {}) or remove data.eval"
