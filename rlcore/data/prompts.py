@@ -154,9 +154,10 @@ class PromptSource:
         self.dropped_long = sum(one.dropped_long for one in sets)
         weights = [one.weight for one in sets if one.weight is not None]
         self._order = Order([len(one.rows) for one in sets], weights or None, seed)
-        self._prompts = [Encoded(one.rows, encode, _CACHE_BYTES // len(sets)) for one in sets]
+        read = encode if fits is None else lambda row: encode(row) if fits(row) else []  # none: the row is passed over
+        self._prompts = [Encoded(one.rows, read, _CACHE_BYTES // len(sets)) for one in sets]
         self._fits, self._seed = fits, seed
-        self._ahead: dict[int, Future[list[Prompt] | None]] = {}  # by place
+        self._ahead: dict[int, Future[list[Prompt]]] = {}  # by place
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     def __len__(self) -> int:
@@ -183,7 +184,7 @@ class PromptSource:
             self.drawn += 1
             passed = 0 if prompts else passed + 1
             found += [prompts] if prompts else []
-            self.dropped_long += prompts is None
+            self.dropped_long += not prompts
             if passed >= len(self):
                 raise ConfigError(f"all {passed} prompts are longer than data.max_prompt_tokens; raise it")
         self._prepare(min(count, _AHEAD_BYTES // max(map(_size, found), default=1)))
@@ -198,16 +199,15 @@ class PromptSource:
         for place in range(self.drawn, self.drawn + count):
             self._begun(place)
 
-    def _begun(self, place: int) -> Future[list[Prompt] | None]:
+    def _begun(self, place: int) -> Future[list[Prompt]]:
         if place not in self._ahead:
             self._ahead[place] = self._thread.submit(self._encoded, place)
         return self._ahead[place]
 
-    def _encoded(self, place: int) -> list[Prompt] | None:
-        """The prompts at a place; None for a row to be passed over."""
+    def _encoded(self, place: int) -> list[Prompt]:
+        """The prompts at a place."""
         number, row = self._order.at(place)
-        prompts = self._prompts[number]
-        return prompts[row] if self._fits is None or self._fits(prompts.rows[row]) else None
+        return self._prompts[number][row]
 
 
 def left_out(key: str, dropped: int, kept: int, config: DataConfig) -> str | None:
