@@ -72,6 +72,14 @@ def tiny_llama(models) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vision(models) -> Path:
+    """The folder of a vision-language model with 0.7 million random weights."""
+    folder = models / "tiny_vision"
+    registry.load("models", "tiny_qwen2_5_vl")(folder, layers=2, vision_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cluster():
     """Ray on this machine, with room for more workers than it has cores."""
     import ray

@@ -46,13 +46,6 @@ def family(tiny_llama):
     return registry.load("families", "llama")(tiny_llama)
 
 
-@pytest.fixture(scope="module")
-def vision(models):
-    folder = models / "sft_vision"
-    registry.load("models", "tiny_qwen2_5_vl")(folder, layers=2, vision_layers=2)
-    return folder
-
-
 @pytest.fixture
 def resolved(tiny_llama, backend):
     return ResolvedModel(validate(RunConfig, settings(tiny_llama, sft={"steps": 1})), backend)
@@ -114,8 +107,8 @@ def test_without_a_chat_template_each_turn_is_imitated_too(tiny_llama):
     assert marked(family, second) == "Hi\nYes?\nWhat is 1 + 1?[It is 2<|im_end|>]"
 
 
-def test_images_stay_with_the_turns_that_show_them(vision):
-    family = registry.load("families", "qwen2_5_vl")(vision)
+def test_images_stay_with_the_turns_that_show_them(tiny_vision):
+    family = registry.load("families", "qwen2_5_vl")(tiny_vision)
     images = [Image.new("RGB", (56, 56), color) for color in ("red", "blue")]
     asked = message("user", [{"type": "image"}, {"type": "text", "text": "Color?"}])
     row = row_of([asked, message("assistant", "Red"), asked, message("assistant", "Blue")], images)
@@ -128,10 +121,10 @@ def test_images_stay_with_the_turns_that_show_them(vision):
 
 
 @pytest.mark.parametrize("pictures", [False, True])
-def test_the_loss_is_transformers_own_on_the_same_labels(pictures, vision, tiny_llama, tmp_path, backend):
+def test_the_loss_is_transformers_own_on_the_same_labels(pictures, tiny_vision, tiny_llama, tmp_path, backend):
     """Mean over the imitated tokens of the batch, packed without padding, to 1e-6; and the gradient of every weight, tower
     included."""
-    folder = vision if pictures else tiny_llama
+    folder = tiny_vision if pictures else tiny_llama
     content = "<image>Which? <image>" if pictures else "Which?"
     chats = [{"messages": [message("user", content), *TURNS[1 : 2 + 2 * (number % 2)]]} for number in range(3)]
     for number, chat in enumerate(chats if pictures else ()):

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from run_files import write
 
-from rlcore import registry
 from rlcore.cli.main import main
 
 
@@ -18,13 +17,6 @@ def one(response, answer, fields):
 
 def two(response, answer, fields):
     return 2.0
-
-
-@pytest.fixture(scope="module")
-def vision(models):
-    folder = models / "sources_vision"
-    registry.load("models", "tiny_qwen2_5_vl")(folder, layers=1, vision_layers=2)
-    return folder
 
 
 @pytest.fixture
@@ -49,14 +41,14 @@ def rows_of(tmp_path, *sources):
     return {"path": str(path), "options": {"source": "data_source"}}
 
 
-def test_pictures_and_text_of_several_data_sets_are_mixed_by_weight(start, vision, tmp_path):
+def test_pictures_and_text_of_several_data_sets_are_mixed_by_weight(start, tiny_vision, tmp_path):
     Image.effect_noise((56, 56), 90).save(tmp_path / "a.png")
     (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "<image>What?", "answer": "1", "images": ["a.png"]}) + "\n")
     shown = {"path": str(tmp_path / "shown.jsonl"), "options": {"images": "images"}, "source": "shown", "weight": 3}
     data = {"train": [shown, {"name": "arithmetic", "options": {"count": 8}, "weight": 1}], "max_prompt_tokens": 64}
     table = {"shown": [{"name": f"{__name__}.one"}], "arithmetic": [{"name": f"{__name__}.two"}]}
     train = {"steps": 2, "prompts_per_step": 12, "max_tokens_per_microbatch": 512}
-    status, metrics, samples, _ = start(vision, data=data, reward=table, train=train)
+    status, metrics, samples, _ = start(tiny_vision, data=data, reward=table, train=train)
     assert status == 0
     assert {sample["row"].split("/")[0]: sample["score"] for sample in samples} == {"shown": 1, "arithmetic": 2}
     for line in metrics:
