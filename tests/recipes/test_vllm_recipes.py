@@ -22,7 +22,6 @@ COMMANDS = {  # by recipe: data set, its published rows, command
     "qwen2_5_vl_3b_geo3k_grpo_npu": ("geo3k", "geo3k", "grpo"),
     "qwen2_5_vl_3b_robo2vlm_sft": ("robo2vlm", "robo2vlm", "sft"),
 }
-SEEN = ("qwen3_8b_math_grpo", "qwen2_5_vl_3b_robo2vlm_sft")  # the other two take longer; they are run by hand
 SIZES = {  # sections and keys in which a tiny variant may differ from its recipe
     "model.path", "model.options", "model.precision", "backend", "data", "vision.min_pixels", "vision.max_pixels", "sft",
     "rollout.max_new_tokens", "rollout.options", "algorithm.group_size", "optimizer.lr", "train", "evaluation", "placement",
@@ -57,7 +56,7 @@ def flat(values, prefix=""):
     return {name: one for key, value in values.items() for name, one in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_recipe_runs_from_published_files_to_a_model_that_answers_the_same(name, tmp_path):
     prepared, published, command = COMMANDS[name]
     rlcore("data", prepared, "--input", RECIPES / "rows" / published, "--output", f"data/{published}", folder=tmp_path)
@@ -78,7 +77,7 @@ def test_a_recipe_runs_from_published_files_to_a_model_that_answers_the_same(nam
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@pytest.mark.parametrize("name", SEEN[:1])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_real_rows_go_through_a_recipe(name, tmp_path):
     """With the plain sampler: rows of the real size are slow for an engine that starts for them alone."""
     prepared, published, command = COMMANDS[name]
