@@ -124,7 +124,7 @@ def train(
             sft.warm_up(session, warm)
             placement.load("grpo", sft.result(warm))
         task = GrpoTask(session, rewards, held_out)
-        Loop(task, session, folder, task.clock, config.evaluation).go(saved)
+        Loop(task, session, folder, config.evaluation).go(saved)
 
 
 def _check(row: Row, rewards: RewardFunctions, resolved: ResolvedModel) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +69,11 @@ class Task(Protocol):
     @property
     def source(self) -> PromptSource: ...
 
+    @property
+    def clock(self) -> Clock:
+        """Times its stages; checkpoints too."""
+        ...
+
     def start(self) -> None:
         """Called before the first step, to discard what was timed and counted up to then."""
         ...
@@ -88,11 +92,9 @@ class Task(Protocol):
 class Loop:
     """Runs the steps of a task. An interrupt saves the last finished step and exits."""
 
-    def __init__(
-        self, task: Task, session: Session, folder: Path, clock: Clock | None = None, evaluation: EvaluationConfig | None = None
-    ) -> None:
-        """`folder`: for metrics, samples and checkpoints. `clock`: times checkpoints."""
-        self.task, self.session, self.folder, self.clock, self.evaluation = task, session, folder, clock, evaluation
+    def __init__(self, task: Task, session: Session, folder: Path, evaluation: EvaluationConfig | None = None) -> None:
+        """`folder`: for metrics, samples and checkpoints."""
+        self.task, self.session, self.folder, self.evaluation = task, session, folder, evaluation
         self.actor, self.source, self.console = session.placement.actor, task.source, session.console
         self.done = self.saved = 0  # steps
         self.updates = 0  # optimizer steps, after step `done`
@@ -128,7 +130,7 @@ class Loop:
         due = self.evaluation is not None and self._due(self.evaluation.every, self.evaluation.at_end)
         evaluation = self.task.evaluate() if due else None
         if self._due(self.session.config.train.save_every, at_end=True):
-            with self.clock.span("save_checkpoint") if self.clock else nullcontext():
+            with self.task.clock.span("save_checkpoint"):
                 self._save()
         self.random = random_states()
         numbers, records = step.metrics(), [*step.records()]

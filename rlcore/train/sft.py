@@ -53,7 +53,7 @@ def train(
             session.placement.start_engines()
         session.announce(begin)
         task = imitation(session, session.source, held_out, rewards)
-        Loop(task, session, folder, task.clock, config.evaluation).go(saved)
+        Loop(task, session, folder, config.evaluation).go(saved)
 
 
 def warm_up(session: Session, folder: Path) -> None:

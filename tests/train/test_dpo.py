@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlcore.algorithms import dpo
 from rlcore.cli.main import main
 from rlcore.config.sections import DpoConfig
+from rlcore.train import loop
 from rlcore.types import TokenView
 
 
@@ -103,3 +105,11 @@ def test_rows_without_pairs_say_which_columns_to_name(start):
     status, said, _ = start(PAIRS, columns=("good", None))
     assert status == 2
     assert "no rejected response; name the columns in data.train.options (target, rejected)" in said
+
+
+def test_a_checkpoint_is_no_part_of_a_steps_time(start, monkeypatch):
+    real = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *arguments: (time.sleep(5), real(*arguments)))
+    status, _, run = start(PAIRS, "dpo.steps=1")
+    (step,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert status == 0 and step["timing/save_checkpoint"] > 5 > step["timing/all"]
