@@ -80,6 +80,12 @@ def planned(batch: Batch, cap: int, whole_groups: bool = False) -> list[list[Pie
     return rows
 
 
+def longest(batch: Batch, whole_groups: bool = False) -> int:
+    """Forwarded tokens of the longest sample with its prompt or, with `whole_groups`, of the longest group."""
+    beside = sum if whole_groups else max
+    return max((prompt + beside(response - 1 for response in responses) for prompt, responses in _shapes(batch)), default=0)
+
+
 def deal(batch: Batch, ranks: int, cap: int, whole_groups: bool = False) -> list[tuple[Batch, Tensor]]:
     """Split a batch across ranks by token count: each rank's groups, and their tokens' indices in [N]. All ranks run equally
     many forward passes."""

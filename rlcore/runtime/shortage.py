@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlcore.errors import OutOfMemory, Shortage
-from rlcore.model.packing import planned
+from rlcore.model.packing import longest, planned
 from rlcore.runtime.worker import Worker
 from rlcore.types import Batch
 
@@ -45,17 +45,13 @@ def _shortage(worker: Worker, error: Exception, stage: str) -> Shortage | None:
 
 def _measured(worker: Worker, arguments: Sequence[Any]) -> dict[str, Any]:
     """What the roles hold, what is free, and the sizes of the call's packed rows."""
-    rows, pieces = [0], [0]
-    for batch in _batches(arguments):
-        for row in planned(batch, worker.resolved.settings.max_tokens):
-            rows.append(sum(piece.tokens for piece in row))
-        for group in batch.groups:
-            lengths = [len(sample.token_ids) - 1 for sample in group.samples]
-            pieces.append(len(group.prompt.token_ids) + (sum(lengths) if worker.whole_groups else max(lengths)))
+    batches = list(_batches(arguments))
+    rows = [row for batch in batches for row in planned(batch, worker.resolved.settings.max_tokens)]
     return {
-        "held": worker.memory_manager.held(), "free": worker.resolved.backend.free_memory(), "tokens": max(rows),
-        "longest": max(pieces),
-    }
+        "held": worker.memory_manager.held(), "free": worker.resolved.backend.free_memory(),
+        "tokens": max((sum(piece.tokens for piece in row) for row in rows), default=0),
+        "longest": max((longest(batch, worker.whole_groups) for batch in batches), default=0),
+    }  # fmt: skip
 
 
 def _batches(arguments: Sequence[Any]) -> Iterator[Batch]:

@@ -66,7 +66,7 @@ def warm_up(session: Session, folder: Path) -> None:
 
 
 def steps(config: SftConfig, source: PromptSource) -> int:
-    """Steps of the whole run: the last one of `epochs` may have fewer rows. None without rows."""
+    """Steps of the whole run: the last one of `epochs` may have fewer rows. 0 without rows."""
     limits = [config.steps if len(source) else 0] if config.steps is not None else []
     if config.epochs is not None:
         limits.append(math.ceil(config.epochs * len(source) / config.rows_per_step))

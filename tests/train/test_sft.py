@@ -18,11 +18,12 @@ from rlcore.config.schema import RunConfig
 from rlcore.config.sections import DatasetConfig
 from rlcore.data.rows import load_rows
 from rlcore.errors import ConfigError
+from rlcore.model.packing import longest, microbatches
 from rlcore.model.resolved import ResolvedModel
 from rlcore.runtime.placement import local
 from rlcore.runtime.watchdog import Watchdog
-from rlcore.train.sft import check_target, imitated
-from rlcore.types import Row
+from rlcore.train.sft import check_target, given, imitated
+from rlcore.types import Batch, Group, Row
 
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
 THINKS = (  # drops the thoughts of turns before the last question, as Qwen3's template does
@@ -77,6 +78,14 @@ def test_each_turn_of_the_assistant_and_its_end_are_imitated_and_nothing_else(fa
         f"{USER}Hi{END}{ASSISTANT}[Yes?<|im_end|>]\n{USER}What is 1 + 1?{END}{ASSISTANT}[It is 2<|im_end|>]"
     )
     assert family.conversation_length(row_of(TURNS)) == len(prompt.token_ids)
+
+
+def test_the_tokens_of_a_conversation_are_counted_once(family):
+    """As long as what is forwarded, so that a cap of that holds it."""
+    (prompt,) = family.encode_conversation(row_of(TURNS))
+    batch = Batch.of([Group(prompt, [given(prompt)])])
+    (row,) = microbatches(batch, longest(batch))
+    assert longest(batch) == row.tokens == len(prompt.token_ids) and len(row.targets) == len(prompt.imitated)
 
 
 def test_a_single_answer_is_imitated_as_it_would_be_sampled(family):
