@@ -15,7 +15,12 @@ static void *handle(void) {
     return (void *)__sync_add_and_fetch(&last, 16);
 }
 
-static int give(void **memory, size_t size) { return posix_memalign(memory, 512, size ? size : 512); }
+static const size_t device_memory = 64ul << 30;
+enum { ACL_ERROR_RT_MEMORY_ALLOCATION = 207001 };
+
+static int give(void **memory, size_t size) {
+    return size > device_memory ? ACL_ERROR_RT_MEMORY_ALLOCATION : posix_memalign(memory, 512, size ? size : 512);
+}
 
 static int handle_at(void **place) {
     *place = handle();
@@ -62,7 +67,7 @@ int aclrtMemcpyAsyncWithCondition(void *to, size_t room, const void *from, size_
 }
 int aclrtMemset(void *to, size_t room, int value, size_t size) { return memset(to, value, size) != to; }
 int aclrtMemsetAsync(void *to, size_t room, int value, size_t size, void *stream) { return memset(to, value, size) != to; }
-int aclrtGetMemInfo(int kind, size_t *free, size_t *total) { return *free = 60ul << 30, *total = 64ul << 30, 0; }
+int aclrtGetMemInfo(int kind, size_t *free, size_t *total) { return *free = 60ul << 30, *total = device_memory, 0; }
 
 int aclrtCreateStream(void **stream) { return handle_at(stream); }
 int aclrtCreateStreamWithConfig(void **stream, uint32_t priority, uint32_t flags) { return handle_at(stream); }

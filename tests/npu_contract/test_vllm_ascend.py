@@ -25,8 +25,9 @@ from rlcore_backends.vllm import engine as vllm_engine
 from vllm.platforms import current_platform
 
 from rlcore import registry
-from rlcore.config.sections import LoraConfig, RolloutConfig
+from rlcore.config.sections import LoraConfig, ModelConfig, RolloutConfig
 from rlcore.errors import ConfigError
+from rlcore.model import loading
 
 ENGINES = sorted(source.ROOT.glob("backends/vllm/*.py"))
 ASCEND = Path(vllm_ascend.__file__).parent
@@ -54,10 +55,10 @@ def configured(tmp_path, monkeypatch):
 
     def configure(model="tiny_qwen3", lora=None, options=None, **ours):
         registry.load("models", model)(tmp_path, hidden_size=64, layers=1)
-        backend = NPU(NPU.Options(**ours))
+        family, backend = loading.family_of(tmp_path, ModelConfig(path=str(tmp_path))), NPU(NPU.Options(**ours))
         with pytest.raises(Started) as started:
             vllm_engine.build(
-                None, tmp_path, backend, RolloutConfig(options=options or {}), torch.bfloat16, 256, 7, lora, image_embeds=True
+                family, tmp_path, backend, RolloutConfig(options=options or {}), torch.bfloat16, 256, 7, lora, image_embeds=True
             )
         return vllm.EngineArgs(**started.value.args[0]).create_engine_config()
 

@@ -94,6 +94,13 @@ def test_memory_is_counted():
     assert memory.memory(HERE)["memory/peak_device_gib"] >= before + held.nbytes / 2**30 - 0.01
 
 
+def test_the_allocators_own_error_is_a_shortage():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**37, dtype=torch.uint8, device=HERE)
+    assert BACKEND.shortage(refused.value) == "device", refused.value
+    assert BACKEND.shortage(RuntimeError("a kernel failed")) is None
+
+
 def test_what_is_parked_leaves_and_comes_back():
     tensor = torch.arange(2.0**20).to(HERE)
     held = torch.npu.memory_allocated(HERE)
