@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlcore.data.preparation import Example, Preparation, check_placeholders, stored_images, text
-from rlcore.data.records import Record
+from rlcore.data.files.record import Record
+from rlcore.data.prepare.preparation import Example, Preparation, check_placeholders, stored_images, text
 from rlcore.data.rows import Rows, rows
 
 from .layouts import GEOMETRY_INSTRUCTION

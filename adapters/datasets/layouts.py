@@ -10,7 +10,7 @@ from typing import Any
 
 from rlcore.data.chat import PLACEHOLDER
 from rlcore.data.images import decode_image
-from rlcore.data.preparation import (
+from rlcore.data.prepare.preparation import (
     Example,
     Layout,
     Origin,

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from rlcore.data.chat import chat
-from rlcore.data.preparation import Example, Preparation, UnusableRow, text
-from rlcore.data.published import split_records
-from rlcore.data.records import Record
+from rlcore.data.files.published import split_records
+from rlcore.data.files.record import Record
+from rlcore.data.prepare.preparation import Example, Preparation, UnusableRow, text
 from rlcore.data.rows import Rows
 from rlcore.rewards.math import last_boxed
 from rlcore.types import Row

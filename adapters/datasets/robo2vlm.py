@@ -9,10 +9,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from rlcore.data.chat import PLACEHOLDER, conversation
+from rlcore.data.files.published import split_records
+from rlcore.data.files.record import Record
 from rlcore.data.images import pictures
-from rlcore.data.preparation import Example, Preparation, UnusableRow, stored_images, text
-from rlcore.data.published import split_records
-from rlcore.data.records import Record
+from rlcore.data.prepare.preparation import Example, Preparation, UnusableRow, stored_images, text
 from rlcore.data.rows import Rows
 from rlcore.rewards.choice import listed
 from rlcore.types import Row

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from rlcore.data.chat import conversation
-from rlcore.data.published import split_records
-from rlcore.data.records import Record
+from rlcore.data.files.published import split_records
+from rlcore.data.files.record import Record
 from rlcore.data.rows import Rows, chat_of, shown_with
 from rlcore.errors import ConfigError
 from rlcore.types import Row

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from rlcore import registry
 
 if TYPE_CHECKING:
-    from rlcore.data.prepare import SplitCount
+    from rlcore.data.prepare.prepare import SplitCount
 
 
 def run_data(options: argparse.Namespace) -> None:
     registry.check("preparations", options.name, "NAME")
     registry.check("layouts", options.layout, "--layout")
-    from rlcore.data.prepare import prepare
+    from rlcore.data.prepare.prepare import prepare
 
     for count in prepare(options.name, options.input, options.output, options.layout, options.drop):
         print(_lines(count, options))

@@ -1,5 +1,5 @@
-"""Images of data sets, from any stored form. Each is decoded once before a run, so that a broken one is named, and again at
-every access, so that they need not fit in memory."""
+"""Images of data sets, from any stored form. Those of checked rows are decoded before a run, so that a broken one is
+named; all are at every access, so that they need not fit in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 from PIL import ExifTags, Image, ImageOps
 
-from rlcore.data.files import tried
+from rlcore.data.files.records import tried
 from rlcore.errors import ConfigError
 
 _TURNED = range(2, 9)  # orientation tags of images that are stored otherwise than seen

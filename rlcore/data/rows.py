@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from traceback import extract_tb
@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from rlcore import registry
 from rlcore.config.sections import DatasetConfig
 from rlcore.data.chat import PLACEHOLDER, conversation, dialogue, inline_images
+from rlcore.data.files.published import split_records
+from rlcore.data.files.record import MissingColumn, Record, check_text
 from rlcore.data.images import pictures
 from rlcore.data.lazy import LazySequence
-from rlcore.data.published import split_records
-from rlcore.data.records import Record, check_text
 from rlcore.errors import ConfigError, PluginError, RlcoreError
 from rlcore.types import Row
 
@@ -93,15 +93,19 @@ def shown_with(record: Record, messages: Sequence[Any], column: str | None) -> S
 class LoadedRows(LazySequence[Row]):
     """The rows a run file configures, each checked and completed when it is accessed."""
 
-    def __init__(self, rows: Sequence[Row], config: DatasetConfig, key: str, system: str | None, prefix: str = "") -> None:
-        """`key`: section of the run file, for messages. `prefix`: of ids, where other data sets have the same."""
-        self.key, self._rows, self._config, self._system, self._prefix = key, rows, config, system, prefix
+    def __init__(
+        self, rows: Sequence[Row], config: DatasetConfig, options: Mapping[str, Any], key: str, system: str | None, prefix: str
+    ) -> None:
+        """`options`: all of the data set's, defaults too. `key`: section of the run file, for messages. `prefix`: of ids, where
+        other data sets have the same."""
+        self.key, self._rows, self._config, self._options = key, rows, config, options
+        self._system, self._prefix = system, prefix
 
     def __len__(self) -> int:
         return min(len(self._rows), self._config.max_rows or len(self._rows))
 
     def at(self, index: int) -> Row:
-        row = _called(lambda: self._rows[index], self._config.name, self.key)
+        row = _called(lambda: self._rows[index], self._config.name, self._options, self.key)
         _check_row(row, f"{self.key}: {self._config.name!r}")
         messages, roles = row.messages, [message.get("role") for message in row.messages]
         if self._system and "system" not in roles:
@@ -117,23 +121,26 @@ def load_rows(
     function = registry.load_dotted(config.name, key) if "." in config.name else registry.load("datasets", config.name)
     options = registry.checked_options(function, config.options, f"{key}.options.", given=1)
     path = None if config.path is None else Path(config.path)
-    found = _called(lambda: function(path, **options), config.name, key)
+    found = _called(lambda: function(path, **options), config.name, options, key)
     if not isinstance(found, Sequence):  # an iterator
-        found = _called(lambda: list(found), config.name, key)
+        found = _called(lambda: list(found), config.name, options, key)
     if not len(found):
         raise ConfigError(f"{key}: {config.name!r} holds no rows")
-    return LoadedRows(found, config, key, system, prefix)
+    return LoadedRows(found, config, options, key, system, prefix)
 
 
-def _called(function: Callable[[], T], name: str, key: str) -> T:
+def _called(function: Callable[[], T], name: str, options: Mapping[str, Any], key: str) -> T:
     """Call a part of a data set's code; PluginError with the file and line where it failed."""
     try:
         return function()
+    except MissingColumn as error:
+        asking = next((f"; {key}.options.{option} names it" for option, value in options.items() if value == error.column), "")
+        raise ConfigError(f"{error}{asking}") from None
     except RlcoreError:
         raise
     except Exception as error:
-        place = extract_tb(error.__traceback__)[-1]
-        raise PluginError(f"{key}: {name!r} failed: {error!r} ({place.filename}:{place.lineno})") from error
+        place, what = extract_tb(error.__traceback__)[-1], f"{type(error).__name__}: {error}"
+        raise PluginError(f"{key}: {name!r} failed: {what} ({place.filename}:{place.lineno})") from error
 
 
 def _check_unshown(record: Record, messages: Sequence[Any], images: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlcore import registry
 from rlcore.config.sections import ModelConfig, VisionConfig
-from rlcore.data.files import tried
+from rlcore.data.files.records import tried
 from rlcore.errors import ConfigError, nearest
 
 if TYPE_CHECKING:

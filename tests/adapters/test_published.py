@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from rlcore.config.sections import DatasetConfig
-from rlcore.data.prepare import prepare
+from rlcore.data.prepare.prepare import prepare
 from rlcore.data.rows import load_rows
 
 THINK = (

@@ -11,7 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from rlcore.config.sections import DatasetConfig
-from rlcore.data.prepare import prepare
+from rlcore.data.prepare.prepare import prepare
 from rlcore.data.rows import load_rows
 from rlcore.errors import ConfigError
 from rlcore.rewards.choice import choice

@@ -153,7 +153,9 @@ def test_a_broken_line_is_named_by_its_number(refused, tmp_path):
 
 def test_a_missing_column_is_named_with_those_there_are(refused, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", GOOD, {"promt": "What is 1 + 2?", "answer": "3"})
-    assert refused(**of_file(path)) == "rows.jsonl:2: no column 'prompt' among promt, answer; did you mean 'promt'?"
+    assert refused(**of_file(path)) == (
+        "rows.jsonl:2: no column 'prompt' among promt, answer; did you mean 'promt'?; data.train.options.prompt names it"
+    )
 
 
 def test_a_missing_answer_is_named_by_its_row(refused, tmp_path):

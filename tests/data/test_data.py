@@ -20,7 +20,7 @@ from rlcore import registry
 from rlcore.cli.main import main
 from rlcore.config.sections import DatasetConfig, ModelConfig
 from rlcore.data.chat import chat, check_opening, conversation
-from rlcore.data.files import read_records
+from rlcore.data.files.records import read_records
 from rlcore.data.images import Pictures, decode_image, sizes
 from rlcore.data.prompts import RowFilter
 from rlcore.data.rows import load_rows, rows

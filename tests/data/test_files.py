@@ -12,8 +12,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlcore.data import tables
-from rlcore.data.files import open_records
+from rlcore.data.files import tables
+from rlcore.data.files.published import split_records
+from rlcore.data.files.records import open_records
 from rlcore.errors import ConfigError
 
 
@@ -27,23 +28,27 @@ def write_arrow(rows, path, kind):
         writer.write_table(rows, max_chunksize=7)
 
 
-@pytest.fixture(params=["lines", "list", "parquet", "stream", "file"])
-def stored(request, tmp_path):
-    """A file of 20 rows, of each kind."""
-    rows = table(20, answer=[str(number) for number in range(20)])
-    if request.param == "lines":
-        path = tmp_path / "rows.jsonl"
+KINDS = {"lines": ".jsonl", "list": ".json", "parquet": ".parquet", "stream": ".arrow", "file": ".arrow"}
+
+
+def write(rows, path, kind):
+    """`rows` as a file of one of KINDS; returns its path."""
+    path = path.with_suffix(KINDS[kind])
+    if kind == "lines":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()))
-    elif request.param == "list":
-        path = tmp_path / "rows.json"
+    elif kind == "list":
         path.write_text(json.dumps(rows.to_pylist()))
-    elif request.param == "parquet":
-        path = tmp_path / "rows.parquet"
+    elif kind == "parquet":
         parquet.write_table(rows, path, row_group_size=6)
     else:
-        path = tmp_path / "rows.arrow"
-        write_arrow(rows, path, request.param)
+        write_arrow(rows, path, kind)
     return path
+
+
+@pytest.fixture(params=KINDS)
+def stored(request, tmp_path):
+    """A file of 20 rows, of each kind."""
+    return write(table(20, answer=[str(number) for number in range(20)]), tmp_path / "rows", request.param)
 
 
 def test_any_row_of_any_file_can_be_accessed_in_any_order(stored):
@@ -75,6 +80,19 @@ def test_threads_may_read_at_a_time(stored):
     assert not wrong
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_without_rows_is_passed_over(tmp_path, kind):
+    """Who writes more shards than there are rows leaves some empty."""
+    first, empty, last = (
+        write(table(5).slice(start, count), tmp_path / f"train-{number}-of-00003", kind)
+        for number, (start, count) in enumerate([(0, 3), (3, 0), (3, 2)])
+    )
+    assert [record.values["prompt"] for record in split_records(tmp_path, "train")] == ["q0", "q1", "q2", "q3", "q4"]
+    first.unlink(), last.unlink()
+    with pytest.raises(ConfigError, match=f"{empty.name}: holds no rows"):
+        split_records(tmp_path, "train")
+
+
 def test_a_folder_that_datasets_saved_is_read(tmp_path):
     write_arrow(table(5), tmp_path / "data-00000-of-00001.arrow", "stream")
     for name in ("state.json", "dataset_info.json"):
@@ -83,7 +101,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
 
 
 def test_lines_are_found_whatever_their_length_and_their_blanks(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlcore.data.lines._BLOCK", 64)
+    monkeypatch.setattr("rlcore.data.files.lines._BLOCK", 64)
     rows = [{"a": "x" * length} for length in (0, 5, 60, 64, 65, 200, 1)]
     text = "\n\n".join(json.dumps(row) for row in rows) + "\n  \r\n"
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -137,7 +155,7 @@ def test_a_million_rows_are_opened_in_seconds_and_little_memory(tmp_path):
     with (tmp_path / "many.jsonl").open("w") as file:
         file.writelines(f'{{"prompt": "q{number}"}}\n' for number in range(1_000_000))
     script = (
-        "import resource, sys, time; from rlcore.data.files import open_records; import pyarrow.parquet\n"
+        "import resource, sys, time; from rlcore.data.files.records import open_records; import pyarrow.parquet\n"
         "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
         "for path in sys.argv[1:]:\n"
         "    records = open_records(path)\n"

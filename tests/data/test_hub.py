@@ -12,13 +12,13 @@ import pytest
 from hub_server import hub
 from pyarrow import parquet
 
-from rlcore.data.hub import local
-from rlcore.data.published import files_by_split, split_records
+from rlcore.data.files.hub import local
+from rlcore.data.files.published import files_by_split, split_records
 from rlcore.errors import ConfigError
 
 PROGRAM = """
 import sys
-from rlcore.data.hub import local
+from rlcore.data.files.hub import local
 from rlcore.errors import ConfigError
 for path in sys.argv[1:]:
     try:

@@ -15,10 +15,10 @@ from test_splits import saved
 
 from rlcore import registry
 from rlcore.cli.main import main
-from rlcore.data import output
-from rlcore.data.output import OutputFolder, ParquetRows, row_file
-from rlcore.data.preparation import Layout
-from rlcore.data.prepare import prepare
+from rlcore.data.prepare import output
+from rlcore.data.prepare.output import OutputFolder, ParquetRows, row_file
+from rlcore.data.prepare.preparation import Layout
+from rlcore.data.prepare.prepare import prepare
 from rlcore.errors import ConfigError, RunError
 
 GOOD = {"question": "1+1?", "answer": "It is 2.\n#### 2"}
@@ -284,7 +284,7 @@ def test_shards_that_are_not_there_are_warned_of(tmp_path, data):
 
 
 def test_rows_pass_through_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlcore.data.lines._BLOCK", 1 << 16)
+    monkeypatch.setattr("rlcore.data.files.lines._BLOCK", 1 << 16)
     rows = 1500
     jsonl(tmp_path / "in" / "train.jsonl", *[{**GOOD, "question": f"{i} " + "x" * 4000} for i in range(rows)])
     size = (tmp_path / "in" / "train.jsonl").stat().st_size

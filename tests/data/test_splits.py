@@ -8,8 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rlcore.data.published import files_by_split, split_records
-from rlcore.data.splits import data_files, files_of_split, missing_shards, split_of, splits
+from rlcore.data.files.published import files_by_split, split_records
+from rlcore.data.files.splits import data_files, files_of_split, missing_shards, split_of, splits
 from rlcore.errors import ConfigError
 
 

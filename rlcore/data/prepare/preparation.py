@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from rlcore.data.chat import PLACEHOLDER
+from rlcore.data.files.record import Record
 from rlcore.data.images import decode_image, image_bytes
-from rlcore.data.records import Record
 from rlcore.errors import ConfigError
 
 

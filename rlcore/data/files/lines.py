@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rlcore.data.files.record import Record, record
 from rlcore.data.lazy import LazySequence
-from rlcore.data.records import Record, record
 from rlcore.errors import ConfigError
 
 _BLOCK = 1 << 22  # bytes of a file that are searched for line ends at a time

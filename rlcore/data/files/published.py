@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from rlcore.data.files import Records, open_records, tried
-from rlcore.data.hub import local
-from rlcore.data.splits import SUFFIXES, data_files, files_of_split, split_of, splits
+from rlcore.data.files.hub import local
+from rlcore.data.files.records import Records, open_records, opened, tried
+from rlcore.data.files.splits import SUFFIXES, data_files, files_of_split, split_of, splits
 from rlcore.errors import ConfigError
 
 
@@ -22,11 +21,6 @@ def split_records(path: str | Path | None, split: str | None = None) -> Records:
     if place is not None and split is not None and split_of(place.name) not in (None, split):
         raise ConfigError(f"{place}: its name tells the split {split_of(place.name)!r}, and the option split says {split!r}")
     return open_records(place)
-
-
-def opened(files: Sequence[Path]) -> Records:
-    """Records of several files, one after the other."""
-    return Records([open_records(file) for file in files])
 
 
 def files_by_split(path: Path) -> dict[str, list[Path]]:

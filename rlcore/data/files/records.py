@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from rlcore.data.files.lines import JsonLines, JsonList, holds_a_list
+from rlcore.data.files.record import Record
+from rlcore.data.files.splits import SUFFIXES, data_files
+from rlcore.data.files.tables import ArrowFile, ParquetFile
 from rlcore.data.lazy import LazySequence
-from rlcore.data.lines import JsonLines, JsonList, holds_a_list
-from rlcore.data.records import Record
-from rlcore.data.splits import SUFFIXES, data_files
-from rlcore.data.tables import ArrowFile, ParquetFile
 from rlcore.errors import ConfigError
 
 
@@ -37,9 +37,14 @@ def open_records(path: str | Path | None) -> Records:
     ConfigError for a missing or unreadable file, an unknown suffix, and no rows at all; accessing a record raises it for a
     broken one, with its place.
     """
-    records = Records([_OPENERS[file.suffix](file) for file in _files(path)])
+    return opened(_files(path))
+
+
+def opened(files: Sequence[Path]) -> Records:
+    """Records of the files, one after the other. Files without rows may be among them."""
+    records = Records([_OPENERS[file.suffix](file) for file in files])
     if not len(records):
-        raise ConfigError(f"{path}: holds no rows")
+        raise ConfigError(f"{files[0]}: holds no rows" if len(files) == 1 else f"{files[0].parent}: its files hold no rows")
     return records
 
 

@@ -12,6 +12,14 @@ from typing import Any
 from rlcore.errors import ConfigError, nearest
 
 
+class MissingColumn(ConfigError):
+    """A row has no `column`, which may be a dotted one."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 @dataclass(frozen=True)
 class Record:
     """One row, by column."""
@@ -28,7 +36,7 @@ class Record:
         while name not in values:
             head, dot, rest = name.partition(".")
             if not dot or not isinstance(values.get(head), Mapping):
-                raise ConfigError(f"{self.where}: {_missing(column, name, values)}")
+                raise MissingColumn(f"{self.where}: {_missing(column, name, values)}", column)
             values, name = values[head], rest
         return values[name]
 

@@ -14,12 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from rlcore import registry
-from rlcore.data.hub import local
-from rlcore.data.output import OutputFolder, row_file
-from rlcore.data.preparation import Layout, Origin, Preparation, UnusableRow
-from rlcore.data.published import files_by_split, opened
-from rlcore.data.records import Record
-from rlcore.data.splits import missing_shards
+from rlcore.data.files.hub import local
+from rlcore.data.files.published import files_by_split
+from rlcore.data.files.record import Record
+from rlcore.data.files.records import opened
+from rlcore.data.files.splits import missing_shards
+from rlcore.data.prepare.output import OutputFolder, row_file
+from rlcore.data.prepare.preparation import Layout, Origin, Preparation, UnusableRow
 from rlcore.errors import ConfigError
 
 _AT_ONCE = 32  # records in memory

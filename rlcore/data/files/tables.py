@@ -10,9 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from rlcore.data.files.lines import repeated
+from rlcore.data.files.record import Record, record
 from rlcore.data.lazy import LazySequence
-from rlcore.data.lines import repeated
-from rlcore.data.records import Record, record
 from rlcore.errors import ConfigError
 
 _HELD_BYTES = 64 * 2**20  # row groups that a file keeps, beside the last one read

@@ -1,0 +1,1 @@
+"""Data files, local or on a hub, as sequences of records."""

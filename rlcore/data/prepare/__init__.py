@@ -1,0 +1,1 @@
+"""`rlcore data`: published data sets as training files."""
