@@ -56,7 +56,7 @@ def write(path: Path, gigabytes: float) -> int:
         "prompt": pyarrow.string(), "answer": pyarrow.string(),
         "images": pyarrow.list_(pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})),
     })  # fmt: skip
-    with parquet.ParquetWriter(path, schema, compression="none") as file:
+    with parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as file:
         for start in range(0, count, GROUP):
             chunk = [
                 {"prompt": f"<image>What is {row}?", "answer": "1", "images": [{"bytes": images[row % 20], "path": None}]}

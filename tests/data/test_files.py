@@ -149,19 +149,34 @@ def test_nested_columns_have_dotted_names(tmp_path):
         record.value("x.y")
 
 
+def measured(script, *paths):
+    """Seconds of processor time and KiB of peak memory that the script takes, in a process of its own."""
+    script = (
+        "import resource, sys, time; from rlcore.data.files.records import open_records; import pyarrow.parquet\n"
+        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
+        f"{script}\n"
+        "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    return map(float, subprocess.check_output([sys.executable, "-c", script, *map(str, paths)]).split())
+
+
 def test_a_million_rows_are_opened_in_seconds_and_little_memory(tmp_path):
-    """In a process of its own: peak memory is the process's."""
     parquet.write_table(table(1_000_000), tmp_path / "many.parquet", row_group_size=1000)
     with (tmp_path / "many.jsonl").open("w") as file:
         file.writelines(f'{{"prompt": "q{number}"}}\n' for number in range(1_000_000))
     script = (
-        "import resource, sys, time; from rlcore.data.files.records import open_records; import pyarrow.parquet\n"
-        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
         "for path in sys.argv[1:]:\n"
         "    records = open_records(path)\n"
-        "    assert [records[n].values['prompt'] for n in (0, 999_999, 123_456)] == ['q0', 'q999999', 'q123456']\n"
-        "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "    assert [records[n].values['prompt'] for n in (0, 999_999, 123_456)] == ['q0', 'q999999', 'q123456']"
     )
-    paths = [str(tmp_path / name) for name in ("many.parquet", "many.jsonl")]
-    seconds, kib = map(float, subprocess.check_output([sys.executable, "-c", script, *paths]).split())
+    seconds, kib = measured(script, tmp_path / "many.parquet", tmp_path / "many.jsonl")
     assert seconds < 5 and kib < 150 * 1024
+
+
+def test_memory_of_a_reader_does_not_grow_with_what_it_has_read(tmp_path):
+    """Pages of a mapped file would count as the process's own."""
+    rows = pyarrow.table({"image": [bytes([number]) * 2**20 for number in range(200)]})
+    parquet.write_table(rows, tmp_path / "images.parquet", row_group_size=4, compression="none", use_dictionary=False)
+    script = "records = open_records(sys.argv[1])\nfor n in range(200): assert records[n].values['image'][0] == n"
+    _, kib = measured(script, tmp_path / "images.parquet")
+    assert kib < 150 * 1024, "64 MiB of row groups are kept, of 200"

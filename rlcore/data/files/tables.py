@@ -32,7 +32,7 @@ class ParquetFile(LazySequence[Record]):
         self._file, self._lock = file, threading.Lock()
         self._groups: OrderedDict[int, Any] = OrderedDict()
         try:
-            self._table = parquet.ParquetFile(file, memory_map=True)
+            self._table = parquet.ParquetFile(file)
             metadata = self._table.metadata
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             _check_columns(self._table.schema_arrow.names, file)
