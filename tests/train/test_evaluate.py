@@ -484,8 +484,8 @@ def test_what_has_nothing_to_imitate_is_refused(tmp_path, tiny_llama, capsys, ch
 
 def test_worker_processes_evaluate_as_one_process_does(tmp_path, tiny_llama, cluster):
     values = of(tiny_llama, rows(13, **SEEDS), sft={"epochs": 1, "rows_per_step": 4})
-    ray = ["placement={kind: ray, devices: 2}"]
-    for command in ("eval", "sft"):
+    for command, devices in (("eval", 3), ("sft", 2)):
+        ray = [f"placement={{kind: ray, devices: {devices}}}"]
         (_, one), (status, two) = (
             start(tmp_path, values, *place, command=command, name=f"{command}{len(place)}") for place in ([], ray)
         )
