@@ -7,7 +7,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -86,6 +85,7 @@ def run(folder: Path, path: Path, ahead: str) -> dict:
 
 def child(file: str, ahead: bool) -> None:
     from rlcore.cli.main import main as rlcore
+    from rlcore.runtime.memory import peak_rss
 
     if not ahead:
         from rlcore.data.prompts import PromptSource
@@ -95,7 +95,7 @@ def child(file: str, ahead: bool) -> None:
     assert rlcore(["grpo", file, "--backend", "cpu", "--run-dir", folder]) == 0
     steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     shares = [step["timing/data"] / step["timing/all"] for step in steps[1:]]
-    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "shares": shares}))
+    print(json.dumps({"peak": peak_rss(), "shares": shares}))
 
 
 if __name__ == "__main__":

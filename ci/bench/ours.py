@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections import Counter
@@ -43,6 +42,7 @@ def main(file: str, steps: int) -> None:
     from rlcore.model.resolved import ResolvedModel
     from rlcore.monitor.clock import Clock
     from rlcore.rewards.runner import RewardFunctions
+    from rlcore.runtime.memory import peak_rss
     from rlcore.runtime.placement import Placement
     from rlcore.runtime.pool import Here, Pool
     from rlcore.runtime.roles import InlineReward
@@ -73,7 +73,7 @@ def main(file: str, steps: int) -> None:
             forward = bounds.forward_flops(model, groups) / speed
             stages["generate bound"], stages["update bound"] = forward, 3 * forward
             stages["score bound"] = forward if worker.reference else 0.0
-            stages["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            stages["peak_gib"] = peak_rss() / 2**30
             stages["response_tokens"] = sum(len(sample.token_ids) for group in groups for sample in group.samples)
             stages["prompt_tokens"] = max(len(group.prompt.token_ids) for group in groups)
             print(json.dumps(stages), flush=True)

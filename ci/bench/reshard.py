@@ -4,7 +4,6 @@ into new or existing memory, and the extra peak memory."""
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -62,7 +61,7 @@ def measured(process: type) -> type:
             """Seconds, bytes, growth of peak memory in bytes, seconds spent in checks."""
             from rlcore.distributed import fsdp
 
-            before, checks = peak(), 0.0
+            before, checks = peak_rss(), 0.0
             named = self.worker.actor.model.named_parameters() if what.startswith("copied") else ()
             whole = [weight.clone() for _, weight in fsdp.gathered(named)]
             there = [weight.clone() for weight in whole] if what == "copied over" else []
@@ -79,10 +78,7 @@ def measured(process: type) -> type:
                 checks = self.worker.sync(int(self.worker.now())).check_seconds
             taken = time.perf_counter() - start
             size = sum(weight.numel() * weight.element_size() for weight in self.worker.actor.model.parameters())
-            return taken, size, peak() - before, checks
-
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return taken, size, peak_rss() - before, checks
 
     return Measured
 

@@ -4,7 +4,6 @@ packing and bookkeeping at 1,024 samples."""
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from dataclasses import replace
@@ -37,6 +36,7 @@ def main() -> None:
     from rlcore.algorithms.schedule import MinibatchSchedule
     from rlcore.model.actor import TorchActor
     from rlcore.model.forward import ForwardSettings
+    from rlcore.runtime.memory import peak_rss
 
     folder, family = stack.smollm2()
     prompts, samples, prompt, response = SHAPES[options.shape]
@@ -53,7 +53,7 @@ def main() -> None:
     print(f"{prompts} prompts of {prompt} tokens x {samples} responses of up to {response}, rows of {options.max_tokens}")
     target = BOUNDS[options.precision]
     print(f"update {took:.2f} s, its matrix products {bound:.2f} s, {took / bound:.2f} times (target {target})")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    print(f"peak memory {peak_rss() / 2**30:.1f} GiB")
     large = batch_of(128, 8, prompt, response)
     overhead = timed(lambda: bookkeeping(large, options.max_tokens))
     share = overhead / (took * len(large.samples) / len(batch.samples))

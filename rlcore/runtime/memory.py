@@ -6,10 +6,12 @@ view and shard on it remains the same object.
 
 from __future__ import annotations
 
+import re
 import resource
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -174,11 +176,18 @@ def holding(version: int | None) -> int:
     return version
 
 
+def peak_rss() -> int:
+    """Peak resident bytes of this process. getrusage's, which Linux carries over from the program that started this one, are
+    for systems that have nothing better."""
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
 def memory(device: torch.device | None = None) -> Metrics:
     """`memory/peak_rss_gib`: peak resident memory of this process. `memory/peak_device_gib`: peak memory torch allocated on a
     device with memory of its own. `memory/host_*`: current jemalloc statistics, where it is malloc. All GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-    metrics = {"memory/peak_rss_gib": peak / 2**20}
+    metrics = {"memory/peak_rss_gib": peak_rss() / 2**30}
     if device is not None and device.type != "cpu":
         metrics["memory/peak_device_gib"] = torch.get_device_module(device).max_memory_allocated(device) / 2**30
     allocator = jemalloc.of_malloc()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from run_files import ARITHMETIC, write
@@ -174,3 +177,10 @@ def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(
         assert main(["grpo", file, "--resume", *folder]) == 0
         lines[name] = (tmp_path / name / "samples.jsonl").read_text()
     assert lines["kept"] == lines["given up"]
+
+
+def test_peak_memory_is_this_programs_and_not_that_of_the_one_that_started_it():
+    child = "from rlcore.runtime.memory import peak_rss; first = peak_rss(); held = b'1' * 2**28; print(first, peak_rss() - first)"
+    parent = f"held = b'1' * 2**31; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    first, more = map(int, subprocess.check_output([sys.executable, "-c", parent]).split())
+    assert first < 2**31 and more > 2**27
