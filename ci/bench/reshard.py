@@ -60,6 +60,7 @@ def measured(process: type) -> type:
         def take(self, what: str) -> tuple[float, int, int, float]:
             """Seconds, bytes, growth of peak memory in bytes, seconds spent in checks."""
             from rlcore.distributed import fsdp
+            from rlcore.runtime.memory import peak_rss
 
             before, checks = peak_rss(), 0.0
             named = self.worker.actor.model.named_parameters() if what.startswith("copied") else ()

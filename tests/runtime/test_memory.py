@@ -180,7 +180,7 @@ def test_an_engine_that_gives_up_its_weights_is_sent_them_before_every_sampling(
 
 
 def test_peak_memory_is_this_programs_and_not_that_of_the_one_that_started_it():
-    child = "from rlcore.runtime.memory import peak_rss; first = peak_rss(); held = b'1' * 2**28; print(first, peak_rss() - first)"
+    child = "from rlcore.runtime.memory import peak_rss as p; first = p(); held = b'1' * 2**28; print(first, p() - first)"
     parent = f"held = b'1' * 2**31; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     first, more = map(int, subprocess.check_output([sys.executable, "-c", parent]).split())
     assert first < 2**31 and more > 2**27
