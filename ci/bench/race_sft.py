@@ -13,11 +13,9 @@ import tempfile
 from pathlib import Path
 
 import race
+import stack
 
 from rlcore import registry
-from rlcore.config.sections import ModelConfig
-from rlcore.model.loading import resolve
-from rlcore.model.resolved import MODEL_CACHE
 
 TARGETS = {("fp32", "padded"): 2.0, ("bf16", "padded"): 2.5, ("fp32", "packed"): 1.1, ("bf16", "packed"): 1.3}
 ROWS_PER_STEP, LENGTH = 32, 1024
@@ -36,7 +34,7 @@ def main() -> None:
     kind = registry.load("backends", "cpu")
     if options.precision == "bf16" and kind(kind.Options()).default_precision() == "fp32":
         sys.exit("skipped: no bf16 instructions on this processor")
-    model = resolve(ModelConfig(path="smollm2"), MODEL_CACHE)
+    model = stack.smollm2_folder()
     with tempfile.TemporaryDirectory(prefix="rlcore-bench-") as folder:
         rows = write(Path(folder, "rows.jsonl"), source, ROWS_PER_STEP * options.steps)
         seconds = {layout: theirs(rows, model, options.precision, layout) for layout in ("padded", "packed")}

@@ -9,6 +9,8 @@ from typing import Any
 from rlcore import registry
 from rlcore.config.sections import ModelConfig
 
+_SMOLLM2 = ModelConfig(path="smollm2")
+
 
 def backend() -> Any:
     kind = registry.load("backends", "cpu")
@@ -18,15 +20,21 @@ def backend() -> Any:
 def start() -> None:
     """Call before torch is imported."""
     own = backend()
-    own.settle(os.environ)
+    own.apply_environment(os.environ)
     own.prepare()
+
+
+def smollm2_folder() -> Path:
+    """Its folder."""
+    from rlcore.model.loading import resolve
+    from rlcore.model.resolved import MODEL_CACHE
+
+    return resolve(_SMOLLM2, MODEL_CACHE)
 
 
 def smollm2() -> tuple[Path, Any]:
     """Its folder and its model family."""
-    from rlcore.model.loading import family_of, resolve
-    from rlcore.model.resolved import MODEL_CACHE
+    from rlcore.model.loading import family_of
 
-    source = ModelConfig(path="smollm2")
-    folder = resolve(source, MODEL_CACHE)
-    return folder, family_of(folder, source)
+    folder = smollm2_folder()
+    return folder, family_of(folder, _SMOLLM2)
