@@ -81,6 +81,7 @@ def images(prompt: Any, ids: Tensor) -> dict[str, Tensor]:
 def losses(logprobs: Tensor, entropy: Tensor, case: Case) -> dict[str, Tensor]:
     """The clipped surrogate (arXiv 1707.06347), the k3 KL estimate and the entropy: means over tokens."""
     batch, keep = case.batch, case.batch.loss_mask
+    assert batch.old_logprobs is not None and batch.ref_logprobs is not None and batch.advantages is not None
     ratio = (logprobs - batch.old_logprobs).exp()
     clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
     surrogate = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)

@@ -174,7 +174,7 @@ def verdicts(mutants: Iterable[Mutant], jobs: int) -> Iterator[tuple[bool, str]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="name them, and plant none")
     parser.add_argument("--only", metavar="PATTERN", default="", help="those whose bug matches this regular expression")
     parser.add_argument("--file", metavar="PATH", default="", help="those of files whose path begins so")

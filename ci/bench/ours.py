@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +60,14 @@ def main(file: str, steps: int) -> None:
         clock = Clock()
         reward = InlineReward(RewardFunctions(config.reward), clock)
         sample = Sampler(placement, reward, training_prompts(config.data, resolved.family, config.seed), config, clock)
+        assert worker.actor is not None
         model = worker.actor.model
         speed = bounds.rate(model, resolved.settings.compute_dtype)
         for number in range(1, steps + 1):
             interruption.release()
             start = time.perf_counter()
             iteration = grpo.step(sample, number, config.algorithm.kl_coef, interruption)
-            stages = Counter({"all": time.perf_counter() - start})
+            stages = defaultdict[str, float](float, all=time.perf_counter() - start)
             for span in (*clock.take(), *(one for one in placement.spans() if one.stage != "resharding_to_infer")):
                 stages[STAGES.get(span.stage, "other")] += span.end - span.start
             groups = iteration.batch.groups

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,7 +36,7 @@ def theirs(program: Path, arguments: Sequence[str] = (), environment: Mapping[st
     return run("TRL", [str(HERE / "peer_trl.py"), str(program), *arguments], environment or {})
 
 
-def ours(settings: Mapping[str, object], rows: Sequence[Mapping[str, object]], steps: int) -> Steps:
+def ours(settings: Mapping[str, Any], rows: Sequence[Mapping[str, object]], steps: int) -> Steps:
     """rlcore's steps on these rows, excluding the first (engine warm-up)."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "rows.jsonl")
@@ -78,6 +79,7 @@ def run(side: str, arguments: Sequence[str], environment: Mapping[str, str]) -> 
             [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )  # fmt: skip
+        assert process.stdout is not None
         steps: Steps = []
         for line in process.stdout:
             if line.startswith('{"'):

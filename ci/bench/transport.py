@@ -4,6 +4,7 @@ when each call sends all its data, and as placements do it (shared objects). Wor
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ def main() -> None:
 
     import ray
 
-    ray.init("local", include_dashboard=False, logging_level="ERROR", configure_logging=False)
+    ray.init("local", include_dashboard=False, logging_level=logging.ERROR, configure_logging=False)
     stages = {"all with each call": step(options, shared=False), "what is missing": step(options, shared=True)}
     ray.shutdown()
     size = int(image_tokens(options).sum()) * options.width * 2
@@ -87,14 +88,19 @@ def placed(shared: bool, options: argparse.Namespace) -> tuple[Any, Callable[[],
     }  # fmt: skip
     store = ray_store.RayStore()
     reader = reading(ray_pools.Process)
-    workers = [ray.remote(reader).options(num_cpus=0).remote() for _ in range(RANKS)]
+    workers: list[Any] = [ray.remote(reader).options(num_cpus=0).remote() for _ in range(RANKS)]
     members = [ray_pools.Remote(worker, f"worker {rank}", store) for rank, worker in enumerate(workers)]
     for member in members:
         member.ask(reader.start, shared, options.response_tokens, options.width).result()
     pool = Pool(members, store=store if shared else Store())
     placement = Placement(RunConfig.model_validate(settings), dict.fromkeys(ROLES, pool), store=store)
     placement.load("grpo")
-    return placement, lambda: [ray.kill(worker) for worker in workers] and None
+
+    def close() -> None:
+        for worker in workers:
+            ray.kill(worker)
+
+    return placement, close
 
 
 def reading(process: type) -> type:
@@ -147,7 +153,8 @@ def reading(process: type) -> type:
 
 
 def image_tokens(options: argparse.Namespace) -> Any:
-    return np.random.default_rng(0).integers(*options.image_tokens, options.prompts, endpoint=True)
+    fewest, most = options.image_tokens
+    return np.random.default_rng(0).integers(fewest, most, options.prompts, endpoint=True)
 
 
 def with_pictures(options: argparse.Namespace) -> list[Any]:

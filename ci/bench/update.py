@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import bounds
+import numpy as np
 import stack
 
 from rlcore.config.algorithm import AlgorithmConfig
@@ -75,8 +76,8 @@ def batch_of(prompts: int, samples: int, prompt: int, response: int, words: int 
     for number in range(prompts):
         ids = torch.randint(1000, words, (prompt,)).tolist()
         lengths = torch.randint(response // 3, response + 1, (samples,)).tolist()
-        responses = [torch.randint(1000, words, (length,)).tolist() for length in lengths]
-        drawn = [Sample(tokens, [-1.0] * len(tokens), "", "length", 0) for tokens in responses]
+        responses = [torch.randint(1000, words, (length,)).numpy() for length in lengths]
+        drawn = [Sample(tokens, np.full(len(tokens), -1, np.float32), "", "length", 0) for tokens in responses]
         groups.append(Group(Prompt(Row(str(number), []), ids, ids), drawn))
     batch = Batch.of(groups)
     return replace(batch, advantages=batch.per_token(torch.randn(prompts * samples)))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import stack
 
 from rlcore import registry
@@ -40,8 +41,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = {"hidden_size": 256, "layers": 6, "vision_hidden_size": 256, "vision_layers": 6, "max_pixels": SIDE * SIDE}
-        registry.load("models", "tiny_qwen2_5_vl")(folder, **sizes)
+        small = {"hidden_size": 256, "layers": 6, "vision_hidden_size": 256, "vision_layers": 6, "max_pixels": SIDE * SIDE}
+        registry.load("models", "tiny_qwen2_5_vl")(folder, **small)
         family = registry.load("families", "qwen2_5_vl")(folder)
         models = [family.load(folder, torch.float32) for _ in range(2)]
     for model in models:
@@ -52,11 +53,11 @@ def main() -> None:
         for i in range(PROMPTS)
     ]
     torch.manual_seed(0)
+    sizes, certain = (SAMPLES, RESPONSE), np.zeros(RESPONSE, np.float32)
     groups = [
-        Group(family.encode(row), [Sample(torch.randint(20, 90, (RESPONSE,)).tolist(), [-1.0] * RESPONSE, "", "length", 0)
-                                    for _ in range(SAMPLES)])
+        Group(family.encode(row), [Sample(tokens, certain, "", "length", 0) for tokens in torch.randint(20, 90, sizes).numpy()])
         for row in rows
-    ]  # fmt: skip
+    ]
     batch = Batch.of(groups)
     batch = replace(batch, advantages=batch.per_token(torch.randn(PROMPTS * SAMPLES)))
     apart = replace(batch, groups=[Group(group.prompt, [sample]) for group in batch.groups for sample in group.samples])

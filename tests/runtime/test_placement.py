@@ -223,9 +223,11 @@ def test_rewards_and_reference_take_their_time_beside_others(run):
     pools = "{train: {roles: [actor, rollout]}, fixed: {roles: [reference]}}"
     placed = f"placement={{kind: ray, reward_workers: 3, pools: {pools}}}"
     folder = run("beside", placed, "reward.0.name=test_placement.slow", "train.epochs_per_step=2")
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["timing/reward"] == pytest.approx(CALLS * 0.05 / 5 * 2, rel=0.2), "the slowest of three has two groups of five"
-    assert last["timing/reference_model"] > last["timing/non_overlap_reference_model"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    slowest = CALLS * 0.05 / 5 * 2  # of three workers, one has two groups of five
+    assert lines[-1]["timing/reward"] == pytest.approx(slowest, rel=0.2)
+    beside = [line["timing/reference_model"] - line["timing/non_overlap_reference_model"] for line in lines]
+    assert max(beside) > 0, "tens of milliseconds each: on a loaded machine a step's may miss each other, not all three"
 
 
 def test_sampling_ahead_is_one_version_behind_and_no_more(run):
