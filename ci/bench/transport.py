@@ -140,9 +140,12 @@ def reading(process: type) -> type:
         def update(self, steps: Sequence[Any]) -> list[Any]:
             from rlcore.model.optimizer import StepStatistics
 
+            found = []
             for step in steps:
                 self.logprobs(step)
-            return [StepStatistics() for _ in steps]
+                found.append(StepStatistics())
+                found[-1].common = {"grad_norm": 0.0, "lr": 0.0}
+            return found
 
     class Reading(process):
         def start(self, shared: bool, response: int, width: int) -> None:

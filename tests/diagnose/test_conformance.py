@@ -93,11 +93,11 @@ def installed(tmp_path_factory) -> Path:
 
 
 def test_a_backend_from_elsewhere_is_installed_and_passes(installed, tmp_path):
-    """The sections engine and learning are a run, as below."""
-    sections = [f"--only={name}" for name in ("operators", "numbers", "ranks")]
+    """In the processes that a section starts, too; the sections engine and learning are a run, as below."""
+    sections = [f"--only={name}" for name in ("operators", "ranks")]
     done, verdicts = check(tmp_path, "--backend", "new", "backend.options.threads=1", *sections, path=[installed])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(verdicts) > 30 and set(verdicts.values()) == {"pass"}
+    assert len(verdicts) >= 18 and set(verdicts.values()) == {"pass"}
 
 
 def test_a_run_is_given_to_it(installed, tmp_path, tiny_llama):

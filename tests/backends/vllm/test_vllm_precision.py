@@ -4,9 +4,6 @@ update: the bounds are tight enough that one missing weight breaks them."""
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,24 +26,15 @@ LIMITS = {"fp32": (1e-5, 1e-4), "bf16": (0.015, 0.15)}  # nats: mean, max
 @pytest.mark.parametrize("precision", LIMITS)
 @pytest.mark.parametrize("source", DATA)
 def test_the_engine_is_as_near_to_the_trainer_as_its_precision_says(source, precision, tmp_path):
-    """In its own process: garbage collection of an old engine tears down the process groups of a starting one."""
-    program = [sys.executable, __file__, source, precision, str(tmp_path)]
-    result = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def measure(source: str, precision: str, folder: str) -> None:
     kind = registry.load("backends", "cpu")
     backend = kind(kind.Options(threads=1, kv_cache_gib=0.1))
-    backend.apply_environment(os.environ)
-    backend.prepare()
     for engine in ["torch", *(["vllm"] if importlib.util.find_spec("vllm") else [])]:
         config = RunConfig.model_validate({
             "model": {"path": source, "options": SIZES, "precision": precision},
             "data": {"train": {"name": DATA[source]}, "max_prompt_tokens": 96},
             "rollout": {"engine": engine, "max_new_tokens": 12}, "algorithm": {"group_size": 4}, "optimizer": {"lr": 1e-3},
         })  # fmt: skip
-        near(ResolvedModel(config, backend), Path(folder), *LIMITS[precision])
+        near(ResolvedModel(config, backend), tmp_path, *LIMITS[precision])
 
 
 def near(resolved: ResolvedModel, folder: Path, mean: float, most: float) -> None:
@@ -62,7 +50,3 @@ def near(resolved: ResolvedModel, folder: Path, mean: float, most: float) -> Non
             run.update(replace(batch, advantages=torch.linspace(-1, 1, len(batch.loss_mask))))
         moved = (run.actor.logprobs(batch) - batch.rollout_logprobs).abs()
         assert moved.mean() > 2 * mean, "weights that do not arrive show"
-
-
-if __name__ == "__main__":
-    measure(*sys.argv[1:])
