@@ -36,8 +36,8 @@ _LEAST_TEMPERATURE = 0.01  # vLLM's SamplingParams raise lower ones to this
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Importing vLLM makes objects by the million, all of which stay: looking through them for garbage meanwhile takes a quarter
-    of the time."""
+    """Importing vLLM makes objects by the million, all of which stay: looking through them for garbage meanwhile takes a
+    quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

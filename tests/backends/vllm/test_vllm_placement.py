@@ -21,8 +21,9 @@ def graded(response, answer, fields):
 
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory, cluster):
-    """Run the command with a model that has a head size that the engine's kernels support and heads that two ranks can split (4 of 64, 2 KV
-    heads); returns the held-out answers of the initial model, after checking that every step sampled from its own weights."""
+    """Run the command with a model that has a head size that the engine's kernels support and heads that two ranks can split
+    (4 of 64, 2 KV heads). Returns the held-out answers of the initial model, after checking that every step sampled from its
+    own weights."""
     from rlcore import registry
 
     folder = models / "placed_llama"
@@ -98,5 +99,6 @@ def test_an_engine_of_two_ranks_answers_as_one_and_a_fault_on_one_rank_is_found(
     from rlcore_backends.ray import pools as ray_pools
 
     monkeypatch.setattr(ray_pools, "Process", spoiled(ray_pools.Process))
-    assert run("tensor-parallel", "placement={kind: ray, devices: 2}", "rollout.tensor_parallel=2", "train.steps=3", status=1) == answers
+    settings = ["placement={kind: ray, devices: 2}", "rollout.tensor_parallel=2", "train.steps=3"]
+    assert run("tensor-parallel", *settings, status=1) == answers
     assert "1 different: model.layers.1.input_layernorm.weight" in capsys.readouterr().err
