@@ -28,10 +28,6 @@ class RunError(RlcoreError):
     """The run failed: weights that did not arrive, an engine that answers wrongly."""
 
 
-class Unwritten(RunError):
-    """A file could not be written, most often because the disk is full."""
-
-
 @dataclass(frozen=True)
 class Remedy:
     """A change of the run file to try after a failure."""

@@ -16,6 +16,7 @@ from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.types import Batch, Group, Metrics, NamedTensors, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
+    from rlcore.checkpoint.snapshot import Snapshot
     from rlcore.checks import CheckResult
     from rlcore.config.sections import LoraConfig, RolloutConfig
     from rlcore.device import Backend
@@ -36,8 +37,8 @@ class Actor(Reference, Protocol):
 
     def weights(self) -> NamedTensors: ...
 
-    def save(self, folder: Path) -> None:
-        """Save everything needed to resume training into an empty folder; `folder/model` is a Hugging Face folder."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Add everything needed to resume training; the checkpoint's `model` is a Hugging Face folder."""
         ...
 
     def load(self, folder: Path) -> None: ...
@@ -50,7 +51,7 @@ class Critic(Protocol):
 
     def update(self, batch: Batch) -> Metrics: ...
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, snapshot: Snapshot) -> None: ...
 
     def load(self, folder: Path) -> None: ...
 

@@ -1,84 +1,87 @@
-"""Saving and resuming. A checkpoint is a folder that appears whole or not at all; `latest` names the newest.
+"""The checkpoints of a run. Each is a folder that appears whole or not at all; `latest` names the newest.
 
-    checkpoints/step_000010/model/               a Hugging Face folder
-    checkpoints/step_000010/optimizer.safetensors   first and second moments by parameter, optimizer.json the step count
-    checkpoints/step_000010/state.json           step, prompts drawn, random states
-    checkpoints/step_000010/generator.json       random state of a device with its own generator
-    checkpoints/latest                           "step_000010"
+    checkpoints/step_000010/model/                  a Hugging Face folder, in as many files as there are ranks
+    checkpoints/step_000010/optimizer*.safetensors  first and second moments, each rank's part; optimizer.json the step count
+    checkpoints/step_000010/lora*.safetensors, critic/
+    checkpoints/step_000010/generator.json          random state of a device with its own generator
+    checkpoints/step_000010/state.json              step, prompts drawn, random states, the files' sizes and checksums
+    checkpoints/latest                              "step_000010"
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from rlcore.checkpoint.snapshot import checksum
+from rlcore.errors import ConfigError
 
-from rlcore.checkpoint.state import random_states
-from rlcore.errors import ConfigError, RunError, Unwritten
-
-
-def save_checkpoint(run_folder: Path, name: str, state: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a draft folder, add `state`, then rename it to `checkpoints/<name>` and update `latest`. RunError if it
-    cannot be written."""
-    folder = run_folder / "checkpoints" / name
-    draft = folder.with_name(f".{name}.partial")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        (draft / "state.json").write_text(json.dumps({"random": random_states(), **state}), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
-        replace_text(folder.parent / "latest", name)
-    except (OSError, Unwritten) as error:
-        raise RunError(f"{folder} cannot be written: {error}; {_whole(folder.parent)}") from error
-    return folder
+STATE, LATEST = "state.json", "latest"
 
 
-@contextmanager
-def writing() -> Iterator[None]:
-    """Convert write errors to Unwritten, which means the same in whatever process it is raised."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise Unwritten(str(error)) from error
+def latest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files are as they were written; `warn` is told what is wrong with newer ones.
 
-
-def _whole(checkpoints: Path) -> str:
-    """How to continue after a checkpoint that was not finished."""
-    pointer = checkpoints / "latest"
-    if not pointer.exists():
-        return "there is none before it; free some room and start again"
-    return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
-
-
-def latest_checkpoint(run_folder: Path) -> Path:
-    """Newest complete checkpoint; ConfigError if there is none."""
-    folder = newest_checkpoint(run_folder)
-    if folder is None:
+    ConfigError if there is none.
+    """
+    if (named := _named(run_folder)) is None:
         raise ConfigError(f"--resume: {run_folder} holds no checkpoint; start it without --resume in a new folder")
-    return folder
+    older = [one for one in checkpoints(run_folder) if one.name < named.name]
+    faults = list[str]()
+    for folder in (named, *reversed(older)):
+        if (fault := damage(folder)) is None:
+            warn(f"{'; '.join(faults)}; going on from {folder.name}" if faults else "")
+            return folder
+        faults.append(fault)
+    raise ConfigError(f"--resume: {'; '.join(faults)}; no checkpoint is whole, start again in a new folder")
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """Newest complete checkpoint; None if there is none yet, ConfigError if `latest` names an incomplete one."""
-    pointer = run_folder / "checkpoints" / "latest"
-    if not pointer.exists():
+    """The newest checkpoint that is not missing files, by a look at its state alone; None if there is none."""
+    if (named := _named(run_folder)) is None:
         return None
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "state.json").exists():
-        raise ConfigError(f"--resume: {pointer} names {folder.name}, which is missing or not whole")
-    return folder
+    whole = [one for one in checkpoints(run_folder) if one.name <= named.name and (one / STATE).exists()]
+    return whole[-1] if whole else None
+
+
+def _named(run_folder: Path) -> Path | None:
+    """The checkpoint that `latest` names."""
+    pointer = run_folder / "checkpoints" / LATEST
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Every checkpoint, oldest first."""
+    return sorted((run_folder / "checkpoints").glob("step_[0-9]*"))
+
+
+def damage(folder: Path) -> str | None:
+    """The first file that is not as it was written, and how it differs; reads all of them."""
+    try:
+        files = read_state(folder)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder / STATE} cannot be read: {error}"
+
+    def look(name: str) -> str | None:
+        path = folder / name
+        try:
+            size, crc = checksum(path)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+        if size != files[name][0]:
+            return f"{path} has {size} bytes, {files[name][0]} were written"
+        return None if crc == files[name][1] else f"{path} was changed after it was written: its checksum is another"
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(look, files)), None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -86,3 +89,8 @@ def replace_text(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.partial")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
+
+
+def drafts(run_folder: Path) -> Iterator[Path]:
+    """Folders of checkpoints that were never finished."""
+    return (run_folder / "checkpoints").glob(".step_*.partial")

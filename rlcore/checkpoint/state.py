@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-from rlcore.distributed import world
+from rlcore.checkpoint.snapshot import Snapshot
 
 
 def random_states() -> dict[str, Any]:
@@ -48,12 +48,12 @@ def _bytes(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def save_generator(device: torch.device, folder: Path) -> None:
-    """Save the device's random state, if it has one. First rank only: all ranks start from one seed and draw alike."""
+def save_generator(device: torch.device, snapshot: Snapshot) -> None:
+    """Add the device's random state, if it has one. First rank only: all ranks start from one seed and draw alike."""
     states = torch.get_device_module(device)
-    if world.first() and hasattr(states, "get_rng_state"):
+    if hasattr(states, "get_rng_state"):
         state = {"device": device.type, "state": _hex(states.get_rng_state(device))}
-        (folder / "generator.json").write_text(json.dumps(state), encoding="utf-8")
+        snapshot.text("generator.json", json.dumps(state))
 
 
 def load_generator(device: torch.device, folder: Path) -> None:

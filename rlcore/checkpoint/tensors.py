@@ -1,4 +1,4 @@
-"""Save and load optimizer state as safetensors."""
+"""Optimizer state: each rank's part of the moments, and the number of steps."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from rlcore.distributed import world
-from rlcore.distributed.fsdp import as_dealt, collected
+from rlcore.checkpoint.snapshot import Snapshot
+from rlcore.distributed.parts import Stored, sharded
+
+_COUNT = torch.zeros(())  # what the optimizer's own count of steps looks like
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, folder: Path) -> None:
-    """Gather the moments of all ranks; the first rank writes them and the step count."""
-    tensors = collected(
+def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, snapshot: Snapshot, folder: str = "") -> None:
+    """Add the moments and the step count to the snapshot, in `folder` of the checkpoint."""
+    states = (
         (f"{name}.{moment}", value)
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
         for moment, value in optimizer.state.get(parameter, {}).items()
     )
-    if world.first():
-        save_file(tensors, folder / "optimizer.safetensors")
-        (folder / "optimizer.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    snapshot.own(f"{folder}optimizer", states)
+    snapshot.text(f"{folder}optimizer.json", json.dumps({"steps": steps}))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> int:
     """Load the moments; returns the number of optimizer steps taken."""
-    tensors = load_file(folder / "optimizer.safetensors")
+    stored = Stored(folder)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            titles = {moment: f"{name}.{moment}" for moment in ("step", "exp_avg", "exp_avg_sq")}
-            moments = {moment: tensors[title] for moment, title in titles.items() if title in tensors}
-            if moments.keys() == titles.keys():
-                optimizer.state[parameter] = {
-                    moment: value.to(parameter.device) if moment == "step" else as_dealt(value, parameter)
-                    for moment, value in moments.items()
-                }
+            if f"{name}.step" in stored:  # without one, no step has reached the parameter
+                count = stored.part(f"{name}.step", _COUNT).to(parameter.device)
+                moments = {moment: sharded(stored.part(f"{name}.{moment}", parameter), parameter) for moment in _MOMENTS}
+                optimizer.state[parameter] = {"step": count, **moments}
     return json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["steps"]

@@ -260,6 +260,10 @@ class TrainConfig(Strict):
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     save_every: NonNegativeInt = 0
     """0 saves at the end only."""
+    keep_last: PositiveInt | None = None
+    """Number of newest checkpoints to keep; unset keeps all."""
+    keep_best: str | None = None
+    """Metric of the evaluation, for example eval/score/mean, whose best checkpoint is kept besides the last."""
 
     @model_validator(mode="after")
     def _minibatches_divide_the_prompts(self) -> TrainConfig:

@@ -7,21 +7,19 @@ step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeGuard, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 
-from rlcore.distributed import world
+from rlcore.distributed.parts import Stored, fill
 from rlcore.errors import ConfigError
 from rlcore.types import NamedTensors
 
@@ -71,31 +69,14 @@ def read(root: nn.Module, model: nn.Module, hf_name: Callable[[str], str], folde
     """
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     stored = Stored(folder)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            world.part(parameter).copy_(stored.rows(hf_name(name), parameter))
-
-
-class Stored:
-    """The weights of a Hugging Face folder, read row by row."""
-
-    def __init__(self, folder: Path) -> None:
-        files = (safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors")))
-        self._folder = folder
-        self._files = {name: file for file in files for name in file.keys()}
-
-    def rows(self, name: str, like: Tensor) -> Tensor:
-        """This rank's rows of the tensor, in the dtype of the file."""
-        if name not in self._files:
+    published = [(hf_name(name), parameter) for name, parameter in model.named_parameters()]
+    for name, _ in published:
+        if name not in stored:
             raise ConfigError(
-                f"sharding.meta_init: the weights in {self._folder} have no tensor {name}, under which this family's are read"
+                f"sharding.meta_init: the weights in {folder} have no tensor {name}, under which this family's are read"
                 " row by row; set sharding.meta_init=false to have every rank read the whole model"
             )
-        rows = self._files[name].get_slice(name)
-        if not isinstance(like, DTensor):
-            return rows[:]
-        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        return rows[offset[0] : offset[0] + shape[0]]
+    fill(published, stored)
 
 
 def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None) -> Iterator[T]:
@@ -155,28 +136,6 @@ def gathered(named: NamedTensors, limit: int = BUCKET_BYTES, exchange: Exchange 
         bucket.append((name, tensor))
         size += tensor.nbytes
     yield from _opened(bucket, exchange)
-
-
-def collected(named: NamedTensors) -> dict[str, Tensor]:
-    """Gather whole tensors in host memory on the first rank; the others take part and get none."""
-    named = list(named)
-    dealt = {name for name, tensor in named if isinstance(tensor, DTensor)}
-    return {name: tensor.to("cpu", copy=name in dealt) for name, tensor in gathered(named) if world.first()}
-
-
-def fill(named: Iterable[tuple[str, Tensor]], whole: Mapping[str, Tensor]) -> None:
-    """Copy this rank's part of `whole[name]` into each named tensor."""
-    with torch.no_grad():
-        for name, tensor in named:
-            tensor.copy_(as_dealt(whole[name], tensor))
-
-
-def as_dealt(whole: Tensor, like: Tensor) -> Tensor:
-    """Shard a tensor that every rank has the way `like` is sharded, if it is; the result is on `like`'s device."""
-    if not isinstance(like, DTensor):
-        return whole.to(like.device)
-    dealt = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # on the mesh's device
-    return dealt.to(like.device)
 
 
 def _by_rows(tensor: Tensor) -> TypeGuard[DTensor]:

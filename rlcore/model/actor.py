@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.schedule import MinibatchSchedule
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.config.sections import OptimizerConfig
-from rlcore.distributed import world
 from rlcore.distributed.fsdp import gathered, read
+from rlcore.distributed.parts import Stored, fill
 from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
@@ -47,16 +48,25 @@ class TorchActor(TrainedModel):
         sharding = self.loaded.sharding
         return gathered(published, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(published)
 
-    def save(self, folder: Path) -> None:
-        lora.save_merged(self.model, folder / "model")
-        lora.save_lora(self.model, folder)
-        if world.first():
-            self.family.save_processor(folder / "model")
-        self.learner.save(folder)
+    def save(self, snapshot: Snapshot) -> None:
+        """`model`: a Hugging Face folder, LoRA merged. Without LoRA its weights are the actor's state."""
+        published = ((self.family.hf_name(name), tensor) for name, tensor in lora.merged(self.model))
+        snapshot.files(lambda folder: self._describe(folder / "model"))
+        snapshot.whole("model", published)
+        if lora.has_lora(self.model):
+            snapshot.own("lora", lora.lora_weights(self.model))
+        self.learner.save(snapshot)
+
+    def _describe(self, folder: Path) -> None:
+        """Write the model folder's files besides the weights."""
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.dtype = "float32"
+        self.model.config.save_pretrained(folder)
+        self.family.save_processor(folder)
 
     def load(self, folder: Path) -> None:
         if lora.has_lora(self.model):
-            lora.load_lora(self.model, folder)
+            fill(lora.lora_weights(self.model), Stored(folder))
         else:
             read(self.forward, self.model, self.family.hf_name, folder / "model", self.settings.device)
         self.learner.load(folder)

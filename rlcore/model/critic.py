@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlcore.algorithms import aggregation, ppo
 from rlcore.algorithms.objective import Reduction, tokens
 from rlcore.algorithms.schedule import MinibatchSchedule
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
-from rlcore.distributed.fsdp import collected, fill
+from rlcore.distributed.parts import Stored, fill
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
@@ -24,6 +24,7 @@ from rlcore.model.optimizer import ADAMW
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, Packed, TokenLoss, ValueView
 
+_FOLDER = "critic/"  # in a checkpoint
 OBJECTIVE = Reduction(aggregation.token_mean, tokens)
 
 
@@ -65,15 +66,13 @@ class TorchCritic(TrainedModel):
         """Take one optimizer step per minibatch of the schedule, towards `batch.returns`; returns their combined metrics."""
         return named(self.stepped(batch, OBJECTIVE))
 
-    def save(self, folder: Path) -> None:
-        if weights := collected(self.forward.named_parameters()):
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / "critic.safetensors")
-        self.learner.save(folder)
+    def save(self, snapshot: Snapshot) -> None:
+        snapshot.own(f"{_FOLDER}critic", self.forward.named_parameters())
+        self.learner.save(snapshot, _FOLDER)
 
     def load(self, folder: Path) -> None:
-        fill(self.forward.named_parameters(), load_file(folder / "critic.safetensors"))
-        self.learner.load(folder)
+        fill(self.forward.named_parameters(), Stored(folder / _FOLDER))
+        self.learner.load(folder / _FOLDER)
 
     def _losses(self, batch: Batch) -> Generator[tuple[Tensor, TokenLoss], None, None]:
         assert batch.values is not None and batch.returns is not None

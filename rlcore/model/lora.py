@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlcore.config.sections import LoraConfig
-from rlcore.distributed.fsdp import collected, fill
 from rlcore.errors import ConfigError
 
 _NAME = "default"  # peft's name of the only adapter here
@@ -82,25 +79,6 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-def save_merged(model: Any, folder: Path) -> None:
-    """Save a plain Hugging Face folder, LoRA merged; the first rank writes it."""
-    weights = collected((name, tensor.float()) for name, tensor in merged(model))  # frozen ones may be held in bf16
-    if weights:
-        tied = getattr(model, "_tied_weights_keys", None) or {}
-        twins = {name: weights[source] for name, source in dict(tied).items() if source in weights and name not in weights}
-        model.save_pretrained(folder, state_dict=weights | twins)
-
-
-def save_lora(model: nn.Module, folder: Path) -> None:
-    """Save the LoRA weights, if there are any, as lora.safetensors."""
-    if has_lora(model) and (tensors := collected(lora_weights(model))):
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "lora.safetensors")
-
-
-def load_lora(model: nn.Module, folder: Path) -> None:
-    fill(lora_weights(model), load_file(folder / "lora.safetensors"))
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.tensors import load_optimizer, save_optimizer
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
@@ -62,8 +63,8 @@ class Learner:
         statistics.common = {"grad_norm": norm, "lr": rate}
         return statistics
 
-    def save(self, folder: Path) -> None:
-        save_optimizer(self.optimizer, self.steps, folder)
+    def save(self, snapshot: Snapshot, folder: str = "") -> None:
+        save_optimizer(self.optimizer, self.steps, snapshot, folder)
 
     def load(self, folder: Path) -> None:
         self.steps = load_optimizer(self.optimizer, folder)

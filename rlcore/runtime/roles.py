@@ -42,9 +42,17 @@ class PooledActor(PooledReference):
         self.steps += len(steps)
         return self.pool.stepped(Worker.update, steps, self.cap, goal.whole_groups)
 
+    @property
+    def ranks(self) -> int:
+        return len(self.pool.members)
+
     def save(self, folder: Path) -> None:
-        """Save the actor's state, and the critic's if there is one."""
+        """Copy the actor's state, and the critic's if there is one; the ranks go on to write it to `folder`."""
         self.pool.all(Worker.save, folder)
+
+    def unwritten(self) -> str | None:
+        """Why that failed on some rank; None as far as is known."""
+        return next(filter(None, self.pool.all(Worker.unwritten)), None)
 
     def load(self, folder: Path) -> None:
         self.steps = self.pool.all(Worker.restore, folder)[0]

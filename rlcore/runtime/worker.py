@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.task import training_task
-from rlcore.checkpoint.folder import writing
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
 from rlcore.config.placement import ROLES
 from rlcore.distributed import world
@@ -62,6 +62,7 @@ class Worker:
         self.critic: TorchCritic | None = None
         self.rollout: Rollout | None = None
         self._broadcast: WeightBroadcast | None = None
+        self._snapshot: Snapshot | None = None  # the last one
 
     def join(self, rank: int, size: int, address: str) -> None:
         """Join the process group whose rendezvous is at `address` (host:port)."""
@@ -183,11 +184,18 @@ class Worker:
             return [_there(self.critic).step(step) for step in steps]
 
     def save(self, folder: Path) -> None:
-        with self.memory_manager.phase("save"), writing():
-            _there(self.actor).save(folder)
-            save_generator(self.resolved.settings.device, folder)
+        """Copy this rank's part of a checkpoint; it is written to `folder` while training goes on."""
+        self._snapshot = Snapshot(folder, self.ranks.rank, self.ranks.size)
+        with self.memory_manager.phase("save"):
+            _there(self.actor).save(self._snapshot)
+            save_generator(self.resolved.settings.device, self._snapshot)
             if self.critic:
-                self.critic.save(folder / "critic")
+                self.critic.save(self._snapshot)
+        self._snapshot.begin()
+
+    def unwritten(self) -> str | None:
+        """Why this rank's part of the last checkpoint could not be written."""
+        return self._snapshot.fault if self._snapshot else None
 
     def restore(self, folder: Path) -> int:
         """Load a checkpoint; returns its number of optimizer steps."""
@@ -196,7 +204,7 @@ class Worker:
             actor.load(folder)
             load_generator(self.resolved.settings.device, folder)
             if self.critic:
-                self.critic.load(folder / "critic")
+                self.critic.load(folder)
         return actor.learner.steps
 
     def steps_taken(self) -> set[int]:

@@ -28,7 +28,7 @@ def train(
     """Run the `dpo` section. `begin` is called before anything is written."""
     if config.dpo is None:
         raise ConfigError("dpo: must be set for training on preferences (steps, pairs_per_step, beta)")
-    saved = latest_checkpoint(folder) if resume else None
+    saved = latest_checkpoint(folder, console.warn) if resume else None
     with Session(config, backend, folder, console) as session:
         session.read(partial(check_pair, resolved=session.resolved))
         session.start().load("dpo")

@@ -106,7 +106,7 @@ def train(
     if not config.reward:
         raise ConfigError("reward: must list at least one reward, for example [{name: math}]")
     warm = folder / "sft" if config.sft else None
-    saved = _resumed(folder, warm) if resume else None
+    saved = _resumed(folder, warm, console.warn) if resume else None
     with Session(config, backend, folder, console) as session:
         rewards = RewardFunctions(config.reward)
         session.read(partial(_check, rewards=rewards, resolved=session.resolved))
@@ -287,8 +287,8 @@ def _part_of(outside: Sequence[Span], span: Span) -> bool:
     return "evaluate" in within or (bool(within) and span.stage not in STAGES)
 
 
-def _resumed(folder: Path, warm: Path | None) -> Path | None:
+def _resumed(folder: Path, warm: Path | None, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from; None if the run is still in its warm start."""
     if warm is not None and newest_checkpoint(warm) and not newest_checkpoint(folder):
         return None
-    return latest_checkpoint(folder)
+    return latest_checkpoint(folder, warn)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlcore.checkpoint.folder import read_state, save_checkpoint
+from rlcore.checkpoint.folder import read_state
+from rlcore.checkpoint.saver import Saver
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.config.sections import EvaluationConfig
 from rlcore.data.prompts import PromptSource
-from rlcore.errors import ConfigError, NonFinite, OutOfMemory, RunError
+from rlcore.errors import ConfigError, NonFinite, OutOfMemory, RunError, nearest
 from rlcore.monitor.clock import Clock
 from rlcore.monitor.console import Console, evaluation_line, evaluation_table, sets_line
 from rlcore.monitor.sinks import Sinks
@@ -96,6 +97,7 @@ class Loop:
         """`folder`: for metrics, samples and checkpoints."""
         self.task, self.session, self.folder, self.evaluation = task, session, folder, evaluation
         self.actor, self.source, self.console = session.placement.actor, task.source, session.console
+        self.saver = Saver(folder, self.actor, session.config.train.keep_last, session.config.train.keep_best)
         self.done = self.saved = 0  # steps
         self.updates = 0  # optimizer steps, after step `done`
         self.drawn = self.source.drawn  # prompts drawn, after step `done`
@@ -108,16 +110,18 @@ class Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sinks = Sinks(self.folder, self.session.config.logging.tensorboard, self.done + 1 if self.done else 0)
         try:
-            self.console.start(self.task.name, self.task.steps, self.done)
-            if self.done == 0 and self.evaluation and (self.evaluation.before or not self.task.steps):
-                self._evaluate_before()
-            self.task.start()
-            self.session.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
+            with self.saver:
+                self.console.start(self.task.name, self.task.steps, self.done)
+                if self.done == 0 and self.evaluation and (self.evaluation.before or not self.task.steps):
+                    self._evaluate_before()
+                self.task.start()
+                self.session.interruption.each(range(self.done + 1, self.task.steps + 1), self._step, self._keep)
         finally:
             self.console.stop()
             self.sinks.close()
 
     def _step(self, number: int) -> None:
+        self.saver.check()
         try:
             self._finish(number, self._trained(number))
         except OutOfMemory as error:
@@ -131,7 +135,7 @@ class Loop:
         evaluation = self.task.evaluate() if due else None
         if self._due(self.session.config.train.save_every, at_end=True):
             with self.task.clock.span("save_checkpoint"):
-                self._save()
+                self._save(**self._score(evaluation))
         self.random = random_states()
         numbers, records = step.metrics(), [*step.records()]
         if evaluation:
@@ -187,11 +191,20 @@ class Loop:
         if self.done > self.saved:
             self._save(random=self.random)
 
-    def _save(self, **random: Any) -> None:
-        """`random`: overrides the random states, when the current ones are already the next step's."""
-        state = {"step": self.done, "drawn": self.drawn, **self.task.state(), **random}
-        save_checkpoint(self.folder, f"step_{self.done:06d}", state, self.actor.save)
+    def _save(self, **state: Any) -> None:
+        """`state`: besides what every checkpoint has, or in its place."""
+        state = {"step": self.done, "drawn": self.drawn, **self.task.state(), **state}
+        self.saver.save(f"step_{self.done:06d}", state)
         self.saved = self.done
+
+    def _score(self, evaluation: Evaluation | None) -> dict[str, float]:
+        """By which the best checkpoint is told (train.keep_best)."""
+        if evaluation is None or (name := self.session.config.train.keep_best) is None:
+            return {}
+        numbers = evaluation.metrics()
+        if name not in numbers:
+            raise ConfigError(f"train.keep_best: the evaluation has no metric {name!r}{nearest(name, list(numbers))}")
+        return {"best": numbers[name]}
 
     def _restore(self, saved: Path) -> None:
         self.actor.load(saved)

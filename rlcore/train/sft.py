@@ -42,7 +42,7 @@ def train(
     config = config if config.data.train else evaluating(config)
     if config.sft is None:
         raise ConfigError("sft: must be set for supervised training (steps or epochs, rows_per_step, optimizer)")
-    saved = latest_checkpoint(folder) if resume else None
+    saved = latest_checkpoint(folder, console.warn) if resume else None
     with Session(config, backend, folder, console) as session:
         if config.data.train:
             session.read(partial(check_target, resolved=session.resolved), conversations=True)
@@ -81,7 +81,11 @@ def missing(folder: Path | None, steps: int) -> bool:
 
 def result(folder: Path | None) -> Path | None:
     """Model folder of a finished warm start: the run's initial policy and reference."""
-    return None if folder is None else latest_checkpoint(folder) / "model"
+    if folder is None:
+        return None
+    finished = newest_checkpoint(folder)
+    assert finished is not None, "`missing` has said so"
+    return finished / "model"
 
 
 def check_target(row: Row, resolved: ResolvedModel) -> None:

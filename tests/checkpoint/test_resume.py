@@ -12,18 +12,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from rlcore.checkpoint.folder import latest_checkpoint, read_state, save_checkpoint
+from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint, read_state
+from rlcore.checkpoint.saver import Saver
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.cli import train
 from rlcore.cli.main import INTERRUPTED, main
 from rlcore.cli.run_folder import Claim
 from rlcore.data.prompts import PromptSource
-from rlcore.errors import ConfigError, RunError
+from rlcore.errors import ConfigError, RunError, WorkerDied
 from rlcore.monitor.sinks import Sinks
 from rlcore.runtime.signals import Interruption
 
@@ -136,7 +141,7 @@ def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert steps(folder) == [0, 1, 2, 3]
-    assert latest_checkpoint(folder).name == "step_000002"
+    assert newest_checkpoint(folder).name == "step_000002"
     warm = (folder / "sft" / "metrics.jsonl").read_bytes()
     assert main([*command, str(folder), "--resume"]) == 0
     assert_same(folder, uninterrupted)
@@ -170,7 +175,7 @@ def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted
     assert main([*command, str(folder), f"reward.0.options={{signal: {int(number)}, call: {reward_call(4)}}}"]) == 130
     assert capsys.readouterr().err == "rlcore: interrupted\n"
     assert steps(folder) == [0, 1, 2, 3]
-    assert latest_checkpoint(folder).name == "step_000003"
+    assert newest_checkpoint(folder).name == "step_000003"
     assert signal.getsignal(number) is before
     assert main([*command, str(folder), "--resume"]) == 0
     assert_same(folder, uninterrupted)
@@ -183,7 +188,7 @@ def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, 
     assert main([*command, str(folder), f"reward.0.options={{signal: {int(signal.SIGTERM)}, call: {call}}}"]) == 130
     assert "stopping after this step is saved; once more to stop at once" in capsys.readouterr().err
     assert numbers(folder) == numbers(uninterrupted)[:3]
-    assert latest_checkpoint(folder).name == "step_000002"
+    assert newest_checkpoint(folder).name == "step_000002"
     assert main([*command, str(folder), "--resume"]) == 0
     assert_same(folder, uninterrupted)
 
@@ -194,7 +199,7 @@ def test_a_warm_start_is_gone_on_with_where_it_was_stopped(command, uninterrupte
         patch.setattr(PromptSource, "draw", at_draw(2, send))
         assert main([*command, str(folder)]) == INTERRUPTED
     assert not (folder / "metrics.jsonl").exists()
-    assert latest_checkpoint(folder / "sft").name == "step_000001"
+    assert newest_checkpoint(folder / "sft").name == "step_000001"
     assert main([*command, str(folder), "--resume"]) == 0
     assert numbers(folder / "sft") == numbers(uninterrupted / "sft")
     assert_same(folder, uninterrupted)
@@ -265,7 +270,7 @@ def test_supervised_and_preference_training_go_on_as_if_they_had_not_stopped(tra
                 assert main([*training, str(folder)]) == INTERRUPTED
             except Gone:
                 assert act is die
-        assert latest_checkpoint(folder).name == saved
+        assert newest_checkpoint(folder).name == saved
         with monkeypatch.context() as patch:
             patch.setattr(PromptSource, "draw", at_draw(0, die))
             assert main([*training, str(folder), "--resume"]) == 0
@@ -348,66 +353,153 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_can_be_gone_on_from(
     assert_same_state(folder, uninterrupted)
 
 
-def content(text):
-    def write(folder):
-        (folder / "weights").write_text(text, encoding="utf-8")
+class Rank:
+    """Saves `text`; one file of it as a rank writes it."""
 
-    return write
+    ranks = 1
+
+    def __init__(self, text, fault=None):
+        self.text, self.fault = text, fault
+
+    def save(self, folder):
+        self.snapshot = Snapshot(folder)
+        self.snapshot.own("weights", [("weight", torch.tensor([ord(letter) for letter in self.text]))])
+        if self.fault:
+            self.snapshot.files(self.fail)
+        self.snapshot.begin()
+
+    def fail(self, folder):
+        raise OSError(self.fault)
+
+    def unwritten(self):
+        return self.snapshot.fault
+
+
+def save(folder, step, text="", **options):
+    """A checkpoint of one step; `options` are the saver's or the rank's."""
+    fault, state = options.pop("fault", None), options.pop("state", {})
+    with Saver(folder, Rank(text or f"step {step}", fault), **options) as saver:
+        saver.save(f"step_{step:06d}", {"step": step, **state})
+
+
+def text_of(checkpoint):
+    return "".join(map(chr, load_file(checkpoint / "weights.safetensors")["weight"].tolist()))
+
+
+def latest(folder, said=None):
+    return latest_checkpoint(folder, (said if said is not None else []).append)
+
+
+def there(folder):
+    return {path.name for path in (folder / "checkpoints").iterdir()}
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path):
-    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
-
-    def fail(folder):
-        (folder / "weights").write_text("half of", encoding="utf-8")
-        raise OSError("disk full")
-
+    save(tmp_path, 1, "first")
     with pytest.raises(RunError, match="step_000002 cannot be written: disk full; step_000001 is whole: free some room"):
-        save_checkpoint(tmp_path, "step_000002", {"step": 2}, fail)
-    assert latest_checkpoint(tmp_path).name == "step_000001"
-    assert not (tmp_path / "checkpoints" / "step_000002").exists()
-    save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
-    assert read_state(latest_checkpoint(tmp_path))["step"] == 2
-    assert (latest_checkpoint(tmp_path) / "weights").read_text(encoding="utf-8") == "second"
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000001", "step_000002", "latest"}
+        save(tmp_path, 2, fault="disk full")
+    assert latest(tmp_path).name == "step_000001" and there(tmp_path) == {"step_000001", "latest"}
+    save(tmp_path, 2, "second")
+    assert read_state(latest(tmp_path))["step"] == 2 and text_of(latest(tmp_path)) == "second"
+    assert there(tmp_path) == {"step_000001", "step_000002", "latest"}
 
 
 def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
+    save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("rlcore.checkpoint.folder.replace_text", lambda path, text: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
-    assert latest_checkpoint(tmp_path).name == "step_000001"
-    save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("again"))
-    assert (latest_checkpoint(tmp_path) / "weights").read_text(encoding="utf-8") == "again"
+        patch.setattr("rlcore.checkpoint.saver.replace_text", lambda path, text: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(RunError):
+            save(tmp_path, 2)
+    assert latest(tmp_path).name == "step_000001"
+    save(tmp_path, 2, "again")
+    assert text_of(latest(tmp_path)) == "again"
 
 
-def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
-    real = os.replace
-
-    def dies(source, target):
-        if Path(source).is_dir():
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, "step_000002", {"step": 2}, content("second"))
-    assert latest_checkpoint(tmp_path).name == "step_000001"
+def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path):
+    save(tmp_path, 1)
+    draft = tmp_path / "checkpoints" / ".step_000002.partial"
+    draft.mkdir()
+    (draft / "weights.safetensors").write_text("half of")
+    assert latest(tmp_path).name == "step_000001"
+    save(tmp_path, 3)
+    assert there(tmp_path) == {"step_000001", "step_000003", "latest"}, "what will never be finished is removed"
 
 
-def test_a_checkpoint_that_lost_its_state_is_refused(tmp_path):
-    folder = save_checkpoint(tmp_path, "step_000001", {"step": 1}, content("first"))
-    (folder / "state.json").unlink()
-    with pytest.raises(ConfigError, match="names step_000001, which is missing or not whole"):
-        latest_checkpoint(tmp_path)
+def spoiled(path, change):
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+DAMAGE = {
+    "a flipped byte": (lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "was changed after it was written"),
+    "half a file": (lambda data: data[: len(data) // 2], r"has \d+ bytes, \d+ were written"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, change, said):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    spoiled(tmp_path / "checkpoints" / "step_000002" / "weights.safetensors", change)
+    warnings = []
+    assert latest(tmp_path, warnings).name == "step_000001"
+    assert re.search(rf"step_000002/weights.safetensors {said}.*; going on from step_000001$", warnings[0])
+    spoiled(tmp_path / "checkpoints" / "step_000001" / "weights.safetensors", change)
+    with pytest.raises(ConfigError, match=f"step_000002/.*{said}.*step_000001/.*{said}.*no checkpoint is whole"):
+        latest(tmp_path)
+
+
+def test_a_checkpoint_that_lost_a_file_is_passed_over(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints" / "step_000002" / "weights.safetensors").unlink()
+    assert latest(tmp_path).name == "step_000001"
+    (tmp_path / "checkpoints" / "step_000001" / "state.json").unlink()
+    with pytest.raises(ConfigError, match=r"weights\.safetensors cannot be read: No such file.*state\.json cannot be read"):
+        latest(tmp_path)
+
+
+def test_only_the_last_and_the_best_are_kept(tmp_path):
+    for step, score in enumerate([0.1, 0.9, 0.4, None, 0.6], start=1):
+        save(tmp_path, step, keep=2, best="score", state={} if score is None else {"best": score})
+    assert there(tmp_path) == {"step_000002", "step_000004", "step_000005", "latest"}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """The tensors are those of the moment of the save, whatever becomes of them."""
+    rank, go = Rank("before"), threading.Event()
+    weight = torch.zeros(4)
+
+    def held(folder):
+        rank.snapshot = Snapshot(folder)
+        rank.snapshot.own("weights", [("weight", weight)])
+        rank.snapshot.files(lambda _: go.wait(10))
+        rank.snapshot.begin()
+
+    rank.save = held
+    with Saver(tmp_path, rank) as saver:
+        saver.save("step_000001", {"step": 1})
+        weight += 1
+        saver.check()
+        assert not (tmp_path / "checkpoints" / "latest").exists()
+        go.set()
+    assert load_file(latest(tmp_path) / "weights.safetensors")["weight"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_rank_that_died_keeps_nobody_waiting(tmp_path):
+    class Silent(Rank):
+        def save(self, folder):
+            self.snapshot = Snapshot(folder)
+
+    save(tmp_path, 1)
+    with pytest.raises(WorkerDied, match="gone"), Saver(tmp_path, Silent("")) as saver:
+        saver.save("step_000002", {"step": 2})
+        raise WorkerDied("gone")
+    assert latest(tmp_path).name == "step_000001"
 
 
 def test_random_states_come_back():
     import numpy
-    import torch
 
     saved = json.loads(json.dumps(random_states()))
     first = (random.random(), numpy.random.rand(), torch.rand(1).item())

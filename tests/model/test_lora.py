@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from saving import save
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
@@ -112,7 +113,7 @@ def test_the_engine_and_the_saved_folder_hold_the_sum(trained, family, folder, b
     prompt = batch.groups[0].prompt
     drawn = Batch.of(engine.generate([prompt], Sampling(4, 6)))
     assert torch.allclose(trained.logprobs(drawn), drawn.rollout_logprobs, atol=1e-5)
-    trained.save(tmp_path)
+    save(trained, tmp_path)
     saved = family.model_class.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not any(".lora_" in name or "base_layer" in name for name, _ in saved.named_parameters())
     loaded = TorchReference(LoadedModel(family.load(tmp_path / "model", torch.float32), family), SETTINGS)
@@ -120,7 +121,7 @@ def test_the_engine_and_the_saved_folder_hold_the_sum(trained, family, folder, b
 
 
 def test_a_checkpoint_brings_them_and_their_moments_back(trained, family, folder, batch, tmp_path):
-    trained.save(tmp_path)
+    save(trained, tmp_path)
     again = actor_of(with_lora(family, folder, rank=4), family)
     again.load(tmp_path)
     assert torch.equal(again.logprobs(batch), trained.logprobs(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saving import save
 from test_actor import actor, batch, family  # noqa: F401 - fixtures
 
 from rlcore import registry
@@ -45,7 +46,7 @@ def test_the_copies_follow_the_weights_whoever_changes_them(rounded, batch, tmp_
         return all(torch.equal(weight, weights[name]) for name, weight in run_on(rounded.model, rounded.working).items())
 
     assert same()
-    rounded.save(tmp_path)
+    save(rounded, tmp_path)
     before = rounded.logprobs(batch)
     rounded.update(batch)
     assert same() and not torch.equal(rounded.logprobs(batch), before)

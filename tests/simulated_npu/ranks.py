@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from rlcore.distributed.fsdp import as_dealt
+from rlcore.distributed.parts import sharded
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
 rank = int(sys.argv[1])
@@ -32,7 +32,7 @@ dist.all_reduce(host)
 results["in host memory"] = host.tolist()
 mesh = init_device_mesh("npu", (2,))
 resting = distribute_tensor(torch.zeros(4, device="npu"), mesh, [Shard(0)]).to("cpu")
-dealt = as_dealt(torch.arange(4.0), resting).to_local()
+dealt = sharded(torch.arange(4.0)[2 * rank : 2 * rank + 2], resting).to_local()
 results["dealt to host memory"] = [dealt.device.type, *dealt.tolist()]
 if rank == 0:
     print(json.dumps(results))

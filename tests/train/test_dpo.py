@@ -13,9 +13,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlcore.algorithms import dpo
+from rlcore.checkpoint.saver import Saver
 from rlcore.cli.main import main
 from rlcore.config.sections import DpoConfig
-from rlcore.train import loop
 from rlcore.types import TokenView
 
 
@@ -108,8 +108,8 @@ def test_rows_without_pairs_say_which_columns_to_name(start):
 
 
 def test_a_checkpoint_is_no_part_of_a_steps_time(start, monkeypatch):
-    real = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *arguments: (time.sleep(5), real(*arguments)))
+    real = Saver.save
+    monkeypatch.setattr(Saver, "save", lambda *arguments: (time.sleep(5), real(*arguments)))
     status, _, run = start(PAIRS, "dpo.steps=1")
     (step,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     assert status == 0 and step["timing/save_checkpoint"] > 5 > step["timing/all"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import load_generator, random_states, restore_random_states, save_generator
 from rlcore.diagnose.conformance import case
 from rlcore.diagnose.conformance.case import ALGORITHM, STEPS, Case
@@ -76,7 +77,8 @@ def carried(setup: Setup, made: Case) -> Iterator[Measurement]:
     for host, way in ((False, "device to processor"), (True, "processor to device")):
         stayed, went, folder = fresh(host), fresh(not host), setup.folder / way
         stayed.update(made.batch)
-        stayed.save(folder)
+        stayed.save(snapshot := Snapshot(folder))
+        snapshot.write()
         went.load(folder)
         found: list[Metrics] = [actor.update(made.batch) for actor in (stayed, went)]
         apart = away(went, made, stayed.logprobs(made.batch).tolist()) + abs(found[0]["lr"] - found[1]["lr"])
@@ -91,7 +93,8 @@ def redrawn(setup: Setup) -> float:
         return torch.cat([torch.rand(1000, device=setup.device), torch.nn.functional.dropout(ones)]).cpu()
 
     states = random_states()
-    save_generator(setup.device, setup.folder)
+    save_generator(setup.device, snapshot := Snapshot(setup.folder))
+    snapshot.write()
     first = draw()
     draw()
     restore_random_states(states)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from saving import save
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
@@ -75,7 +76,7 @@ def checkpoint(kind, models, tmp_path_factory):
     registry.load("models", f"tiny_{kind}")(models / f"families_{kind}", layers=3, vision_layers=3)
     actor, folder = actor_of(kind, models / f"families_{kind}", SAVED), tmp_path_factory.mktemp("step_1")
     actor.update(answered(actor.family))
-    actor.save(folder)
+    save(actor, folder)
     return folder
 
 

@@ -1,0 +1,133 @@
+"""Saves checkpoints while training goes on: it waits only until the tensors are copied."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlcore.checkpoint.folder import LATEST, STATE, checkpoints, drafts, read_state, replace_text
+from rlcore.checkpoint.snapshot import written
+from rlcore.checkpoint.state import random_states
+from rlcore.errors import RunError, WorkerDied
+
+_POLL = 0.02  # seconds
+
+
+class Copied(Protocol):
+    """What a checkpoint is of."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    def save(self, folder: Path) -> None:
+        """Copy it; every rank goes on to write its part to `folder`, and says so there."""
+        ...
+
+    def unwritten(self) -> str | None:
+        """Why a rank could not."""
+        ...
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. On exit the last one is whole, or its error is raised."""
+
+    def __init__(self, run_folder: Path, actor: Copied, keep: int | None = None, best: str | None = None) -> None:
+        """`keep`: number of newest checkpoints, None is all. `best`: metric whose best one is kept too."""
+        self.run_folder, self.actor, self.keep, self.best = run_folder, actor, keep, best
+        self._writing: threading.Thread | None = None
+        self._name, self._fault = "", ""
+        self._abandoned = False
+
+    def __enter__(self) -> Saver:
+        for draft in drafts(self.run_folder):
+            shutil.rmtree(draft, ignore_errors=True)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._abandoned = isinstance(error, WorkerDied)  # what is missing will never be written
+        try:
+            self.wait()
+        except RunError:
+            if error is None or isinstance(error, KeyboardInterrupt):
+                raise  # otherwise the first error says more
+        finally:
+            self._abandoned = True
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Copy what is saved; a thread makes `checkpoints/<name>` of it, and then moves `latest`.
+
+        RunError if this one or the one before cannot be written.
+        """
+        self.wait()
+        self._name, self._fault, folder = name, "", self.run_folder / "checkpoints" / name
+        draft = folder.with_name(f".{name}.partial")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            self.actor.save(draft)
+        except OSError as error:
+            raise self._failure(str(error)) from error
+        content = {"random": random_states(), **state}
+        self._writing = threading.Thread(target=self._finish, args=(draft, folder, content), name="checkpoints")
+        self._writing.start()
+
+    def check(self) -> None:
+        """Raise RunError if the checkpoint that is being written cannot be."""
+        if self._writing is None:
+            return
+        if self._writing.is_alive() and not self._abandoned:
+            self._fault = self.actor.unwritten() or ""
+            self._abandoned = bool(self._fault)
+        if self._abandoned or not self._writing.is_alive():
+            self._writing.join()
+            self._writing = None
+            if self._fault:
+                raise self._failure(self._fault)
+
+    def wait(self) -> None:
+        """Return when the checkpoint is whole; RunError if it cannot be written."""
+        while self._writing is not None:
+            self._writing.join(_POLL)
+            self.check()
+
+    def _failure(self, why: str) -> RunError:
+        shutil.rmtree(self.run_folder / "checkpoints" / f".{self._name}.partial", ignore_errors=True)
+        return RunError(f"{self.run_folder / 'checkpoints' / self._name} cannot be written: {why}; {self._whole()}")
+
+    def _whole(self) -> str:
+        """How to go on."""
+        pointer = self.run_folder / "checkpoints" / LATEST
+        if not pointer.exists():
+            return "there is none before it; free some room and start again"
+        return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
+
+    def _finish(self, draft: Path, folder: Path, content: Mapping[str, Any]) -> None:
+        """Wait for the ranks, then turn the draft into a checkpoint."""
+        try:
+            while (files := written(draft, self.actor.ranks)) is None:
+                if self._abandoned:
+                    return
+                threading.Event().wait(_POLL)
+            (draft / STATE).write_text(json.dumps({**content, "files": files}), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(draft, folder)
+            replace_text(folder.parent / LATEST, folder.name)
+            self._remove_old()
+        except Exception as error:
+            self._fault = str(error)
+
+    def _remove_old(self) -> None:
+        if self.keep is None:
+            return
+        all_of_them = checkpoints(self.run_folder)
+        kept = {*all_of_them[-self.keep :]}
+        if self.best and (scored := {one: score for one in all_of_them if (score := read_state(one).get("best")) is not None}):
+            kept.add(max(scored, key=scored.__getitem__))
+        for folder in all_of_them:
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
