@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,13 +81,6 @@ def damage(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
 
 
 def drafts(run_folder: Path) -> Iterator[Path]:

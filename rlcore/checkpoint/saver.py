@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlcore.checkpoint.folder import LATEST, STATE, checkpoints, drafts, read_state, replace_text
+from rlcore.atomic import replace_file
+from rlcore.checkpoint.folder import LATEST, STATE, checkpoints, drafts, read_state
 from rlcore.checkpoint.snapshot import written
 from rlcore.checkpoint.state import random_states
 from rlcore.errors import RunError, WorkerDied
@@ -116,7 +117,7 @@ class Saver:
             (draft / STATE).write_text(json.dumps({**content, "files": files}), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(draft, folder)
-            replace_text(folder.parent / LATEST, folder.name)
+            replace_file(folder.parent / LATEST, folder.name)
             self._remove_old()
         except Exception as error:
             self._fault = str(error)

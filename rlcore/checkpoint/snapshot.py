@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlcore.atomic import replace_file
 from rlcore.distributed import parts
 from rlcore.distributed.fsdp import gathered
 from rlcore.types import NamedTensors
@@ -56,7 +56,7 @@ class Snapshot:
 
     def text(self, name: str, content: str) -> None:
         """Add a small file, which the first rank writes."""
-        self.files(lambda folder: _write_text(folder / name, content))
+        self.files(lambda folder: replace_file(folder / name, content))
 
     def files(self, write: Callable[[Path], Any]) -> None:
         """Add what the first rank writes when it is given the folder."""
@@ -72,7 +72,7 @@ class Snapshot:
         while self._writes:
             self._writes.pop(0)()
         sums = {str(path.relative_to(self.folder)): checksum(path) for path in self._files}
-        _write_text(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(sums))
+        replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(sums))
 
     def _begun(self) -> None:
         try:
@@ -114,10 +114,3 @@ def checksum(path: Path) -> list[int]:
         while chunk := file.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return [size, crc]
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.partial")
-    draft.write_text(content, encoding="utf-8")
-    os.replace(draft, path)

@@ -8,6 +8,7 @@ import sys
 
 from rlcore import registry
 from rlcore.cli.settings import chosen_backend, load_settings
+from rlcore.cli.train import ANYWAY
 from rlcore.config import loader
 from rlcore.errors import ConfigError
 
@@ -38,7 +39,7 @@ def _passed_on(options: argparse.Namespace) -> list[str]:
         raise ConfigError("--resume: an evaluation is not resumed; start it again")
     named = {"--backend": options.backend, "--run-dir": options.run_dir, "--model": options.model}
     given = [part for name, value in named.items() if value for part in (name, str(value))]
-    return [*given, *(["--resume"] if options.resume else [])]
+    return [*given, *({ANYWAY: ["--resume-anyway"], True: ["--resume"]}.get(options.resume, []))]
 
 
 def _placed(options: argparse.Namespace, devices: int | None) -> list[str]:

@@ -18,7 +18,7 @@ from rlcore.cli.evaluate import run_evaluation
 from rlcore.cli.inspect import run_plan, run_show
 from rlcore.cli.launch import LAUNCHER, TRAINERS, run_launch
 from rlcore.cli.machine import run_check, run_doctor
-from rlcore.cli.train import run_training
+from rlcore.cli.train import ANYWAY, run_training
 from rlcore.diagnose.conformance.report import SECTIONS
 from rlcore.errors import RlcoreError
 
@@ -158,6 +158,8 @@ def _add_run_folder(command: argparse.ArgumentParser, label: str = "") -> None:
 
 def _add_resume(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --run-dir")
+    what = "--resume, even if settings have changed that make another run of it"
+    command.add_argument("--resume-anyway", action="store_const", dest="resume", const=ANYWAY, help=what)
 
 
 def _add_debug(command: argparse.ArgumentParser) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +14,14 @@ from rlcore.errors import ConfigError
 
 RECORD = "config.yaml"  # marks a folder as a run's
 LOCK = "run.lock"
+HISTORY = "history.jsonl"  # starts, resumptions with what they changed, restarts
+
+
+def note(folder: Path, event: str, **what: object) -> None:
+    """Add a line to the run's history."""
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **what}
+    with (folder / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class Claim:

@@ -15,9 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlcore.cli.run_folder import RECORD, Claim
+from rlcore.atomic import replace_file
+from rlcore.cli.run_folder import RECORD, Claim, note
 from rlcore.cli.settings import load_settings, prepared_backend
 from rlcore.config import loader
+from rlcore.config.changes import Changes, changes, refuse
 from rlcore.config.schema import RunConfig
 from rlcore.errors import ConfigError, WorkerDied
 from rlcore.runtime import jemalloc
@@ -25,6 +27,7 @@ from rlcore.runtime import jemalloc
 if TYPE_CHECKING:
     from rlcore.monitor.console import Console
 
+ANYWAY = "anyway"  # to be resumed, whatever has changed
 _HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with it, or another folder"
 
 
@@ -34,8 +37,11 @@ def run_training(command: str, options: argparse.Namespace) -> None:
     backend = prepared_backend(config)
     folder = _run_folder(options)
     with Claim(folder) as claim:
+        changed: Changes = {}
         if options.resume:
             claim.take()
+            changed = changes(loader.load(folder / RECORD), config)
+            refuse(changed, anyway=options.resume == ANYWAY)
         module, _, name = command.rpartition(".")
         train = getattr(importlib.import_module(module), name)
         from rlcore.monitor.console import Console
@@ -45,9 +51,9 @@ def run_training(command: str, options: argparse.Namespace) -> None:
         if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
             remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
             console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
-        run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config))
+        run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config, changed))
         try:
-            _restarting(run, folder, options.resume, config.placement.max_restarts, console)
+            _restarting(run, folder, bool(options.resume), config.placement.max_restarts, console)
         except Exception as error:
             from rlcore.diagnose import failure
 
@@ -66,7 +72,9 @@ def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: 
             latest = folder / "checkpoints" / "latest"
             if not left or not latest.exists():
                 raise
-            console.warn(f"{error}; restarting from {latest.read_text().strip()}, {left - 1} restarts are left")
+            checkpoint = latest.read_text().strip()
+            console.warn(f"{error}; restarting from {checkpoint}, {left - 1} restarts are left")
+            note(folder, "a worker died", why=str(error), checkpoint=checkpoint)
             resume = True
 
 
@@ -84,19 +92,20 @@ def _run_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def _begin(claim: Claim, config: RunConfig) -> None:
-    """Create the run folder and its record, unless the run resumes in one."""
+def _begin(claim: Claim, config: RunConfig, changed: Changes) -> None:
+    """Create the run folder and its record; of a run that resumes in one, record what has changed."""
     folder, going_on = claim.folder, claim.taken
     claim.take()
     recorded = (folder / RECORD).exists()
     if recorded and not going_on:  # another run began while this one was loading
         raise ConfigError(_HOLDS_A_RUN.format(folder))
     print(f"run folder: {folder}", flush=True)
-    if recorded:
-        return
     try:
-        (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
-        (folder / RECORD).write_text(loader.dump(config), encoding="utf-8")
+        note(folder, "resumed" if recorded else "started", command=sys.argv, changed=changed)
+        if not recorded:
+            (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
+        if changed or not recorded:
+            replace_file(folder / RECORD, loader.dump(config))
     except OSError as error:
         raise ConfigError(f"--run-dir: {folder} cannot be written: {error}; give another folder") from None
 

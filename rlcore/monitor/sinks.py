@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlcore.atomic import replace_file
 from rlcore.errors import RunError
 from rlcore.types import Metrics
 
@@ -37,7 +37,7 @@ class Sinks:
         writing fails otherwise."""
         with self._writing(f"step {step}"):
             if evaluation is not None:
-                _replace(self.folder / "eval.json", json.dumps(evaluation, indent=1, ensure_ascii=False).encode() + b"\n")
+                replace_file(self.folder / "eval.json", json.dumps(evaluation, indent=1, ensure_ascii=False).encode() + b"\n")
             self.samples.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
             self.samples.flush()
             self.metrics.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -69,11 +69,4 @@ def _keep_before(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)  # bytes: text also splits at U+2028 and the like, which samples hold
-    _replace(path, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a whole file atomically."""
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_bytes(content)
-    os.replace(draft, path)
+    replace_file(path, b"".join(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step))

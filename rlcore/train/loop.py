@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlcore.checkpoint.folder import read_state
+from rlcore.checkpoint.identity import identity
 from rlcore.checkpoint.saver import Saver
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.config.sections import EvaluationConfig
@@ -102,6 +103,7 @@ class Loop:
         self.updates = 0  # optimizer steps, after step `done`
         self.drawn = self.source.drawn  # prompts drawn, after step `done`
         self.random: Mapping[str, Any] = {}  # random states, after step `done`
+        self.model = identity(session.resolved.folder)  # the initial one, and the reference
 
     def go(self, saved: Path | None) -> None:
         """Run the steps after the checkpoint `saved`, or all of them."""
@@ -193,7 +195,7 @@ class Loop:
 
     def _save(self, **state: Any) -> None:
         """`state`: besides what every checkpoint has, or in its place."""
-        state = {"step": self.done, "drawn": self.drawn, **self.task.state(), **state}
+        state = {"step": self.done, "drawn": self.drawn, "model": self.model, **self.task.state(), **state}
         self.saver.save(f"step_{self.done:06d}", state)
         self.saved = self.done
 
@@ -207,8 +209,13 @@ class Loop:
         return {"best": numbers[name]}
 
     def _restore(self, saved: Path) -> None:
-        self.actor.load(saved)
         state = read_state(saved)
+        if state["model"] != self.model:
+            raise ConfigError(
+                f"--resume: the run started from other weights than those of model.path ({self.session.resolved.folder}), which"
+                f" are its reference; give their folder. Recorded {state['model']}, found {self.model}"
+            )
+        self.actor.load(saved)
         self.done = self.saved = state["step"]
         self.updates = self.actor.steps
         self.source.drawn = self.drawn = state["drawn"]

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint, read_state
 from rlcore.checkpoint.saver import Saver
@@ -143,7 +144,7 @@ def test_kill_9_and_resume_is_the_same_run(command, uninterrupted, tmp_path):
     assert steps(folder) == [0, 1, 2, 3]
     assert newest_checkpoint(folder).name == "step_000002"
     warm = (folder / "sft" / "metrics.jsonl").read_bytes()
-    assert main([*command, str(folder), "--resume"]) == 0
+    assert main([*command, str(folder), "--resume-anyway"]) == 0
     assert_same(folder, uninterrupted)
     assert (folder / "sft" / "metrics.jsonl").read_bytes() == warm, "the warm start is read, not made again"
 
@@ -164,7 +165,7 @@ def test_every_kind_of_state_is_resumed(command, tmp_path, overrides):
     assert main([*command, str(tmp_path / "whole"), *overrides]) == 0
     importlib.import_module("test_resume").calls = 0
     assert main([*command, str(tmp_path / "stopped"), *stopped]) == INTERRUPTED
-    assert main([*command, str(tmp_path / "stopped"), "--resume", *overrides]) == 0
+    assert main([*command, str(tmp_path / "stopped"), "--resume-anyway", *overrides]) == 0
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -177,7 +178,7 @@ def test_a_signal_saves_the_last_finished_step_and_leaves(command, uninterrupted
     assert steps(folder) == [0, 1, 2, 3]
     assert newest_checkpoint(folder).name == "step_000003"
     assert signal.getsignal(number) is before
-    assert main([*command, str(folder), "--resume"]) == 0
+    assert main([*command, str(folder), "--resume-anyway"]) == 0
     assert_same(folder, uninterrupted)
 
 
@@ -189,7 +190,7 @@ def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, 
     assert "stopping after this step is saved; once more to stop at once" in capsys.readouterr().err
     assert numbers(folder) == numbers(uninterrupted)[:3]
     assert newest_checkpoint(folder).name == "step_000002"
-    assert main([*command, str(folder), "--resume"]) == 0
+    assert main([*command, str(folder), "--resume-anyway"]) == 0
     assert_same(folder, uninterrupted)
 
 
@@ -324,7 +325,21 @@ def test_death_gives_a_run_folder_back(tmp_path):
 def test_a_run_that_began_while_another_was_loading_is_not_written_over(tmp_path):
     (tmp_path / "config.yaml").touch()
     with Claim(tmp_path) as claim, pytest.raises(ConfigError, match="already holds a run; give --resume to go on with it"):
-        train._begin(claim, None)
+        train._begin(claim, None, {})
+
+
+def test_the_reference_is_still_the_model_that_the_run_started_from(tmp_path, tiny_llama, command, backend, capsys):
+    """Whatever lies at model.path now: other weights of the same shapes are refused."""
+    model, folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_llama, model)
+    run = [*command, str(folder), f"model.path={model}", "train.steps=2", "evaluation=null"]
+    assert main(run) == 0
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight + 1e-3 for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert main([*run[:-2], "train.steps=3", "evaluation=null", "--resume"]) == 2
+    assert "the run started from other weights than those of model.path" in capsys.readouterr().err
+    shutil.copyfile(tiny_llama / "model.safetensors", model / "model.safetensors")
+    assert main([*run[:-2], "train.steps=3", "evaluation=null", "--resume"]) == 0
 
 
 # checkpoints
@@ -349,7 +364,7 @@ def test_a_full_disk_names_the_checkpoint_that_is_whole_and_can_be_gone_on_from(
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"rlcore: {folder}/checkpoints/step_000004 cannot be written: ")
     assert said.endswith("; step_000002 is whole: free some room, then go on from it with --resume")
-    assert main([*command, str(folder), "--resume"]) == 0
+    assert main([*command, str(folder), "--resume-anyway"]) == 0
     assert_same_state(folder, uninterrupted)
 
 
@@ -407,7 +422,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path):
 def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("rlcore.checkpoint.saver.replace_text", lambda path, text: (_ for _ in ()).throw(OSError("gone")))
+        patch.setattr("rlcore.checkpoint.saver.replace_file", lambda path, text: (_ for _ in ()).throw(OSError("gone")))
         with pytest.raises(RunError):
             save(tmp_path, 2)
     assert latest(tmp_path).name == "step_000001"

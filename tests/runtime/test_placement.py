@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from run_files import first_prompts, settings
-from safetensors.torch import load_file
+from saving import tensors
 
 from rlcore import registry
 from rlcore.cli.main import main
@@ -92,8 +92,8 @@ def rows(folder):
 
 def written(folder):
     """Samples and weights, for bitwise comparison."""
-    model = folder / "checkpoints" / f"step_{STEPS:06d}" / "model" / "model.safetensors"
-    return (folder / "samples.jsonl").read_bytes(), model.read_bytes()
+    weights = tensors(folder / "checkpoints" / f"step_{STEPS:06d}" / "model")
+    return (folder / "samples.jsonl").read_bytes(), {name: weight.numpy().tobytes() for name, weight in weights.items()}
 
 
 def test_one_worker_elsewhere_is_this_process_to_the_bit(run, local):
@@ -144,20 +144,26 @@ def test_bf16_is_one_recipe_in_every_placement(run, lora):
     (ours,), (theirs,) = rows(one), rows(two)
     assert ours["mismatch/mean"] < 0.02 and theirs["mismatch/mean"] < 0.02
     assert {name for name in ours if ours[name] != pytest.approx(theirs[name], rel=0.02, abs=5e-3)} <= {"mismatch/max"}
-    weights = [load_file(one / "checkpoints" / "step_000001" / "model" / "model.safetensors") for one in (one, two)]
+    weights = [tensors(one / "checkpoints" / "step_000001" / "model") for one in (one, two)]
     assert {tensor.dtype for each in weights for tensor in each.values()} == {torch.float32}
 
 
 def test_a_run_goes_on_in_another_placement(run, together, local):
-    """A checkpoint of two ranks after step 2 resumes bitwise in two others, and up to rounding in this process."""
+    """After step 2: of two ranks in two others, bitwise; up to rounding of two in this process, of this process on two, and of
+    four that are two replicas sharing every row on three."""
     expected = written(together)
-    for name, overrides, same in (("again", TWO, True), ("alone", "placement.kind=local", False)):
+    shared = "sharding={replicas: 2, sequence_parallel: 2}"
+    replicas = run("replicas", "placement={kind: ray, devices: 4}", shared, "train.steps=2")
+    moves = {
+        "again": (together, TWO), "alone": (together, "placement.kind=local"), "spread": (local, TWO),
+        "three": (replicas, "placement={kind: ray, devices: 3}"),
+    }  # fmt: skip
+    for name, (before, placed) in moves.items():
         folder = together.parent / name
-        shutil.copytree(together, folder)
+        shutil.copytree(before, folder)
         (folder / "checkpoints" / "latest").write_text("step_000002")
-        run(name, overrides, "--resume")
-        if same:
-            assert written(folder) == expected
+        run(name, placed, "--resume")
+        assert written(folder) == expected or name != "again"
         assert rows(folder)[-1] == pytest.approx(rows(local)[-1], rel=1e-4, abs=1e-5)
 
 

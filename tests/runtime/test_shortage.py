@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from run_files import ARITHMETIC, settings
-from safetensors.torch import load_file
+from saving import tensors
 
 from rlcore.cli.main import main
 from rlcore.config.schema import RunConfig
@@ -87,7 +87,7 @@ def failing_backward(monkeypatch, steps, row=0):
 
 
 def model(folder, step):
-    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
+    return tensors(folder / "checkpoints" / f"step_{step:06d}" / "model")
 
 
 # in this process
