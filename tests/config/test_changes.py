@@ -33,7 +33,8 @@ def test_length_place_and_measurements_are_free(name):
 
 @pytest.mark.parametrize("name", [
     "seed", "model.path", "model.precision", "data.train.0.path", "algorithm.group_size", "optimizer.lr",
-    "train.prompts_per_step", "train.minibatches_per_step", "reward..0.name", "rollout.temperature", "rollout.engine", "placement.max_staleness",
+    "train.prompts_per_step", "train.minibatches_per_step", "reward..0.name", "rollout.temperature", "rollout.engine",
+    "placement.max_staleness",
 ])  # fmt: skip
 def test_what_changes_samples_or_updates_is_not(name):
     assert not free(name)

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from rlcore.atomic import replace_file
 from rlcore.diagnose.conformance import case
 from rlcore.diagnose.conformance.measurement import Measurement
 from rlcore.diagnose.conformance.numbers import LATER, LOSS, away, first_step, goldens
@@ -38,9 +40,8 @@ def measure(setup: Setup) -> Iterator[Measurement]:
     if setup.device.type != "cpu" and torch.get_device_module(setup.device).device_count() < RANKS:
         yield Measurement("collectives, sharding, weights between pools", None, note=f"needs {RANKS} devices, one is here")
         return
-    addresses = [_free(), _free()]
     program = [sys.executable, "-m", "rlcore.diagnose.conformance.section", setup.config.model_dump_json(), str(setup.folder)]
-    ranks = [subprocess.Popen([*program, "ranks.rank", str(rank), *addresses]) for rank in range(RANKS)]
+    ranks = [subprocess.Popen([*program, "ranks.rank", str(rank)]) for rank in range(RANKS)]
     try:
         _wait(ranks)
     finally:
@@ -66,9 +67,20 @@ def _free() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def rank(setup: Setup, number: str, address: str, link: str) -> None:
+def _met(folder: Path, rank: int) -> list[str]:
+    """Two addresses of free ports, which the first rank finds when it has started: found earlier, others could take them."""
+    meeting = folder / "addresses.json"
+    if rank == 0:
+        replace_file(meeting, json.dumps([_free(), _free()]))
+    while not meeting.exists():
+        time.sleep(0.05)
+    return json.loads(meeting.read_text(encoding="utf-8"))
+
+
+def rank(setup: Setup, number: str) -> None:
     """Program of one rank; the first writes the measurements of both."""
     mine, made = int(number), case.make("text", setup.folder / number)  # before joining: in a group, transformers saves on one
+    address, link = _met(setup.folder, mine)
     device = setup.backend.device(mine)
     torch.get_device_module(device).set_device(device)
     ranks = world.join(mine, RANKS, address, setup.backend.collectives(), device, 1, 1)
