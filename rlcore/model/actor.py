@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ class TorchActor(TrainedModel):
 
     def _describe(self, folder: Path) -> None:
         """Write the model folder's files besides the weights."""
-        self.model.config.architectures = [type(self.model).__name__]
-        self.model.config.dtype = "float32"
-        self.model.config.save_pretrained(folder)
+        config: Any = self.model.config
+        config.architectures, config.dtype = [type(self.model).__name__], "float32"
+        config.save_pretrained(folder)
         self.family.save_processor(folder)
 
     def load(self, folder: Path) -> None:
