@@ -46,7 +46,8 @@ def main() -> None:
             sizes = [member.ask(ray_pools.Process.resident) for member in placement.pools[0].members]
             return max(results(sizes)) / 1e6
 
-        before, copied, whole = resident(), [], []
+        before = most = resident()
+        copied, whole = list[float](), list[float]()
         for number in range(repeats):
             with Saver(Path(folder), placement.actor, keep=1) as saver:
                 start = time.perf_counter()

@@ -430,12 +430,17 @@ def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, mo
     assert text_of(latest(tmp_path)) == "again"
 
 
-def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path):
+def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlcore.checkpoint.saver.os.replace", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(RunError):
+            save(tmp_path, 2)
     draft = tmp_path / "checkpoints" / ".step_000002.partial"
     draft.mkdir()
     (draft / "weights.safetensors").write_text("half of")
-    assert latest(tmp_path).name == "step_000001"
+    warnings = []
+    assert latest(tmp_path, warnings).name == "step_000001" and not any(warnings)
     save(tmp_path, 3)
     assert there(tmp_path) == {"step_000001", "step_000003", "latest"}, "what will never be finished is removed"
 
