@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from rlcore.checkpoint.folder import newest_checkpoint
+from rlcore.config.changes import free
 from rlcore.config.schema import RunConfig
 from rlcore.device import Backend
 from rlcore.diagnose.remedies import Case, remedies
@@ -73,7 +74,9 @@ def _onward(given: list[Remedy], folder: Path) -> str:
     if given and given[0].anew:
         model = shlex.quote(f"model.path={saved / 'model'}")
         return f"{saved.name} is saved; start again from it in a new run folder: the same command with {model}{override}"
-    return f"{saved.name} is saved; go on: the same command with --run-dir {shlex.quote(str(folder))} --resume{override}"
+    same = not given or all(free(one.partition("=")[0]) for one in given[0].overrides)
+    resume = "--resume" if same else "--resume-anyway"
+    return f"{saved.name} is saved; go on: the same command with --run-dir {shlex.quote(str(folder))} {resume}{override}"
 
 
 def _written(folder: Path, text: str) -> Path | None:
