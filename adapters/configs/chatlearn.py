@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlcore.config.foreign.table import Given, Mapped, Outcome, Table, Together, Unneeded, Unsupported, if_on, only, to, unneeded
+from rlcore.config.foreign.table import (
+    Given,
+    Mapped,
+    Outcome,
+    Table,
+    Together,
+    Unneeded,
+    Unsupported,
+    if_on,
+    only,
+    to,
+    unneeded,
+)
 from rlcore.config.foreign.values import flag, interval, number, numbers, text, texts, top_k, whole
 
 from . import shared
@@ -24,7 +36,7 @@ def _batches(given: Given) -> Outcome:
     prompts = shared.share(given, _SAMPLES, samples, size, f"samples ({_GROUP} {size})")
     asked = shared.share(given, _BATCH, samples, batch, f"samples ({_SAMPLES})")
     steps, fewer = shared.minibatches(prompts, asked)
-    arithmetic = f"{samples} samples / {size} a prompt = {prompts} prompts, {samples} / {batch} = {asked} optimizer steps a step"
+    arithmetic = f"{samples} samples / {size} a prompt = {prompts} prompts, {samples} / {batch} = {asked} optimizer step{'s' * (asked > 1)}"
     settings = {"algorithm.group_size": size, "train.prompts_per_step": prompts, "train.minibatches_per_step": steps}
     return Mapped(settings, shared.notes(arithmetic, fewer, _pooling(size, given(_POOLED, whole))))
 
@@ -139,7 +151,8 @@ def _rate(given: Given) -> Sequence[Outcome]:
     rate, least = given(f"{_OPTIMIZER}lr", number), given.get(f"{_OPTIMIZER}min_lr", number)
     outcomes: list[Outcome] = [Mapped({"optimizer.lr": rate})]
     if least not in (None, rate) and given(f"{_RUN}train_backend", text) == "megatron":
-        outcomes.append(Unsupported(f"the rate stays at {rate:g}; set optimizer.schedule and optimizer.min_lr for one that falls"))
+        remedy = "for one that falls, set optimizer.schedule and optimizer.min_lr"
+        outcomes.append(Unsupported(f"the rate stays at {rate:g}; {remedy}"))
     return outcomes
 
 
@@ -215,7 +228,7 @@ TABLE = Table(
         f"{_TRAINER}save_hf": unneeded(shared.HF_CHECKPOINT),
         f"{_TRAINER}save*": unneeded("checkpoints go to the run folder, every train.save_every steps"),
         f"{_TRAINER}train_iters": unneeded("train.steps ends the run"),
-        f"{_TRAINER}calculate_per_token_loss": only(True, "the loss is the mean over tokens; see algorithm.aggregation", "it is"),
+        f"{_TRAINER}calculate_per_token_loss": only(True, "it always is, or see algorithm.aggregation", "it is"),
         f"{_TRAINER}moe_router_force_load_balancing": only(False, "mixture-of-experts models are not trained here"),
         f"{_TRAINER}groupgemm": only(False, "mixture-of-experts models are not trained here"),
         f"{_POLICY}max_prompt_tokens_length": to("data.max_prompt_tokens", whole),
@@ -292,7 +305,7 @@ TABLE = Table(
                 f"{_POLICY}eval_temperature", f"{_POLICY}eval_top_p", f"{_POLICY}eval_top_k",
             ),
             _evaluation,
-        ),  # fmt: skip
+        ),
         Together((f"{_RUN}num_episode", f"{_RUN}save_episode_interval"), _saving),
         Together((f"{_RUN}train_backend", f"{_TRAINER}load", f"{_POLICY}load", f"{_REFERENCE}load"), _model),
         Together(
@@ -301,7 +314,7 @@ TABLE = Table(
                 f"{_RUN}train_micro_batch_size",
             ),
             _microbatches,
-        ),  # fmt: skip
+        ),
         Together((f"{_RUN}colocation", f"{_TRAINER}num_gpu", f"{_POLICY}num_gpu", f"{_REFERENCE}num_gpu"), _placement),
         Together((f"{_REFERENCE}free_gpu_memory.offload_weights",), _parked_reference),
         Together((f"{_POLICY}enable_thinking", f"{_RUN}model_type"), _thinking),

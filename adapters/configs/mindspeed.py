@@ -25,7 +25,8 @@ from rlcore.config.foreign.values import flag, interval, number, numbers, text, 
 from . import shared
 from .shared import CAP, DATA, MODEL
 
-_MEGATRON, _ACTOR, _VISION, _RL, _ENGINE = "megatron_training.", "actor_config.", "vit_config.", "rl_config.", "generate_config."
+_MEGATRON, _ACTOR, _VISION = "megatron_training.", "actor_config.", "vit_config."
+_RL, _ENGINE = "rl_config.", "generate_config."
 _SAMPLING = f"{_ENGINE}sampling_config."
 _PROMPTS, _GROUP, _BATCH = f"{_MEGATRON}global_batch_size", f"{_RL}n_samples_per_prompt", f"{_RL}mini_batch_size"
 _PIXELS = (512 * 512, 2048 * 2048)  # fixed in its data set of images
@@ -39,8 +40,8 @@ def _batches(given: Given) -> Outcome:
     asked = shared.share(given, _BATCH, prompts, batch, f"prompts ({_PROMPTS})")
     steps, fewer = shared.minibatches(prompts, asked)
     arithmetic = (
-        f"{prompts} prompts x {size} samples = {prompts * size} samples a step; an optimizer step has {batch} prompts x {size} ="
-        f" {batch * size} samples, so {prompts} / {batch} = {asked} optimizer steps"
+        f"{prompts} prompts x {size} samples = {prompts * size} samples a step; mini_batch_size {batch} x {size} ="
+        f" {batch * size} samples an optimizer step, so {prompts} / {batch} = {asked} optimizer steps"
     )
     settings = {"train.prompts_per_step": prompts, "algorithm.group_size": size, "train.minibatches_per_step": steps}
     return Mapped(settings, shared.notes(arithmetic, fewer))
@@ -63,7 +64,9 @@ def _microbatches(given: Given) -> Outcome:
 
 
 def _divergence(given: Given) -> Outcome:
-    settings = {"algorithm.kl_coef": given(f"{_RL}init_kl_coef", number), "algorithm.kl_estimator": given(f"{_RL}kl_penalty", text)}
+    settings: dict[str, Any] = {
+        "algorithm.kl_coef": given(f"{_RL}init_kl_coef", number), "algorithm.kl_estimator": given(f"{_RL}kl_penalty", text),
+    }  # fmt: skip
     if given(f"{_RL}kl_ctrl_type", text) == "adaptive":
         settings["algorithm.kl_target"] = given(f"{_RL}kl_target", number)
         settings["algorithm.kl_horizon"] = given(f"{_RL}kl_horizon", whole)
@@ -83,8 +86,8 @@ def _advantage(given: Given) -> Outcome:
     if name == "group_norm":
         return Mapped({"algorithm.advantage": "group", "algorithm.advantage_std": "sample", "algorithm.advantage_eps": 1e-6})
     if name == "gae":
-        discounts = {f"algorithm.gae_{ours}": given(f"{_RL}{key}", number) for ours, key in (("gamma", "gamma"), ("lambda", "lam"))}
-        return Mapped({"algorithm.advantage": "gae", "critic": {}, **discounts}, "the critic starts as the policy: see critic.*")
+        discounts = {"algorithm.gae_gamma": given(f"{_RL}gamma", number), "algorithm.gae_lambda": given(f"{_RL}lam", number)}
+        return Mapped({"algorithm.advantage": "gae", "critic": {}, **discounts}, "the critic starts as the policy")
     raise given.error(f"{_RL}adv_estimator", f"must be group_norm or gae; it is {name!r}")
 
 
@@ -179,7 +182,7 @@ def _deterministic(value: Any) -> Outcome:
 def _resumed(value: Any) -> Outcome:
     if flag(value):
         return Unneeded("a run begins from model.path")
-    return Unsupported("its checkpoints are not read: convert the weights to a Hugging Face folder and set model.path to it")
+    return Unsupported(shared.FOREIGN_CHECKPOINT)
 
 
 _MODEL_CODE = (
@@ -254,7 +257,7 @@ TABLE = Table(
         f"{_RL}multi_turn_*": only(False, "conversations with tools are not sampled here"),
         f"{_RL}overlong_buffer_enable": only(False, "set algorithm.overlong_penalty and algorithm.overlong_share"),
         f"{_RL}overlong_buffer_*": unneeded("overlong_buffer_enable is what counts"),
-        f"{_RL}filter_groups_enable": only(False, "set algorithm.max_refills: how often a step draws again for groups without spread"),
+        f"{_RL}filter_groups_enable": only(False, "set algorithm.max_refills: how often a step draws again"),
         f"{_RL}filter_groups_*": unneeded("filter_groups_enable is what counts"),
         f"{_RL}vit_resource.num_npus": unneeded("the vision tower is on the devices of the engine"),
         f"{_RL}critic_resource.num_npus": unneeded("the critic is on the actor's devices"),
@@ -294,6 +297,7 @@ TABLE = Table(
         "profiler_config.**": unneeded(shared.MEASURED),
         "msprobe_config.**": unneeded(shared.MEASURED),
         "hydra.**": unneeded(shared.FOLDER),
+        "defaults": shared.composed,
     },
     together=(
         Together((_PROMPTS, _GROUP, _BATCH), _batches),
@@ -303,13 +307,13 @@ TABLE = Table(
                 f"{_ACTOR}micro_batch_size",
             ),
             _microbatches,
-        ),  # fmt: skip
+        ),
         Together(
             (
                 f"{_RL}init_kl_coef", f"{_RL}kl_penalty", f"{_RL}kl_ctrl_type", f"{_RL}kl_target", f"{_RL}kl_horizon",
             ),
             _divergence,
-        ),  # fmt: skip
+        ),
         Together(
             (f"{_RL}clip_ratio", f"{_RL}clip_higher_enable", f"{_RL}clip_ratio_low", f"{_RL}clip_ratio_high"), _clip
         ),
@@ -345,7 +349,7 @@ TABLE = Table(
         f"{_RL}is_multimodal": False,
         f"{_RL}reuse_image_embeds": False,
         f"{_RL}colocate_actor_and_vit": False,
-        f"{_RL}use_integrated_worker": True,
+        f"{_RL}use_integrated_worker": False,
         f"{_RL}verifier_function": ["base_acc"],
         f"{_RL}verifier_weight": [1.0],
         f"{_ACTOR}lr_decay_style": "constant",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -17,6 +18,7 @@ CAP = "train.max_tokens_per_microbatch"
 FOLDER = "a run has a folder of its own (--run-dir), with logs and checkpoints"
 RESUME = "a run goes on with --resume from its own run folder"
 HF_CHECKPOINT = "a checkpoint here holds a Hugging Face model folder, with its tokenizer"
+FOREIGN_CHECKPOINT = "its checkpoints are not read: convert the weights to a Hugging Face folder and set model.path to it"
 ENGINE_BATCHES = "the engine fills its own batches"
 PACKED = "rows are packed up to train.max_tokens_per_microbatch in every forward pass"
 SHARDED = "weights are sharded over all devices of the pool (FSDP2), which does not change the numbers"
@@ -100,7 +102,7 @@ def minibatches(prompts: int, steps: int) -> tuple[int, str]:
     possible = next(count for count in range(min(steps, prompts), 0, -1) if prompts % count == 0)
     if possible == steps:
         return steps, ""
-    return possible, f"{possible} instead of {steps} optimizer steps a step, since each has whole groups, equally many of {prompts}"
+    return possible, f"{possible} optimizer steps instead of {steps}, since each has whole groups, equally many of {prompts}"
 
 
 def share(given: Given, key: str, whole: int, part: int, of: str) -> int:
@@ -112,3 +114,13 @@ def share(given: Given, key: str, whole: int, part: int, of: str) -> int:
 
 def notes(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
+
+
+def composed(value: Any) -> Outcome:
+    """Hydra's list of files to compose: harmless where it only sets up Hydra itself."""
+    entries = value if isinstance(value, list) else [value]
+    named = [str(one) for one in entries if not re.match(r"_self_$|\{?'?(override )?hydra/", str(one))]
+    if not named:
+        return Unneeded(FOLDER)
+    files = ", ".join(named)
+    return Unsupported(f"{files}: files of a `defaults` list are not read; import the composed file (python ... --cfg job)")

@@ -20,7 +20,7 @@ def run_import_config(options: argparse.Namespace) -> None:
     if options.output is not None and options.output.exists():
         raise ConfigError(f"--output: {options.output} is there already; give another name, or remove it")
     table: Table = registry.load("run_files", options.framework)
-    document = read_document(options.file, options.overrides, table, os.environ)
+    document = read_document(options.file, options.overrides, table, table.defaults, os.environ)
     conversion = convert(table, document, options.rows, options.skip_unknown)
     written = run_file(conversion)
     print(report(conversion), file=sys.stderr)

@@ -133,7 +133,7 @@ def _add_import_config(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("import-config", help=what, description=what[0].upper() + what[1:] + ".")
     command.add_argument("framework", metavar="FRAMEWORK", help=f"whose file it is: {', '.join(registry.names('run_files'))}")
     command.add_argument("file", type=Path, metavar="FILE", help="its YAML file; one that Hydra composes, composed (--cfg job)")
-    command.add_argument("overrides", nargs="*", metavar="a.b=value", help="what would follow it there; +a.b=, ++a.b=, ~a.b too")
+    command.add_argument("overrides", nargs="*", metavar="a.b=value", help="what follows it there; also +a.b=, ++a.b=, ~a.b")
     command.add_argument("--output", type=Path, metavar="RUN.yaml", help="a new file; default: standard output")
     command.add_argument("--rows", type=int, metavar="N", help="training rows, if the file counts passes over them")
     command.add_argument("--skip-unknown", action="store_true", help="leave out keys that are not known of the framework")

@@ -47,15 +47,16 @@ class Conversion:
             value = before + [one for one in value if one not in before]
         elif before != value:
             given = ", ".join(entry.theirs) or self.table.framework
-            raise ConfigError(f"{self.source}: {given}: gives {setting} {value!r}, and another key gives {before!r}; change one")
+            clash = f"gives {setting} {value!r}, and another key gives {before!r}; change one"
+            raise ConfigError(f"{self.source}: {given}: {clash}")
         self.settings[setting] = value
 
 
 def convert(table: Table, document: Document, rows: int | None = None, skip_unknown: bool = False) -> Conversion:
     """Convert a document. `rows`: number of training rows, which passes over them are counted in.
 
-    ConfigError names every key that the table does not have, unless `skip_unknown`, and anything that cannot be converted or that
-    our run file cannot be.
+    ConfigError names keys that the table does not have, unless `skip_unknown`; a value that cannot be converted; settings that
+    our run file could not have.
     """
     conversion, given = Conversion(table, document.source), Given(document, table.defaults, rows)
     conversion.unknown = {key: value for key, value in document.values.items() if not table(key)}
@@ -107,8 +108,10 @@ def _entries(one: Together, document: Document, given: Given, outcomes: Sequence
     defaults = {key: value for key, value in defaults.items() if value is not None}
     theirs = {key: document.values[key] for key in one.keys if key in document.values}
     for outcome in outcomes:
-        if theirs or (defaults and isinstance(outcome, Mapped)):
+        if isinstance(outcome, Mapped) and (theirs or defaults):
             yield Entry(theirs | defaults, outcome, frozenset(defaults))
+        elif theirs:
+            yield Entry(theirs, outcome)
 
 
 def _single(table: Table, document: Document) -> Iterator[Entry]:

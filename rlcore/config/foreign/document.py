@@ -37,14 +37,15 @@ class Document:
 
 
 def read_document(
-    path: Path, overrides: Sequence[str], is_known: Callable[[str], bool], environment: Mapping[str, str]
-) -> Document:
+    path: Path, overrides: Sequence[str], is_known: Callable[[str], bool], defaults: Mapping[str, Any],
+    environment: Mapping[str, str],
+) -> Document:  # fmt: skip
     """Read a file and apply overrides as Hydra and OmegaConf have them. `is_known`: whether the framework has a key, which the
-    file need not hold. ConfigError names the file and the key."""
+    file need not hold; `defaults`: values of such keys. ConfigError names the file and the key."""
     tree = read_mapping(path, _OmegaConfYaml)
     for override in overrides:
         _apply(tree, override, str(path), is_known)
-    return Document(str(path), dict(_flat(resolved(tree, environment))))
+    return Document(str(path), dict(_flat(resolved(tree, defaults, environment))))
 
 
 def _apply(tree: dict[str, Any], override: str, source: str, is_known: Callable[[str], bool]) -> None:

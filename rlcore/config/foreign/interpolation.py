@@ -27,14 +27,14 @@ class _CannotResolve(Exception):
     """Why a reference has no value here."""
 
 
-def resolved(tree: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of the tree in which each interpolation is its value, or Unresolved."""
-    return _Resolver(tree, environment).section((), tree)
+def resolved(tree: Mapping[str, Any], defaults: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of the tree in which each interpolation is its value, or Unresolved. `defaults`: of keys that the tree lacks."""
+    return _Resolver(tree, defaults, environment).section((), tree)
 
 
 class _Resolver:
-    def __init__(self, tree: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-        self._tree, self._environment = tree, environment
+    def __init__(self, tree: Mapping[str, Any], defaults: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        self._tree, self._defaults, self._environment = tree, defaults, environment
         self._open: list[tuple[str, ...]] = []  # keys that are being resolved, to find circles
 
     def section(self, path: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,11 +88,7 @@ class _Resolver:
         target = (*(path[:-dots] if dots else ()), *name.lstrip(".").split("."))
         if target in self._open or target == path:
             raise _CannotResolve("it refers to itself")
-        value: Any = self._tree
-        for part in target:
-            if not isinstance(value, Mapping) or part not in value:
-                raise _CannotResolve(f"there is no {'.'.join(target)}")
-            value = value[part]
+        value = self._written(target)
         self._open.append(target)
         try:
             value = self._value(target, value)
@@ -100,6 +96,18 @@ class _Resolver:
             self._open.pop()
         if isinstance(value, Unresolved):
             raise _CannotResolve(value.why)
+        return value
+
+    def _written(self, target: tuple[str, ...]) -> Any:
+        """What stands at a key, or the framework's default."""
+        value: Any = self._tree
+        for part in target:
+            if not isinstance(value, Mapping) or part not in value:
+                key = ".".join(target)
+                if key not in self._defaults:
+                    raise _CannotResolve(f"there is no {key}")
+                return self._defaults[key]
+            value = value[part]
         return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -14,8 +14,8 @@ from rlcore.config.foreign.table import Mapped, Unneeded, Unsupported
 
 def run_file(conversion: Conversion) -> str:
     """The settings as YAML, under a line that says where they are from."""
-    origin = f"# From {conversion.table.framework}'s {conversion.source}, by rlcore import-config. Run: rlcore {conversion.table.command}\n"
-    values = nested(conversion.settings)
+    table, values = conversion.table, nested(conversion.settings)
+    origin = f"# rlcore {table.command}: imported from {table.framework}'s {conversion.source}\n"
     return origin + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
 

@@ -1,7 +1,7 @@
 """What a framework's keys become: the outcomes of a conversion, and the tables that are registered in `rlcore.run_files`.
 
-A table is data. A key's entry is one of `to`, `unneeded`, `unsupported`, `only`; keys that mean something only together (a product,
-a length and a cap) stand in one `Together`, whose function is given all of them.
+A table is data. A key's entry is one of `to`, `unneeded`, `unsupported`, `only`, `if_on`, `Below`, or a function of its value.
+Keys that mean something only together (a product, a length and a cap) stand in one `Together`, whose function gets all of them.
 """
 
 from __future__ import annotations
@@ -57,6 +57,19 @@ class Whatever:
 
     def __call__(self, value: Any) -> Outcome:
         return self.outcome
+
+
+@dataclass(frozen=True)
+class Below:
+    """Keys of a section that is free: each under the same name in a section of ours."""
+
+    setting: str
+
+    def __call__(self, value: Any) -> Outcome:
+        return Mapped({self.setting: value})
+
+    def named(self, key: str) -> Below:
+        return Below(f"{self.setting}.{key.rpartition('.')[2]}")
 
 
 def unneeded(why: str) -> Convert:
@@ -124,7 +137,8 @@ def checked(convert: Callable[[], T], source: str, key: str, value: Any) -> T:
     try:
         return convert()
     except ValueError as error:
-        raise ConfigError(f"{source}: {key}: {error}; it is {str(value) if isinstance(value, Unresolved) else value!r}") from None
+        found = str(value) if isinstance(value, Unresolved) else repr(value)
+        raise ConfigError(f"{source}: {key}: {error}; it is {found}") from None
 
 
 @dataclass(frozen=True)
@@ -158,10 +172,11 @@ class Table:
         return [*(key for key in self.keys if "*" not in key), *self._joined]
 
     def entry(self, key: str) -> Convert | None:
-        """The conversion of a single key: its own, else that of the first pattern that fits; None for one of several together."""
+        """The conversion of a key: its own, else that of the first pattern that fits. None for one of several together."""
         if key in self.keys or key in self._joined:
             return self.keys.get(key)
-        return next((convert for pattern, convert in self._patterns if pattern.fullmatch(key)), None)
+        found = next((convert for pattern, convert in self._patterns if pattern.fullmatch(key)), None)
+        return found.named(key) if isinstance(found, Below) else found
 
     @cached_property
     def _joined(self) -> set[str]:

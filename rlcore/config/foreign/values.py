@@ -1,4 +1,4 @@
-"""Kinds of values in another framework's file: each function returns the value or raises ValueError, which says what it must be."""
+"""Kinds of values in another framework's file. Each function returns the value; ValueError says what it must be."""
 
 from __future__ import annotations
 
