@@ -36,7 +36,8 @@ def _batches(given: Given) -> Outcome:
     prompts = shared.share(given, _SAMPLES, samples, size, f"samples ({_GROUP} {size})")
     asked = shared.share(given, _BATCH, samples, batch, f"samples ({_SAMPLES})")
     steps, fewer = shared.minibatches(prompts, asked)
-    arithmetic = f"{samples} samples / {size} a prompt = {prompts} prompts, {samples} / {batch} = {asked} optimizer step{'s' * (asked > 1)}"
+    updates = f"{samples} / {batch} = {asked} optimizer step{'s' * (asked > 1)}"
+    arithmetic = f"{samples} samples / {size} a prompt = {prompts} prompts, {updates}"
     settings = {"algorithm.group_size": size, "train.prompts_per_step": prompts, "train.minibatches_per_step": steps}
     return Mapped(settings, shared.notes(arithmetic, fewer, _pooling(size, given(_POOLED, whole))))
 

@@ -223,7 +223,10 @@ TABLE = Table(
         f"{_ACTOR}load": unneeded("the Hugging Face folder is read instead: model.path"),
         f"{_ACTOR}recompute_granularity": to("train.gradient_checkpointing", lambda value: bool(text(value))),
         f"{_VISION}load": unneeded("the vision tower is read from the model folder; vision.path takes another model's"),
-        f"{_VISION}*": unneeded("the vision tower is whole on every device, and read from the model folder"),
+        **all_of(
+            (f"{_VISION}{key}" for key in ("model", "no_load_optim", "no_load_rng", "finetune", "*_parallel_size")),
+            unneeded("the vision tower is whole on every device, and read from the model folder"),
+        ),
         f"{_RL}epochs": to("train.epochs_per_step", whole),
         f"{_RL}entropy_coeff": to("algorithm.entropy_coef", number),
         f"{_RL}max_prompt_length": to("data.max_prompt_tokens", whole),

@@ -157,6 +157,8 @@ def _loggers(value: Any) -> Outcome:
     return Mapped({"logging.tensorboard": "tensorboard" in names})
 
 
+_CHOSEN = ("use_orig_params", "offload_pin_memory", "forward_prefetch", "limit_all_gathers", "backward_prefetch")
+
 TABLE = Table(
     "RLinf",
     "sft",
@@ -198,7 +200,7 @@ TABLE = Table(
         **all_of((f"{_FSDP}grad_scaler.*", f"{_FSDP}amp_autocast.*"), unneeded("bf16 needs no scaling; see model.precision")),
         f"{_FSDP}mixed_precision.*_dtype": unneeded("gradients are summed in fp32"),
         f"{_FSDP}use_liger_kernel": unneeded("the head is computed in tiles, and kernels are the backend's"),
-        f"{_FSDP}*": unneeded("FSDP2 chooses it"),
+        **all_of((f"{_FSDP}{key}" for key in _CHOSEN), unneeded("FSDP2 chooses it")),
         "reward.use_reward_model": only(False, "rows are graded by a rule"),
         "critic.use_critic_model": only(False, "supervised runs have no critic"),
     },

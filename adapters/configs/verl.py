@@ -15,6 +15,8 @@ from rlcore.config.foreign.table import (
     Together,
     Unneeded,
     Unsupported,
+    all_of,
+    if_on,
     only,
     to,
     unneeded,
@@ -43,7 +45,8 @@ _AGGREGATIONS = {
 _SCHEDULES = ("constant", "cosine")
 REWARDS = {**shared.REWARDS, "openai/gsm8k": [{"name": "gsm8k"}], "lighteval/MATH": [{"name": "math"}]}
 _CORRECTION = f"{_ALGORITHM}rollout_correction."
-_REFILLS = 10
+_FILTER = f"{_ALGORITHM}filter_groups."
+_REFILLS = 10  # where the file has no limit
 _TOOLS = "conversations with tools are not sampled here"
 
 
@@ -176,9 +179,9 @@ def _aggregation(given: Given) -> Outcome:
 
 
 def _refills(given: Given) -> Outcome:
-    if not given(f"{_ALGORITHM}filter_groups.enable", flag, False):
+    if not given(f"{_FILTER}enable", flag, False):
         return Unneeded("it is off")
-    batches = given(f"{_ALGORITHM}filter_groups.max_num_gen_batches", whole, 0)
+    batches = given(f"{_FILTER}max_num_gen_batches", whole, 0)
     if batches > 0:
         return Mapped({"algorithm.max_refills": batches - 1}, f"{batches} times a step, of which the first is no refill")
     return Mapped({"algorithm.max_refills": _REFILLS}, f"{_REFILLS} times at most, and not without end")
@@ -197,8 +200,9 @@ def _overlong(given: Given, place: str) -> Outcome:
     if not given(f"{place}enable", flag, False):
         return Unneeded("it is off")
     length, longest = given(f"{place}len", whole), given(f"{_DATA}max_response_length", whole)
-    settings = {"algorithm.overlong_share": length / longest, "algorithm.overlong_penalty": given(f"{place}penalty_factor", number)}
-    return Mapped(settings, f"{length} of {longest} tokens")
+    penalty = given(f"{place}penalty_factor", number)
+    note = f"the buffer is {length} of {longest} tokens"
+    return Mapped({"algorithm.overlong_share": length / longest, "algorithm.overlong_penalty": penalty}, note)
 
 
 def _data(given: Given) -> Outcome | Sequence[Outcome]:
@@ -294,6 +298,14 @@ def _loggers(value: Any) -> Outcome:
     return Mapped({"logging.tensorboard": "tensorboard" in names})
 
 
+def _surrogate(value: Any) -> Outcome:
+    if (name := text(value)) == "vanilla":
+        return Unneeded("each token's ratio is clipped")
+    if name == "gspo":
+        return Mapped({"algorithm.surrogate": "sequence_clip"})
+    return Unsupported("see algorithm.surrogate (docs/algorithms.md) for the losses that there are")
+
+
 def _manager(value: Any) -> Outcome:
     if text(value) in ("naive", "dapo"):
         return Unneeded("a response has one score; DAPO's penalty for length is algorithm.overlong_penalty")
@@ -315,6 +327,32 @@ def _strategy(value: Any) -> Outcome:
     return Mapped({}, "trained with FSDP2 on the Hugging Face weights, whatever the layout of the weights there")
 
 
+_KERNELS = ("use_liger", "use_fused_kernels")
+_FSDP = (
+    "dtype", "entropy_checkpointing", "entropy_from_logits_with_chunking", "forward_only", "forward_prefetch", "model_dtype",
+    "mixed_precision", "strategy", "ulysses_sequence_parallel_size", "use_orig_params", "use_torch_compile",
+    "wrap_policy.min_num_params",
+)  # fmt: skip
+_LOSS = (
+    "calculate_entropy", "calculate_sum_pi_squared", "entropy_checkpointing", "entropy_from_logits_with_chunking",
+    "sum_pi_squared_checkpointing", "use_fused_kernels", "use_torch_compile",
+)  # fmt: skip
+_SERVING = (
+    "calculate_log_probs", "cudagraph_capture_sizes", "disable_log_stats", "dtype", "layered_summon", "load_format",
+    "logprobs_mode", "mode", "multi_stage_wake_up", "quantization_config_file", "scheduling_policy", "skip_dump_dir",
+    "skip_tokenizer_init", "update_weights_bucket_megabytes",
+)  # fmt: skip
+_READING = (
+    "dataloader_num_workers", "filter_overlong_prompts_workers", "image_patch_size", "return_full_prompt",
+    "return_multi_modal_inputs", "return_raw_chat", "return_raw_input_ids", "use_shm", "validation_shuffle",
+)  # fmt: skip
+_FOLDERS = (
+    "default_hdfs_dir", "default_local_dir", "del_local_ckpt_after_load", "experiment_name", "log_val_generations",
+    "max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep", "project_name", "rollout_data_dir", "validation_data_dir",
+)  # fmt: skip
+_LAUNCHING = ("esi_redundant_time", "ray_wait_register_center_timeout", "use_legacy_worker_impl")
+_OWN = "the engine and the weight sync have settings of their own"
+
 TABLE = Table(
     "verl",
     "grpo",
@@ -329,14 +367,21 @@ TABLE = Table(
         f"{_MODEL}external_lib": only("", "install the model's family as a plugin (rlcore.families)"),
         f"{_MODEL}override_config": only({}, "change the model folder's config.json", "it is empty"),
         f"{_MODEL}exclude_modules": only("", "list the modules that have LoRA: model.lora.targets"),
-        f"{_MODEL}*": unneeded("rows are packed, and kernels are the backend's"),
-        f"{_MODEL}fused_kernel_options.*": unneeded("kernels are the backend's"),
+        f"{_MODEL}lora_adapter_path": only("", "merge the adapter into the model folder"),
+        f"{_MODEL}mtp.enable": only(False, "extra prediction heads are neither trained nor used"),
+        f"{_MODEL}mtp.*": unneeded("mtp.enable is what counts"),
+        f"{_MODEL}hf_config_path": unneeded("config.json is in the model folder"),
+        f"{_MODEL}tokenizer_path": unneeded("the tokenizer is in the model folder"),
+        f"{_MODEL}enable_activation_offload": unneeded("train.gradient_checkpointing keeps activations small"),
+        f"{_MODEL}use_remove_padding": unneeded("rows are packed; there is no padding"),
+        f"{_MODEL}use_shm": unneeded("the model folder is read where it is"),
+        **all_of((f"{_MODEL}{key}" for key in _KERNELS), unneeded("kernels are the backend's")),
         f"{_ACTOR}strategy": _strategy,
         f"{_ACTOR}entropy_coeff": to("algorithm.entropy_coef", number),
         f"{_ACTOR}ppo_epochs": to("train.epochs_per_step", whole),
         f"{_ACTOR}grad_clip": to("optimizer.max_grad_norm", number),
         f"{_ACTOR}clip_ratio_c": _dual_clip,
-        f"{_ACTOR}policy_loss.loss_mode": only("vanilla", "see algorithm.surrogate (docs/algorithms.md)", "it is"),
+        f"{_ACTOR}policy_loss.loss_mode": _surrogate,
         f"{_ACTOR}policy_loss.*": unneeded("policy_loss.loss_mode is what counts"),
         f"{_ACTOR}shuffle": unneeded("a step's groups are shuffled over its optimizer steps"),
         f"{_ACTOR}ulysses_sequence_parallel_size": to("sharding.sequence_parallel", whole),
@@ -348,9 +393,24 @@ TABLE = Table(
         f"{_ACTOR}fsdp_config.fsdp_size": only(-1, "set sharding.replicas: the number of copies", "one copy over all devices"),
         f"{_ACTOR}fsdp_config.offload_policy": to("sharding.cpu_offload", flag),
         f"{_ACTOR}fsdp_config.reshard_after_forward": to("sharding.reshard_after_forward", flag),
-        f"{_ACTOR}fsdp_config.**": unneeded("FSDP2 chooses it"),
+        f"{_ACTOR}fsdp_config.full_determinism": only(False, "see backend.options of your devices"),
+        f"{_ACTOR}fsdp_config.seed": unneeded("all seeds follow `seed`"),
+        **all_of((f"{_ACTOR}fsdp_config.{key}" for key in _FSDP), unneeded("FSDP2 and model.precision settle it")),
         f"{_ACTOR}checkpoint.*": unneeded("a checkpoint has the model as a Hugging Face folder, the optimizer and all states"),
-        f"{_ACTOR}*": unneeded("the head is computed in tiles, in the precision of model.precision"),
+        f"{_ACTOR}freeze_vision_tower": if_on("model.freeze", "vision"),
+        f"{_ACTOR}router_replay.mode": only("disabled", "mixture-of-experts models are not trained here"),
+        f"{_ACTOR}router_replay.*": unneeded("router_replay.mode is what counts"),
+        f"{_ACTOR}loss_scale_factor": only("", "see algorithm.aggregation_length"),
+        f"{_ACTOR}data_loader_seed": unneeded("all seeds follow `seed`"),
+        f"{_ACTOR}rollout_n": unneeded("rollout.n is the size of a group"),
+        f"{_ACTOR}tau_*": unneeded("they are another loss_mode's"),
+        f"{_ACTOR}use_remove_padding": unneeded("rows are packed; there is no padding"),
+        f"{_ACTOR}use_prefix_grouper": unneeded("a prompt is computed once for its group"),
+        **all_of((f"{_ACTOR}{key}" for key in _LOSS), unneeded("the head is computed in tiles, and entropy with it")),
+        f"{_RATE}clip_grad": unneeded("actor.grad_clip is what counts"),
+        f"{_RATE}optimizer": only("AdamW", "the optimizer is AdamW", "it is"),
+        f"{_RATE}override_optimizer_config": only("", "see optimizer.*"),
+        f"{_RATE}optimizer_impl": unneeded("the backend chooses the implementation of AdamW"),
         f"{_REFERENCE}**": unneeded("the reference is model.path as it is before training, run as the actor is"),
         f"{_ROLLOUT}name": shared.engine,
         f"{_ROLLOUT}temperature": to("rollout.temperature", number),
@@ -372,9 +432,20 @@ TABLE = Table(
         f"{_ROLLOUT}multi_turn.enable": only(False, _TOOLS),
         f"{_ROLLOUT}multi_turn.**": unneeded("multi_turn.enable is what counts"),
         f"{_ROLLOUT}agent.**": unneeded(shared.ENGINE_BATCHES),
-        f"{_ROLLOUT}**": unneeded("the engine and the weight sync choose it"),
+        f"{_ROLLOUT}enable_prefix_caching": to("rollout.options.enable_prefix_caching", flag),
+        f"{_ROLLOUT}quantization": only("", "an engine serves the actor's own weights"),
+        f"{_ROLLOUT}skip_rollout": only(False, "every step samples"),
+        f"{_ROLLOUT}over_sample_rate": only(0, "every response of a group is awaited"),
+        f"{_ROLLOUT}*_parallel_size": only(1, "an engine is split by rollout.tensor_parallel alone", "it is 1"),
+        f"{_ROLLOUT}enable_rollout_routing_replay": only(False, "mixture-of-experts models are not trained here"),
+        f"{_ROLLOUT}log_prob_*": unneeded(shared.PACKED),
+        **all_of((f"{_ROLLOUT}{key}" for key in _SERVING), unneeded("the engine and the weight sync choose it")),
+        **all_of((f"{_ROLLOUT}{part}.**" for part in ("mtp", "trace", "prometheus", "checkpoint_engine")), unneeded(_OWN)),
         "actor_rollout_ref.hybrid_engine": only(True, "see placement.pools", "every role is in one pool"),
-        "actor_rollout_ref.**": unneeded(shared.LAUNCHED),
+        "actor_rollout_ref.nccl_timeout": unneeded("see placement.stall_seconds"),
+        "**.profiler.**": unneeded(shared.MEASURED),
+        f"{_MODEL}tiled_mlp.*": unneeded("kernels are the backend's"),
+        f"{_MODEL}fused_kernel_options.*": unneeded("kernels are the backend's"),
         f"{_DATA}max_prompt_length": to("data.max_prompt_tokens", whole),
         f"{_DATA}max_response_length": to("rollout.max_new_tokens", whole),
         f"{_DATA}val_batch_size": unneeded(shared.ENGINE_BATCHES),
@@ -387,7 +458,11 @@ TABLE = Table(
         f"{_DATA}custom_cls.*": only("", "name your function by its dotted path: data.train.name (docs/data.md)"),
         f"{_DATA}sampler.*": only("", "rows are drawn in shuffled order, or by the weights of data.train"),
         f"{_DATA}apply_chat_template_kwargs.*": Below("data.chat_template_options"),
-        f"{_DATA}*": unneeded("rows are read and rendered as they are drawn"),
+        f"{_DATA}train_max_samples": only(-1, "set data.train.max_rows", "all are read"),
+        f"{_DATA}val_max_samples": only(-1, "set data.eval.max_rows", "all are read"),
+        f"{_DATA}tool_config_path": only("", _TOOLS),
+        f"{_DATA}apply_chat_template_kwargs": unneeded("it is empty"),
+        **all_of((f"{_DATA}{key}" for key in _READING), unneeded("rows are read and rendered as they are drawn")),
         f"{_DATA}datagen.*": only("", "rows are read from files"),
         f"{_CRITIC}**": unneeded("the critic is trained as the actor is; see critic.optimizer"),
         "reward_model.enable": only(False, "write a reward function that asks the model (docs/rewards.md)"),
@@ -400,9 +475,9 @@ TABLE = Table(
         "custom_reward_function.**": unneeded("custom_reward_function.path is what counts"),
         f"{_ALGORITHM}use_pf_ppo": only(False, "every sample is trained on once an epoch"),
         f"{_ALGORITHM}pf_ppo.*": unneeded("use_pf_ppo is what counts"),
-        f"{_ALGORITHM}filter_groups.metric": unneeded("a group whose rewards are all equal is replaced"),
-        f"{_ALGORITHM}rollout_correction.rollout_rs": only("", "see algorithm.correction: icepop and geometric leave samples out"),
-        f"{_ALGORITHM}rollout_correction.*": unneeded("rollout_is and rollout_rs are what counts"),
+        f"{_FILTER}metric": unneeded("a group whose rewards are all equal is replaced"),
+        f"{_CORRECTION}rollout_rs": only("", "see algorithm.correction: icepop and geometric leave samples out"),
+        f"{_CORRECTION}*": unneeded("rollout_is and rollout_rs are what counts"),
         f"{_TRAINER}device": to("backend.name", text),
         f"{_TRAINER}save_freq": to("train.save_every", interval),
         f"{_TRAINER}logger": _loggers,
@@ -411,7 +486,8 @@ TABLE = Table(
         f"{_TRAINER}resume_mode": unneeded(shared.RESUME),
         f"{_TRAINER}resume_from_path": unneeded(shared.RESUME),
         f"{_TRAINER}balance_batch": unneeded("groups are dealt to ranks by their tokens"),
-        f"{_TRAINER}*": unneeded(shared.FOLDER),
+        **all_of((f"{_TRAINER}{key}" for key in _FOLDERS), unneeded(shared.FOLDER)),
+        **all_of((f"{_TRAINER}{key}" for key in _LAUNCHING), unneeded(shared.LAUNCHED)),
         "global_profiler.**": unneeded(shared.MEASURED),
         "ray_kwargs.**": unneeded(shared.LAUNCHED),
         "ray_init.**": unneeded(shared.LAUNCHED),
@@ -443,7 +519,7 @@ TABLE = Table(
             _advantage,
         ),
         Together((f"{_ACTOR}loss_agg_mode",), _aggregation),
-        Together((f"{_ALGORITHM}filter_groups.enable", f"{_ALGORITHM}filter_groups.max_num_gen_batches"), _refills),
+        Together((f"{_FILTER}enable", f"{_FILTER}max_num_gen_batches"), _refills),
         Together((f"{_CORRECTION}rollout_is", f"{_CORRECTION}rollout_is_threshold"), _correction),
         *(
             Together(tuple(f"{place}{name}" for name in ("enable", "len", "penalty_factor")), partial(_overlong, place=place))
