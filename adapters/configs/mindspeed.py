@@ -127,9 +127,13 @@ def _rewards(given: Given) -> Sequence[Outcome]:
 
 def _vision(given: Given) -> Outcome:
     """Embeddings that are reused are those of a tower that does not learn."""
-    if given(f"{_RL}reuse_image_embeds", flag) or given(f"{_RL}colocate_actor_and_vit", flag):
+    if _tower_is_frozen(given):
         return Mapped({"model.freeze": ["vision"]}, "the vision tower does not learn, and each image is encoded once a step")
     return Unneeded("the vision tower is a part of the actor, and learns")
+
+
+def _tower_is_frozen(given: Given) -> bool:
+    return given(f"{_RL}reuse_image_embeds", flag) or given(f"{_RL}colocate_actor_and_vit", flag)
 
 
 def _images(given: Given) -> Outcome:
@@ -153,7 +157,8 @@ def _data(given: Given) -> Outcome:
 def _placement(given: Given) -> Outcome:
     if not given(f"{_RL}use_integrated_worker", flag):
         return Unsupported("divide the roles among pools: placement.pools (docs/placement.md)")
-    parked = ["engine", *(["reference"] if given(f"{_RL}init_kl_coef", number) else [])]
+    parts = {"engine": True, "reference": bool(given(f"{_RL}init_kl_coef", number)), "vision": _tower_is_frozen(given)}
+    parked = [part for part, there in parts.items() if there]
     settings: dict[str, Any] = {"placement.kind": "ray", "placement.offload": parked}
     devices = given.get(f"{_RL}actor_resource.num_npus", whole)
     if devices is None:

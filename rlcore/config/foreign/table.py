@@ -188,7 +188,7 @@ class Table:
 
 
 def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(re.escape(key).replace(r"\*\*", ".+").replace(r"\*", "[^.]+"))
+    return re.compile(re.escape(key).replace(r"\*\*", ".+").replace(r"\*", "[^.]*"))
 
 
 def all_of(keys: Iterable[str], convert: Convert) -> dict[str, Convert]:
