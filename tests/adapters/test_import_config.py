@@ -549,6 +549,14 @@ def test_interpolations():
             imported("chatlearn", f"{size}={reference}")
 
 
+def test_numbers_are_what_omegaconf_reads():
+    """YAML 1.1 reads 1e-6 as a text."""
+    found = imported("chatlearn", "models.policy_trainer.optimizer.lr=3e-6", "models.policy_trainer.kl_coef='0.02'")
+    lr = next(entry.theirs[key] for entry in found.entries for key in entry.theirs if key.endswith("optimizer.lr"))
+    assert lr == 3e-6 and isinstance(lr, float)
+    assert found.settings["algorithm.kl_coef"] == 0.02, "a quoted number, as of an environment variable, counts as well"
+
+
 def test_overrides_as_hydra_has_them():
     assert settings("chatlearn", "++models.policy.temperature=0.9", "++models.policy.max_num_batched_tokens=4096")[
         "rollout.options.max_num_batched_tokens"
