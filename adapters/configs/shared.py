@@ -106,8 +106,8 @@ def minibatches(prompts: int, steps: int) -> tuple[int, str]:
 
 
 def share(given: Given, key: str, whole: int, part: int, of: str) -> int:
-    """whole / part; ConfigError where that leaves a rest."""
-    if part < 1 or whole % part:
+    """whole / part; ConfigError where that leaves a rest, or nothing."""
+    if min(whole, part) < 1 or whole % part:
         raise given.error(key, f"{whole} {of} cannot be split into equal parts of {part}")
     return whole // part
 

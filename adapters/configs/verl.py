@@ -21,7 +21,7 @@ from rlcore.config.foreign.table import (
     to,
     unneeded,
 )
-from rlcore.config.foreign.values import flag, interval, number, text, texts, top_k, whole
+from rlcore.config.foreign.values import flag, interval, number, numbers, text, texts, top_k, whole
 
 from . import shared
 from .shared import CAP, DATA, MODEL
@@ -89,7 +89,9 @@ def _training_steps(given: Given) -> int:
             f"{epochs} passes over the rows are as many steps as there are rows for: give their number (--rows N), or"
             f" {_TRAINER}total_training_steps=N",
         )
-    return given.rows // given(_PROMPTS, whole) * epochs
+    if given.rows < (prompts := given(_PROMPTS, whole)):
+        raise given.error(_PROMPTS, f"{prompts} prompts a step are more than the {given.rows} rows that there are (--rows)")
+    return given.rows // prompts * epochs
 
 
 def _updates(given: Given) -> int:
@@ -387,7 +389,7 @@ TABLE = Table(
         f"{_ACTOR}ulysses_sequence_parallel_size": to("sharding.sequence_parallel", whole),
         f"{_ACTOR}ppo_micro_batch_size": only("", "give ppo_micro_batch_size_per_gpu, or a cap of tokens"),
         f"{_RATE}weight_decay": to("optimizer.weight_decay", number),
-        f"{_RATE}betas": to("optimizer.betas", lambda value: [number(one) for one in value]),
+        f"{_RATE}betas": to("optimizer.betas", numbers),
         f"{_RATE}num_cycles": only(0.5, "a cosine falls once", "a cosine falls once"),
         f"{_RATE}total_training_steps": unneeded("the schedule ends with the run"),
         f"{_ACTOR}fsdp_config.fsdp_size": only(-1, "set sharding.replicas: the number of copies", "one copy over all devices"),

@@ -36,18 +36,19 @@ VISION = [  # what ChatLearn's script for Qwen2.5-VL-7B says after its template
 TEXT = [  # its script for Qwen3-8B
     "runtime_args.sample_per_episode=2048", "runtime_args.train_global_batch_size=2048",
     "runtime_args.train_micro_batch_size=256", "runtime_args.save_episode_interval=5", "runtime_args.eval_episode_interval=5",
-    "models.policy_trainer.packing=True", "models.policy_trainer.optimizer.lr=2e-6", "models.policy.gpu_memory_utilization=0.85",
+    "models.policy_trainer.packing=True", "models.policy_trainer.optimizer.lr=2e-6",
+    "models.policy.gpu_memory_utilization=0.85",
 ]  # fmt: skip
 MEGATRON = [  # its script for Qwen2.5-VL-7B with Megatron
     "runtime_args.num_episode=50", "runtime_args.sample_per_episode=2048", "runtime_args.train_global_batch_size=2048",
-    "runtime_args.train_micro_batch_size=1", "runtime_args.save_episode_interval=1000000", "runtime_args.eval_episode_interval=1",
-    "runtime_args.enable_eval_before_training=True", "models.policy_trainer.packing=False",
+    "runtime_args.train_micro_batch_size=1", "runtime_args.save_episode_interval=1000000",
+    "runtime_args.eval_episode_interval=1", "runtime_args.enable_eval_before_training=True", "models.policy_trainer.packing=False",
     "models.policy_trainer.max_token_in_packing=8192", "models.policy_trainer.tensor_model_parallel_size=2",
     "models.policy.tensor_model_parallel_size=1", "models.policy.gpu_memory_utilization=0.75",
 ]  # fmt: skip
 LARGE = [  # what MindSpeed-MM's file for Qwen2.5-VL-32B has else
-    "actor_config.tensor_model_parallel_size=8", "actor_config.pipeline_model_parallel_size=2", "vit_config.micro_batch_size=16",
-    "vit_config.model=qwen2.5vl_32b", "vit_config.load=models/vit", "vit_config.tensor_model_parallel_size=1",
+    "actor_config.tensor_model_parallel_size=8", "actor_config.pipeline_model_parallel_size=2",
+    "vit_config.micro_batch_size=16", "vit_config.model=qwen2.5vl_32b", "vit_config.load=models/vit", "vit_config.tensor_model_parallel_size=1",
     "vit_config.no_load_optim=true", "rl_config.max_packing_token_size=[90000,4000]", "rl_config.colocate_actor_and_vit=true",
     "rl_config.actor_resource.num_npus=16", "rl_config.vit_resource.num_npus=16",
     "generate_config.infer_tensor_parallel_size=2",
@@ -145,13 +146,13 @@ def test_an_imported_file_passes_plan(seed, tmp_path, capsys, monkeypatch):
 
 def test_samples_and_optimizer_steps_of_an_episode_become_prompts_and_minibatches():
     found = imported("chatlearn", *VISION, "runtime_args.train_global_batch_size=128")
-    assert {key: found.settings[key] for key in ("train.prompts_per_step", "algorithm.group_size", "train.minibatches_per_step")} == {
-        "train.prompts_per_step": 128, "algorithm.group_size": 4, "train.minibatches_per_step": 4,
-    }  # fmt: skip
-    assert "512 samples / 4 a prompt = 128 prompts, 512 / 128 = 4 optimizer steps" in outcome(found, "runtime_args.sample_per_episode").note
-    uneven = imported("chatlearn", *VISION, "runtime_args.train_global_batch_size=2")  # half a group of 4
-    assert uneven.settings["train.minibatches_per_step"] == 128
-    assert "128 optimizer steps instead of 256" in outcome(uneven, "runtime_args.sample_per_episode").note
+    keys = ("train.prompts_per_step", "algorithm.group_size", "train.minibatches_per_step")
+    assert [found.settings[key] for key in keys] == [128, 4, 4]
+    note = outcome(found, "runtime_args.sample_per_episode").note
+    assert "512 samples / 4 a prompt = 128 prompts, 512 / 128 = 4 optimizer steps" in note
+    uneven = imported("chatlearn", *VISION, "runtime_args.sample_per_episode=48", "runtime_args.train_global_batch_size=6")
+    assert uneven.settings["train.minibatches_per_step"] == 6, "of 12 prompts: a group of 4 is not in two of them"
+    assert "6 optimizer steps instead of 8" in outcome(uneven, "runtime_args.sample_per_episode").note
 
 
 def test_a_group_size_in_two_places_is_called_out_where_they_differ():
@@ -187,6 +188,8 @@ def test_passes_over_the_rows_ask_for_their_number():
         imported("verl")
     assert settings("verl", rows=2101)["train.steps"] == 2101 // 512 * 15
     assert settings("verl", "+trainer.total_training_steps=70")["train.steps"] == 70
+    with pytest.raises(ConfigError, match="512 prompts a step are more than the 100 rows"):
+        imported("verl", rows=100)
 
 
 def test_warm_up_in_steps_is_warm_up_in_optimizer_steps():
@@ -200,7 +203,8 @@ def test_warm_up_in_steps_is_warm_up_in_optimizer_steps():
 
 def test_schedules():
     style = ["actor_config.lr_decay_style=cosine", "actor_config.min_lr=1e-7"]
-    assert (settings("mindspeed", *style)["optimizer.schedule"], settings("mindspeed", *style)["optimizer.min_lr"]) == ("cosine", 1e-7)
+    found = settings("mindspeed", *style)
+    assert (found["optimizer.schedule"], found["optimizer.min_lr"]) == ("cosine", 1e-7)
     assert "optimizer.min_lr" not in settings("mindspeed")
     assert settings("rlinf", "actor.optim.min_lr_rate=0.1")["sft.optimizer.min_lr"] == pytest.approx(1e-6)
     falling = imported("megatron", "models.policy_trainer.optimizer.min_lr=1e-7")
@@ -250,7 +254,8 @@ def test_defaults_that_differ_from_ours_are_written_out():
         ),
         (
             [
-                "actor_rollout_ref.actor.use_kl_loss=false", "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive",
+                "actor_rollout_ref.actor.use_kl_loss=false", "algorithm.use_kl_in_reward=true",
+                "algorithm.kl_ctrl.type=adaptive",
             ],
             {"kl_in": "reward", "kl_coef": 0.001, "kl_estimator": "kl", "kl_target": 0.1, "kl_horizon": 10000},
         ),
@@ -304,7 +309,7 @@ def test_settings_of_dapo():
         "+reward_model.overlong_buffer.penalty_factor=1.0", "+reward_model.reward_manager=dapo",
     ]  # fmt: skip
     found = settings("verl", *dapo, rows=600)
-    assert (found["algorithm.max_refills"], found["algorithm.overlong_share"], found["algorithm.overlong_penalty"]) == (9, 0.25, 1.0)
+    assert [found[f"algorithm.{key}"] for key in ("max_refills", "overlong_share", "overlong_penalty")] == [9, 0.25, 1.0]
 
 
 def test_intervals_that_are_off_and_a_last_step_that_is_always_saved():
@@ -463,7 +468,8 @@ def test_an_unknown_key_is_named_with_the_nearest_and_writes_nothing(tmp_path, c
     file = write(tmp_path, (FILES / "mindspeed_3b.yaml").read_text().replace("init_kl_coef:", "init_kl_cof:"))
     status, out, error = run(capsys, "mindspeed", file, "--output", tmp_path / "run.yaml")
     assert (status, out) == (2, "") and not (tmp_path / "run.yaml").exists()
-    assert f"{file}: rl_config.init_kl_cof: is no key that is known of MindSpeed-RL; did you mean rl_config.init_kl_coef?" in error
+    assert f"{file}: rl_config.init_kl_cof: is no key that is known of MindSpeed-RL" in error
+    assert "did you mean rl_config.init_kl_coef?" in error
     status, _, error = run(capsys, "mindspeed", file, "--output", tmp_path / "run.yaml", "--skip-unknown")
     assert status == 0 and "unknown, left out:\n  rl_config.init_kl_cof: 0.01" in error
     assert loader.load(tmp_path / "run.yaml").train.prompts_per_step == 512
@@ -477,6 +483,9 @@ def test_an_unknown_key_is_named_with_the_nearest_and_writes_nothing(tmp_path, c
         ("rl_config.use_dynamic_bsz=maybe", r"rl_config\.use_dynamic_bsz: must be true or false; it is 'maybe'"),
         ("megatron_training.tokenizer_name_or_path=[a]", r"tokenizer_name_or_path: must be a text; it is \['a'\]"),
         ("rl_config.mini_batch_size=100", r"rl_config\.mini_batch_size: 512 prompts .* equal parts of 100"),
+        ("rl_config.max_packing_token_size=[]", r"max_packing_token_size: must be a number or a list of numbers; it is \[\]"),
+        ("megatron_training.global_batch_size=0", r"global_batch_size.* cannot be split"),
+        ("megatron_training.data_path=[{a: '${now:x}'}]", r"data_path: cannot be resolved here"),
         ("rl_config.adv_estimator=other", r"rl_config\.adv_estimator: must be group_norm or gae; it is 'other'"),
         ("~megatron_training.global_batch_size", r"megatron_training\.global_batch_size: must be set"),
         ("actor_config.lr=-1", r"as a run file of ours: optimizer\.lr: .*greater than 0"),
@@ -534,8 +543,8 @@ def test_what_our_file_must_have_is_named_with_the_key_that_gives_it():
 
 def test_interpolations():
     environment = {"ROOT": "/data"}
-    path = settings("chatlearn", "runtime_args.data_path=${oc.env:ROOT}/${.exp_name}.json", environment=environment)["data.train"]
-    assert path["path"] == "/data/grpo_fsdp.json"
+    override = "runtime_args.data_path=${oc.env:ROOT}/${.exp_name}.json"
+    assert settings("chatlearn", override, environment=environment)["data.train"]["path"] == "/data/grpo_fsdp.json"
     size = "models.policy.num_inference_per_prompt"
     assert settings("chatlearn", f"{size}=${{oc.env:N,8}}")["algorithm.group_size"] == 8
     assert settings("chatlearn", f"{size}=${{oc.select:nothing.there,16}}")["algorithm.group_size"] == 16
@@ -544,7 +553,8 @@ def test_interpolations():
     assert settings("chatlearn", *default)["algorithm.group_size"] == 32, "the framework's own default"
     unread = imported("chatlearn", "runtime_args.exp_name=${now:%Y}")
     assert isinstance(outcome(unread, "runtime_args.exp_name"), Unneeded), "only what is asked for must be known"
-    for reference, why in {"${oc.env:NONE}": "has no NONE", "${nothing}": "there is no nothing", f"${{{size}}}": "itself"}.items():
+    wrong = {"${oc.env:NONE}": "has no NONE", "${nothing}": "there is no nothing", f"${{{size}}}": "itself"}
+    for reference, why in wrong.items():
         with pytest.raises(ConfigError, match=why):
             imported("chatlearn", f"{size}={reference}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class _Resolver:
             return self.section(path, value)
         if isinstance(value, list):
             entries = [self._value(path, entry) for entry in value]
-            return next((entry for entry in entries if isinstance(entry, Unresolved)), entries)
+            return next(_unresolved(entries), entries)
         if not isinstance(value, str) or "${" not in value:
             return value
         try:
@@ -109,6 +109,14 @@ class _Resolver:
                 return self._defaults[key]
             value = value[part]
         return value
+
+
+def _unresolved(value: Any) -> Iterator[Unresolved]:
+    """Whatever in a list, or in sections in it, has no value here."""
+    if isinstance(value, Unresolved):
+        yield value
+    for entry in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _unresolved(entry)
 
 
 def _plain(text: str) -> Any:

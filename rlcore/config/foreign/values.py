@@ -47,7 +47,10 @@ def texts(value: Any) -> list[str]:
 
 
 def numbers(value: Any) -> list[float]:
+    """A list, or one number."""
     entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise ValueError("must be a number or a list of numbers")
     return [number(entry) for entry in entries]
 
 
