@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,15 @@ TEXT = [  # its script for Qwen3-8B
 MEGATRON = [  # its script for Qwen2.5-VL-7B with Megatron
     "runtime_args.num_episode=50", "runtime_args.sample_per_episode=2048", "runtime_args.train_global_batch_size=2048",
     "runtime_args.train_micro_batch_size=1", "runtime_args.save_episode_interval=1000000",
-    "runtime_args.eval_episode_interval=1", "runtime_args.enable_eval_before_training=True", "models.policy_trainer.packing=False",
+    "runtime_args.eval_episode_interval=1", "runtime_args.enable_eval_before_training=True",
+    "models.policy_trainer.packing=False",
     "models.policy_trainer.max_token_in_packing=8192", "models.policy_trainer.tensor_model_parallel_size=2",
     "models.policy.tensor_model_parallel_size=1", "models.policy.gpu_memory_utilization=0.75",
 ]  # fmt: skip
 LARGE = [  # what MindSpeed-MM's file for Qwen2.5-VL-32B has else
     "actor_config.tensor_model_parallel_size=8", "actor_config.pipeline_model_parallel_size=2",
-    "vit_config.micro_batch_size=16", "vit_config.model=qwen2.5vl_32b", "vit_config.load=models/vit", "vit_config.tensor_model_parallel_size=1",
+    "vit_config.micro_batch_size=16", "vit_config.model=qwen2.5vl_32b",
+    "vit_config.load=models/vit", "vit_config.tensor_model_parallel_size=1",
     "vit_config.no_load_optim=true", "rl_config.max_packing_token_size=[90000,4000]", "rl_config.colocate_actor_and_vit=true",
     "rl_config.actor_resource.num_npus=16", "rl_config.vit_resource.num_npus=16",
     "generate_config.infer_tensor_parallel_size=2",
@@ -71,9 +74,17 @@ ELSEWHERE = (  # what a recipe chose by itself: its files and devices, and setti
 def imported(file, *overrides, rows=None, skip_unknown=False, environment=()):
     """The conversion of one of the files here, or of settings."""
     name = FILE_OF.get(file, file)
-    table = registry.load("run_files", name.partition("_")[0])
-    document = read_document(FILES / f"{name}.yaml", overrides, table, table.defaults, dict(environment))
-    return convert(table, document, rows, skip_unknown)
+    return convert(table_of(name), document_of(name, overrides, environment), rows, skip_unknown)
+
+
+def document_of(name, overrides, environment=()):
+    table = table_of(name)
+    return read_document(FILES / f"{name}.yaml", overrides, table, table.defaults, dict(environment))
+
+
+@cache
+def table_of(name):
+    return registry.load("run_files", name.partition("_")[0])
 
 
 def settings(file, *overrides, **options):
@@ -104,8 +115,7 @@ def test_the_guides_own_files_have_nothing_unsupported_and_every_key_is_accounte
     assert not [entry for entry in conversion.entries if isinstance(entry.outcome, Unsupported)]
     assert not conversion.unknown and not conversion.to_set
     accounted = {key for entry in conversion.entries for key in entry.theirs}
-    written = registry.load("run_files", FILE_OF[file].partition("_")[0])
-    document = read_document(FILES / f"{FILE_OF[file]}.yaml", overrides, written, written.defaults, {})
+    document = document_of(FILE_OF[file], overrides)
     assert document.values.keys() <= accounted
     text = report(conversion)
     assert all(f"{key}:" in text for key in document.values)
@@ -578,7 +588,7 @@ def test_overrides_as_hydra_has_them():
 @pytest.mark.parametrize("name", ["chatlearn", "mindspeed", "rlinf", "verl"])
 def test_every_setting_that_a_table_names_is_one_of_ours(name):
     """A converted value has a setting that exists; required ones and defaults have keys that the table knows."""
-    table = registry.load("run_files", name)
+    table = table_of(name)
     assert all(map(table, table.defaults)), [key for key in table.defaults if not table(key)]
     assert all(map(table, table.required.values()))
     assert not {key for one in table.together for key in one.keys} & table.keys.keys()
