@@ -119,6 +119,7 @@ def _precision(given: Given) -> Outcome:
 
 
 def _sharding(given: Given) -> Outcome:
+    """reshard_after_forward is fsdp2's; fsdp has shard_grad_op for it."""
     strategy = given(f"{_FSDP}sharding_strategy", text)
     nodes = given(f"{_CLUSTER}num_nodes", whole)
     kinds = {
@@ -129,7 +130,10 @@ def _sharding(given: Given) -> Outcome:
     }
     if strategy not in kinds:
         raise given.error(f"{_FSDP}sharding_strategy", f"must be one of {', '.join(kinds)}; it is {strategy!r}")
-    return Mapped(kinds[strategy], f"one copy a node, of {nodes}" if strategy == "hybrid_shard" else "")
+    settings = dict(kinds[strategy])
+    if given(f"{_FSDP}strategy", text) == "fsdp2" and strategy != "shard_grad_op":
+        settings["sharding.reshard_after_forward"] = given(f"{_FSDP}reshard_after_forward", flag)
+    return Mapped(settings, f"one copy a node, of {nodes}" if strategy == "hybrid_shard" else "")
 
 
 def _placement(given: Given) -> Outcome:
@@ -194,7 +198,6 @@ TABLE = Table(
         f"{_RATE}num_cycles": only(0.5, "a cosine falls once", "a cosine falls once"),
         f"{_FSDP}gradient_checkpointing": to("train.gradient_checkpointing", flag),
         f"{_FSDP}cpu_offload": to("sharding.cpu_offload", flag),
-        f"{_FSDP}reshard_after_forward": to("sharding.reshard_after_forward", flag),
         f"{_FSDP}enable_gradient_accumulation": unneeded("gradients are summed over micro-batches"),
         f"{_FSDP}save_full_model_weights": unneeded(shared.HF_CHECKPOINT),
         **all_of((f"{_FSDP}grad_scaler.*", f"{_FSDP}amp_autocast.*"), unneeded("bf16 needs no scaling; see model.precision")),
@@ -226,7 +229,7 @@ TABLE = Table(
         ),
         Together((f"{_ACTOR}micro_batch_size", f"{_DATA}max_prompt_length"), _microbatches),
         Together((f"{_ACTOR}model.precision", f"{_FSDP}mixed_precision.param_dtype"), _precision),
-        Together((f"{_FSDP}strategy", f"{_FSDP}sharding_strategy"), _sharding),
+        Together((f"{_FSDP}strategy", f"{_FSDP}sharding_strategy", f"{_FSDP}reshard_after_forward"), _sharding),
         Together((f"{_CLUSTER}num_nodes", f"{_CLUSTER}component_placement.actor"), _placement),
         Together((f"{_ACTOR}model.is_lora", f"{_ACTOR}model.lora_rank"), _lora),
     ),
@@ -244,7 +247,9 @@ TABLE = Table(
         f"{_RATE}lr_warmup_steps_ratio": 0.0,
         f"{_RATE}adam_beta1": 0.9,
         f"{_RATE}adam_beta2": 0.999,
+        f"{_FSDP}strategy": "fsdp",
         f"{_FSDP}sharding_strategy": "full_shard",
+        f"{_FSDP}reshard_after_forward": True,
         f"{_CLUSTER}num_nodes": 1,
         f"{_CLUSTER}component_placement.actor": "all",
     },

@@ -12,14 +12,14 @@ import yaml
 from rlcore import registry
 from rlcore.cli.main import main
 from rlcore.config import loader
-from rlcore.config.foreign.conversion import convert
+from rlcore.config.foreign.conversion import Conversion, Entry, convert
 from rlcore.config.foreign.document import read_document
 from rlcore.config.foreign.report import report, run_file
 from rlcore.config.foreign.table import Mapped, Unneeded, Unsupported
 from rlcore.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FILES = Path(__file__).parent / "run_files"
+FILES = Path(__file__).parent / "theirs"
 ROWS = ROOT / "examples" / "recipes" / "rows"
 FILE_OF = {
     "chatlearn": "chatlearn_fsdp", "megatron": "chatlearn_megatron", "mindspeed": "mindspeed_3b", "rlinf": "rlinf_robo2vlm",
@@ -366,6 +366,21 @@ def test_sharding_strategies(strategy, expected):
     found = settings("rlinf", *overrides, "cluster.component_placement.actor=0-15")
     assert {key[9:]: value for key, value in found.items() if key.startswith("sharding.")} == expected
     assert found["placement.devices"] == 16
+
+
+def test_weights_that_stay_gathered_under_fsdp2():
+    key, kept = "sharding.reshard_after_forward", ["+actor.fsdp_config.reshard_after_forward=false"]
+    assert key not in settings("rlinf", *kept), "fsdp has shard_grad_op for it"
+    assert settings("rlinf", *kept, "actor.fsdp_config.strategy=fsdp2")[key] is False
+
+
+def test_two_keys_that_contradict_each_other_are_an_error():
+    found = Conversion(table_of("rlinf"), "theirs.yaml")
+    found.add(Entry({"a.first": 1}, Mapped({"seed": 1, "placement.offload": ["engine"]})))
+    found.add(Entry({"a.same": 1}, Mapped({"seed": 1, "placement.offload": ["engine", "optimizer"]})))
+    assert found.settings == {"seed": 1, "placement.offload": ["engine", "optimizer"]}
+    with pytest.raises(ConfigError, match=r"theirs\.yaml: a\.second: gives seed 2, and another key gives 1; change one"):
+        found.add(Entry({"a.second": 2}, Mapped({"seed": 2})))
 
 
 def test_roles_that_are_not_together_have_pools():

@@ -91,7 +91,7 @@ def _ordered(section: str, values: Any) -> Any:
 
 
 def _unknown(table: Table, source: str, key: str) -> str:
-    close = difflib.get_close_matches(key, table.names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(key, table.names, n=1, cutoff=0.8)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"{source}: {key}: is no key that is known of {table.framework}{hint} (--skip-unknown leaves such keys out)"
 
