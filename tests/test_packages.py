@@ -16,7 +16,7 @@ CORE = (  # bottom up; packages in one line do not import each other
     ["__main__"],
 )  # fmt: skip
 BACKENDS = (["common"], ["cpu", "cuda", "vllm", "ray"], ["npu", "launch"])
-ADAPTERS = (["models", "datasets"],)
+ADAPTERS = (["models", "datasets", "configs"],)
 
 
 def module_of(file: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from rlcore import registry
 from rlcore.cli.data import run_data
 from rlcore.cli.evaluate import run_evaluation
+from rlcore.cli.import_config import run_import_config
 from rlcore.cli.inspect import run_plan, run_show
 from rlcore.cli.launch import LAUNCHER, TRAINERS, run_launch
 from rlcore.cli.machine import run_check, run_doctor
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, 1 the run failed, 130 interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if wrong := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+    if wrong := [argument for argument in rest if not _is_override(argument)]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest and "overrides" not in options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _is_override(argument: str) -> bool:
+    """`a.b=value`, or Hydra's `~a.b`."""
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 class _Command(argparse.ArgumentParser):
@@ -88,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", run_show, "every setting of the run, as YAML")
     _add_data(commands)
+    _add_import_config(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser
@@ -119,6 +126,18 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         help="leave out rows for this reason, as the command names it, even if they are more than half of a split",
     )  # fmt: skip
     command.set_defaults(run=run_data)
+
+
+def _add_import_config(commands: argparse._SubParsersAction) -> None:
+    what = "turn another framework's run file into one of ours, and say what became of each key"
+    command = commands.add_parser("import-config", help=what, description=what[0].upper() + what[1:] + ".")
+    command.add_argument("framework", metavar="FRAMEWORK", help=f"whose file it is: {', '.join(registry.names('run_files'))}")
+    command.add_argument("file", type=Path, metavar="FILE", help="its YAML file; one that Hydra composes, composed (--cfg job)")
+    command.add_argument("overrides", nargs="*", metavar="a.b=value", help="what follows it there; also +a.b=, ++a.b=, ~a.b")
+    command.add_argument("--output", type=Path, metavar="RUN.yaml", help="a new file; default: standard output")
+    command.add_argument("--rows", type=int, metavar="N", help="training rows, if the file counts passes over them")
+    command.add_argument("--skip-unknown", action="store_true", help="leave out keys that are not known of the framework")
+    command.set_defaults(run=run_import_config)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

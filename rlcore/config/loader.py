@@ -22,7 +22,7 @@ class _KeyTwice(Exception):
     """`LINE: 'key' is already set on line LINE`."""
 
 
-class _EachKeyOnce(yaml.SafeLoader):
+class EachKeyOnce(yaml.SafeLoader):
     """Rejects duplicate keys, of which SafeLoader would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -51,7 +51,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _based(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file merged into those of its base; `above`: the files that it is the base of."""
-    values = _file(path)
+    values = read_mapping(path)
     if (base := values.pop("base", None)) is None:
         return values
     if not isinstance(base, str):
@@ -70,9 +70,10 @@ def _merged(below: Any, values: Any) -> Any:
     return kept | {key: _merged(below.get(key), value) for key, value in values.items() if value is not None}
 
 
-def _file(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, yaml_loader: type[EachKeyOnce] = EachKeyOnce) -> dict[str, Any]:
+    """Read the file's settings; ConfigError for a file that is not there, is no YAML or holds anything else."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        values = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such run file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -133,7 +134,7 @@ def _explain(schema: type[BaseModel], prefix: str, detail: Any, values: Any) -> 
     key = prefix + ".".join(_written(location, values))
     kind, given = detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return f"{key}: no such setting{nearest(location[-1], _fields(schema, location[:-1]))}"
+        return f"{key}: no such setting{nearest(location[-1], fields_of(schema, location[:-1]))}"
     if kind == "missing":
         return f"{key}: must be set"
     if kind == "value_error":
@@ -153,7 +154,7 @@ def _written(location: Sequence[str], values: Any) -> Iterator[str]:
         values = there
 
 
-def _fields(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+def fields_of(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The settings of the section at `path`."""
     for name in path:
         if name in schema.model_fields:  # else an entry of a list or table
