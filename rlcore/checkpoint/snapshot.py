@@ -56,7 +56,12 @@ class Snapshot:
 
     def text(self, name: str, content: str) -> None:
         """Add a small file, which the first rank writes."""
-        self.files(lambda folder: replace_file(folder / name, content))
+
+        def write(folder: Path) -> None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / name, content)
+
+        self.files(write)
 
     def files(self, write: Callable[[Path], Any]) -> None:
         """Add what the first rank writes when it is given the folder."""
@@ -71,6 +76,7 @@ class Snapshot:
         """Write it all, then say so in the folder (`written`). The copies are freed one file after the other."""
         while self._writes:
             self._writes.pop(0)()
+        self.folder.mkdir(parents=True, exist_ok=True)
         sums = {str(path.relative_to(self.folder)): checksum(path) for path in self._files}
         replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(sums))
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from rlcore import registry
+from rlcore.atomic import replace_file
 from rlcore.config.foreign.conversion import convert
 from rlcore.config.foreign.document import read_document
 from rlcore.config.foreign.report import report, run_file
 from rlcore.config.foreign.table import Table
-from rlcore.errors import ConfigError, Unwritten
+from rlcore.errors import ConfigError, RunError
 
 
 def run_import_config(options: argparse.Namespace) -> None:
@@ -31,11 +32,7 @@ def run_import_config(options: argparse.Namespace) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file, or none. Unwritten says why."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.rename(draft, path)
+        replace_file(path, text)
     except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise Unwritten(f"--output: {path} cannot be written: {error}") from error
+        raise RunError(f"--output: {path} cannot be written: {error}") from error
