@@ -16,10 +16,10 @@ from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.types import Batch, Group, Metrics, NamedTensors, Prompt, Receipt, Row, Sampling, Score, Vision
 
 if TYPE_CHECKING:
-    from rlcore.checkpoint.snapshot import Snapshot
     from rlcore.checks import CheckResult
     from rlcore.config.sections import LoraConfig, RolloutConfig
     from rlcore.device import Backend
+    from rlcore.distributed.snapshot import Snapshot
     from rlcore.distributed.ulysses import Slice
     from rlcore.types import Packed
 

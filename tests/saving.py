@@ -8,7 +8,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from rlcore.checkpoint.snapshot import Snapshot
+from rlcore.distributed.snapshot import Snapshot
 
 
 def save(role, folder):

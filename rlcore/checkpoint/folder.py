@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlcore.checkpoint.snapshot import checksum
+from rlcore.distributed.snapshot import checksum
 from rlcore.errors import ConfigError
 
 STATE, LATEST = "state.json", "latest"

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from rlcore.atomic import replace_file
 from rlcore.checkpoint.folder import LATEST, STATE, checkpoints, drafts, read_state
-from rlcore.checkpoint.snapshot import written
 from rlcore.checkpoint.state import random_states
+from rlcore.distributed.snapshot import written
 from rlcore.errors import RunError, WorkerDied
 
 _POLL = 0.02  # seconds

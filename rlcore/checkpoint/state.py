@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-from rlcore.checkpoint.snapshot import Snapshot
+from rlcore.distributed.snapshot import Snapshot
 
 
 def random_states() -> dict[str, Any]:

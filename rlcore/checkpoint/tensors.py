@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.distributed.parts import Stored, sharded
+from rlcore.distributed.snapshot import Snapshot
 
 _COUNT = torch.zeros(())  # what the optimizer's own count of steps looks like
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.schedule import MinibatchSchedule
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed.fsdp import gathered, read
 from rlcore.distributed.parts import Stored, fill
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel

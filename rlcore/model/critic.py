@@ -13,10 +13,10 @@ from torch.nn import functional
 from rlcore.algorithms import aggregation, ppo
 from rlcore.algorithms.objective import Reduction, tokens
 from rlcore.algorithms.schedule import MinibatchSchedule
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed.parts import Stored, fill
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.distributed.ulysses import Slice
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel

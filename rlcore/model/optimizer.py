@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.tensors import load_optimizer, save_optimizer
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import NonFinite
 from rlcore.types import Batch, Metrics, TokenLoss
 

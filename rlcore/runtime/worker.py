@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rlcore.algorithms.task import training_task
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import load_generator, save_generator, seed_random_states
 from rlcore.config.placement import ROLES
 from rlcore.distributed import world
 from rlcore.distributed.broadcast import WeightBroadcast
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import ConfigError
 from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.critic import TorchCritic

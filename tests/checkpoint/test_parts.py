@@ -15,9 +15,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from rlcore.checkpoint.snapshot import Snapshot, written
 from rlcore.distributed import parts
 from rlcore.distributed.parts import Part, Stored, sharded
+from rlcore.distributed.snapshot import Snapshot, written
 from rlcore.errors import ConfigError
 
 RANKS = 4

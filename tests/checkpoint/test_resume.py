@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from rlcore.checkpoint.folder import latest_checkpoint, newest_checkpoint, read_state
 from rlcore.checkpoint.saver import Saver
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import random_states, restore_random_states
 from rlcore.cli import train
 from rlcore.cli.main import INTERRUPTED, main
 from rlcore.cli.run_folder import Claim
 from rlcore.data.prompts import PromptSource
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import ConfigError, RunError, WorkerDied
 from rlcore.monitor.sinks import Sinks
 from rlcore.runtime.signals import Interruption

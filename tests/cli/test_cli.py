@@ -276,7 +276,7 @@ def test_resuming_needs_a_run_and_a_checkpoint(start, tmp_path):
     status, _, said, folder = start("--resume")
     assert status == 2 and said == f"rlcore: --resume: {folder} holds no run (no config.yaml)\n"
     folder.mkdir()
-    (folder / "config.yaml").touch()
+    (folder / "config.yaml").write_text((tmp_path / "run.yaml").read_text())
     status, _, said, _ = start("--resume")
     assert status == 2
     assert said == f"rlcore: --resume: {folder} holds no checkpoint; start it without --resume in a new folder\n"
@@ -575,6 +575,6 @@ def test_a_broken_picture_found_on_the_way_names_its_row(start, tmp_path, models
 
 def test_the_run_of_this_file_is_where_it_was_put(whole):
     assert isinstance(whole, Path) and {path.name for path in whole.iterdir()} == {
-        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "eval.json", "tensorboard",
-        "checkpoints", "sft",
+        "config.yaml", "environment.json", "history.jsonl", "run.lock", "metrics.jsonl", "samples.jsonl", "eval.json",
+        "tensorboard", "checkpoints", "sft",
     }  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from rlcore.checkpoint.snapshot import Snapshot
 from rlcore.checkpoint.state import load_generator, random_states, restore_random_states, save_generator
 from rlcore.diagnose.conformance import case
 from rlcore.diagnose.conformance.case import ALGORITHM, STEPS, Case
 from rlcore.diagnose.conformance.measurement import Measurement
 from rlcore.diagnose.conformance.section import Setup
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.model.actor import TorchActor
 from rlcore.types import Metrics
 
