@@ -432,8 +432,15 @@ def test_a_death_before_latest_is_moved_resumes_from_the_one_before(tmp_path, mo
 
 def test_a_death_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
     save(tmp_path, 1)
+    real = os.replace
+
+    def dies(source, target):
+        if Path(source).is_dir():
+            raise OSError("gone")
+        real(source, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr("rlcore.checkpoint.saver.os.replace", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        patch.setattr(os, "replace", dies)
         with pytest.raises(RunError):
             save(tmp_path, 2)
     draft = tmp_path / "checkpoints" / ".step_000002.partial"
@@ -492,8 +499,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
 
     def held(folder):
         rank.snapshot = Snapshot(folder)
-        rank.snapshot.own("weights", [("weight", weight)])
         rank.snapshot.files(lambda _: go.wait(10))
+        rank.snapshot.own("weights", [("weight", weight)])
         rank.snapshot.begin()
 
     rank.save = held
