@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
+from rlcore.cli.convert import add_convert
 from rlcore.cli.data import run_data
 from rlcore.cli.evaluate import run_evaluation
 from rlcore.cli.inspect import run_plan, run_show
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, 1 the run failed, 130 interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if "words" in options:  # of another system's command
+        options.words, rest = rest, []
     if wrong := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest and "overrides" not in options:
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
     _command(commands, "show", run_show, "every setting of the run, as YAML")
     _add_data(commands)
+    add_convert(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser
