@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -84,7 +85,9 @@ def trained(folder: Path, *jobs: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = [sys.executable, str(Path(__file__).with_name("fsdp_checkpoints.py")), str(folder), str(port)]
-    ranks = [subprocess.Popen([*program, str(rank), *jobs], stderr=(folder / f"{rank}.txt").open("w")) for rank in range(2)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = [(folder / f"{rank}.txt").open("w") for rank in range(2)]
+    ranks = [subprocess.Popen([*program, str(rank), *jobs], stderr=said[rank], env=one_thread) for rank in range(2)]
     try:
         assert [rank.wait(timeout=100) for rank in ranks] == [0, 0], (folder / "1.txt").read_text()
     finally:

@@ -115,7 +115,7 @@ def _stacks(rules: Sequence[Rule]) -> dict[str, _Stack]:
 
 def _write(
     writer: distributed.Writer, stack: _Stack, whole: Tensor, rule: Rule, ranks: int, stages: Sequence[int]
-) -> None:  # fmt: skip
+) -> None:
     """Write the tensor in the runs that its ranks read, and the empty state of the module it belongs to."""
     file = f"__{_stage(rule.other, stages)}_0.distcp"
     axis, depth = rule.layout.dimension, len(stack.first)

@@ -60,10 +60,10 @@ class MindSpeed:
 
         ConfigError for sizes that do not fit the model.
         """
-        model = content.model
+        model, table = content.model, _rules(content.model)
         plan = _plan(model, vit_pp_layers, llm_pp_layers, vit_only, tp_size)
         names = [name for name in content.weights.specs if not vit_only or name.startswith("visual.")]
-        rules = applied(_rules(model), names, "to mindspeed")
+        rules = applied(table, names, "to mindspeed")
         if plan.stages > 1 and not vit_only and _HEAD not in {rule.other for rule in rules}:
             rules.append(Rule(("model.embed_tokens.weight",), _HEAD, ROWS))  # the last stage cannot reach the embedding
         draft.require(sum(content.weights.specs[name].nbytes for name in names))

@@ -69,7 +69,7 @@ def test_another_iteration_lists_those_there_are(bases, checkpoints, tmp_path, c
 
 def test_another_architecture_lists_the_tensors(bases, checkpoints, tmp_path, capsys):
     said = refused(capsys, tmp_path / "out", *words(bases, checkpoints, tmp_path / "out", "text", "experts"))
-    assert "missing: model.layers.0.mlp.gate.weight" in said and "left over: model.layers.0.mlp.down_proj.weight" in said
+    assert "missing: model.layers.0.mlp.experts" in said and "left over: model.layers.0.mlp.down_proj.weight" in said
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(checkpoints, tmp_path, capsys):
