@@ -3,15 +3,15 @@
     release/{.metadata,*.distcp,common.pt,metadata.json}      latest_checkpointed_iteration.txt holds "release"
 
 Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [layers, out, in], and of experts [layers, experts, out, in]. The
-names are those of Transformer Engine's layers, which Megatron-Core's own layers save under too.
+names are those of Transformer Engine's layers, which Megatron-Core's own layers save under too, but for one norm of mixtures.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,13 +25,13 @@ from rlcore.weights import distributed
 from rlcore.weights.architecture import Architecture, architecture
 from rlcore.weights.format import Content, Word, content_of, required
 from rlcore.weights.output import Draft
-from rlcore.weights.tensors import Spec, Weights
+from rlcore.weights.tensors import Spec, Weights, selected
 
 from .tables import Rule, applied, by_hub, cut_rows, decoder_rules, joined_tensor, tower_rules
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NORMS = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-_MIXTURE_NORMS = (_NORMS[0], "pre_mlp_layernorm.weight")
+_MIXTURE_NORMS = (_NORMS[0], "pre_mlp_layernorm.weight")  # of Megatron-Core's own layers: _NORMS; both are written
 _TOWER = {
     "patches": "vision_model.patch_embed.proj.weight", "norm": "vision_model.decoder.final_layernorm.weight",
     "projection": "vision_model.projection.encoder.",
@@ -70,7 +70,10 @@ class Megatron:
         rules = applied(_rules(content.model), content.weights.specs, "to megatron")
         stacks = _stacks(rules)
         for rule in rules:
-            _write(writer, stacks[rule.other], joined_tensor(rule, content.weights), rule, tensor_parallel, stages)
+            stack, whole = stacks[rule.other], joined_tensor(rule, content.weights)
+            _write(writer, stack, whole, rule, tensor_parallel, stages)
+            if (alias := stack.name.replace(_MIXTURE_NORMS[1], _NORMS[1])) != stack.name:
+                _write(writer, replace(stack, name=alias), whole, rule, tensor_parallel, stages)
         writer.close()
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -96,7 +99,7 @@ class _Stack:
 
 
 def _stack_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """`decoder.layers.3.mlp.experts.5.linear_fc1.weight` is [3, 5] of `decoder.layers.mlp.experts.experts.linear_fc1.weight`."""
+    """The stacked tensor and the indices: `layers.3.mlp.experts.5.linear_fc1` is `layers.mlp.experts.experts.linear_fc1` [3, 5]."""
     first: list[int] = []
     for pattern, title in ((r"\.layers\.(\d+)\.", ".layers."), (r"\.experts\.(\d+)\.", ".experts.experts.")):
         if match := re.search(pattern, name):
@@ -187,7 +190,8 @@ def _opened(folder: Path, model: Architecture) -> Weights:
     """The weights under the hub's names."""
     stacked, chunks = distributed.open_folder(folder, _CLASSES)
     rules = applied(_rules(model), model.expected, str(folder))
-    layered = cut_rows(_layered(folder, stacked, chunks), _vocabulary(rules, model))
+    layered = _one_norm(_layered(folder, stacked, chunks), {rule.other for rule in rules})
+    layered = cut_rows(layered, _vocabulary(rules, model))
     return by_hub(rules, layered, model, str(folder))
 
 
@@ -205,6 +209,18 @@ def _layered(folder: Path, stacked: Weights, chunks: Mapping[str, Any]) -> Weigh
         return distributed.part(folder, stacked.specs[name], chunks[name], first, name)
 
     return Weights(specs, read)
+
+
+def _one_norm(weights: Weights, known: Collection[str]) -> Weights:
+    """Without the second name of a mixture's norm, where both are there; under its first, where only that is."""
+    names = dict[str, str]()
+    for name in weights.specs:
+        first = name.replace(_NORMS[1], _MIXTURE_NORMS[1])
+        if name not in known and first in known:
+            names.setdefault(first, name)
+        else:
+            names[name] = name
+    return selected(weights, names)
 
 
 def _singles(name: str, shape: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:

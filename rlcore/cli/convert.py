@@ -76,7 +76,7 @@ def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _translated(pairs: Iterator[tuple[str, Any]], words: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in pairs:
-        ours = words.get(name, name)
+        ours: Any = words.get(name, name)
         for key, one in ours(value).items() if callable(ours) else [(ours, value)]:
             if key not in _OURS and not key.startswith(("from.", "to.")):
                 known = [*_OURS, *words]

@@ -42,7 +42,7 @@ class Architecture:
         return self.model.config.get_text_config()
 
     @cached_property
-    def in_memory(self) -> Mapping[str, Tensor]:
+    def in_memory(self) -> dict[str, Tensor]:
         """Meta tensors by their names in the module, tied ones included."""
         return self.model.state_dict()
 

@@ -11,7 +11,7 @@ import importlib
 import io
 import pathlib
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,15 +54,15 @@ def open_folder(folder: Path, stand_ins: Sequence[str] = ()) -> tuple[Weights, d
     metadata = _metadata(folder / METADATA, stand_ins)
     tensors = {name: one for name, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
     specs = {name: Spec(tuple(one.size), one.properties.dtype) for name, one in tensors.items()}
-    places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
+    places = {(index.fqn, torch.Size(index.offset or ())): place for index, place in metadata.storage_data.items()}
     try:
         chunks = {
-            name: [_Chunk(tuple(c.offsets), tuple(c.sizes), places[name, tuple(c.offsets)]) for c in one.chunks]
+            name: [_Chunk(tuple(c.offsets), tuple(c.sizes), places[name, c.offsets]) for c in one.chunks]
             for name, one in tensors.items()
         }
     except KeyError as error:
         raise ConfigError(f"{folder / METADATA}: damaged: it does not say where {error} is") from None
-    _check_files(folder, chunks)
+    _check_files(folder, metadata.storage_data.values())
     return Weights(specs, lambda name: _whole(folder, specs[name], chunks[name], name)), chunks
 
 
@@ -98,9 +98,9 @@ def _read(folder: Path, chunk: _Chunk, name: str) -> Tensor:
     return values
 
 
-def _check_files(folder: Path, chunks: Mapping[str, Sequence[_Chunk]]) -> None:
+def _check_files(folder: Path, places: Iterable[_StorageInfo]) -> None:
     ends: dict[str, int] = {}
-    for one in (chunk.place for listed in chunks.values() for chunk in listed):
+    for one in places:
         ends[one.relative_path] = max(ends.get(one.relative_path, 0), one.offset + one.length)
     for name, end in sorted(ends.items()):
         path = folder / name
@@ -121,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
         found = f"{module_name}.{global_name}"
         if self._stand_ins and found.startswith(self._stand_ins):
             return _StandIn
-        value = None
+        value: Any = None
         if module_name in _OF_DCP or (module_name, global_name) in _VALUES or module_name == "torch":
             value = getattr(importlib.import_module(module_name), global_name, None)
         kind = isinstance(value, type) and value.__module__ == module_name
@@ -176,7 +176,8 @@ class Writer:
     def _put(self, file: str, index: MetadataIndex, value: Any) -> None:
         with (self.folder / file).open("ab") as output:
             start = self._ends.get(file, 0)
-            torch.save(value, item := _Counted(output))
+            item: Any = _Counted(output)
+            torch.save(value, item)
         self._ends[file] = start + item.written
         self._places[index] = _StorageInfo(file, start, item.written)
 

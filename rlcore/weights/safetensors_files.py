@@ -129,7 +129,8 @@ def _header(specs: Mapping[str, Spec]) -> bytes:
 def bytes_of(tensor: Tensor, spec: Spec, name: str) -> memoryview:
     """The tensor's memory."""
     assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, f"{name}: {tensor.shape}, {tensor.dtype}"
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def write_folder(folder: Path, weights: Weights, shard_bytes: int) -> None:
