@@ -54,7 +54,8 @@ def config_of(text, tensor: int, pipeline: int, expert: int, **more):
     experts = getattr(text, "num_experts", None)
     mixture = {
         "num_moe_experts": experts, "moe_router_topk": text.num_experts_per_tok,
-        "moe_ffn_hidden_size": text.moe_intermediate_size, "moe_grouped_gemm": False, "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": text.moe_intermediate_size, "moe_grouped_gemm": False,
+        "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none",
         "moe_router_pre_softmax": False, "moe_router_dtype": "fp32",
     } if experts else {}  # fmt: skip
     return TransformerConfig(**{

@@ -99,7 +99,7 @@ class _Stack:
 
 
 def _stack_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """The stacked tensor and the indices: `layers.3.mlp.experts.5.linear_fc1` is `layers.mlp.experts.experts.linear_fc1` [3, 5]."""
+    """The stacked tensor, and where in it this one is: `decoder.layers.3.mlp.linear_fc2.weight` is at [3]."""
     first: list[int] = []
     for pattern, title in ((r"\.layers\.(\d+)\.", ".layers."), (r"\.experts\.(\d+)\.", ".experts.experts.")):
         if match := re.search(pattern, name):

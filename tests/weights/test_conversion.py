@@ -110,7 +110,7 @@ def damaged(base, folder, change):
     """A copy of the model with one change of its tensors."""
     held = change(tensors(base))
     copied(base, folder)
-    save_file({name: tensor.contiguous() for name, tensor in held.items()}, folder / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in held.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -214,7 +214,7 @@ def test_our_lora_becomes_an_adapter_and_back(base, tmp_path):
 
 
 def test_memory_is_less_than_two_shards(tmp_path):
-    """192 MiB of weights in shards of 32 MB, in a process of its own: read, written, read back."""
+    """165 MiB of weights in shards of 32 MB, in a process of its own: read, written, read back."""
     base = model(tmp_path / "base", "tiny_llama", hidden_size=768, layers=8, heads=4, tied=False)
     program = (
         "import re, sys\nfrom pathlib import Path\nfrom rlcore import registry\n"
@@ -230,5 +230,5 @@ def test_memory_is_less_than_two_shards(tmp_path):
     small = model(tmp_path / "small", "tiny_llama")
     command = [sys.executable, "-c", program, str(small), str(base), str(tmp_path)]
     grown = int(subprocess.check_output(command, text=True).split()[-1])
-    assert sum(tensor.nbytes for tensor in tensors(base).values()) > 180 * 2**20
+    assert sum(tensor.nbytes for tensor in tensors(base).values()) > 160 * 2**20
     assert grown < 2 * 32
