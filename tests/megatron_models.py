@@ -119,11 +119,12 @@ class VisionLanguage(torch.nn.Module):
         self.vision_model.projection.encoder = MLP(projection, submodules, input_size=merged)
 
     def sharded_state_dict(self):
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+        from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
+        groups = ensure_metadata_has_dp_cp_group(None)
         states = {**self.language_model.sharded_state_dict("language_model.")}
         states |= self.vision_model.decoder.sharded_state_dict("vision_model.decoder.")
-        states |= self.vision_model.projection.encoder.sharded_state_dict("vision_model.projection.encoder.")
+        states |= self.vision_model.projection.encoder.sharded_state_dict("vision_model.projection.encoder.", (), groups)
         own = self.vision_model.patch_embed.state_dict(prefix="", keep_vars=True)
         return states | make_sharded_tensors_for_checkpoint(own, "vision_model.patch_embed.")
 

@@ -45,7 +45,7 @@ def _mixture(folder: Path, experts: int = 3, tied: bool = False, **_) -> None:
     config = Qwen3MoeConfig(
         hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, num_experts=experts, num_experts_per_tok=2, vocab_size=vocabulary,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=tied, norm_topk_prob=True,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
