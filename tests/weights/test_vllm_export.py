@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 def test_the_exported_folder_answers_alike_in_vllm(tmp_path, backend):
-    """Tokens and log-probabilities of the tiny model, and of what comes back of it from Megatron-Core's format in several files."""
+    """Tokens and log-probabilities of a model, and of what comes back of it from Megatron-Core's format in several files."""
     base = model(tmp_path / "base", "tiny_llama", hidden_size=128, layers=2)
     convert("huggingface", "megatron", "--input", base, "--output", tmp_path / "dist")
     convert("megatron", "--input", tmp_path / "dist", "--base", base, "--output", tmp_path / "out", "--shard-size", 0.0005)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_real_megatron_loads_runs_and_saves_what_was_converted(tmp_path):
 
 
 @needs_mbridge
-@pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen3_moe"])
+@pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen3_moe", "tiny_qwen2_5_vl"])
 def test_tables_are_those_of_mbridge(family, tmp_path):
     """Names and layouts, tensor by tensor. mbridge names experts as grouped GEMM does: linear_fc1.weight5."""
     importlib.import_module("mbridge")  # registers its models
@@ -139,7 +140,8 @@ def test_tables_are_those_of_mbridge(family, tmp_path):
     base = model(tmp_path / "base", family, tied=False)
     known, hub = architecture(base), tensors(base)
     bridge = object.__new__(_MODEL_REGISTRY[known.config.model_type])
-    bridge.hf_config, bridge.make_vocab_size_divisible_by = known.config, None
+    flat = {**known.text_config.to_dict(), "vision_config": getattr(known.config, "vision_config", None)}  # as before 4.52
+    bridge.hf_config, bridge.make_vocab_size_divisible_by = SimpleNamespace(**flat), None
     for rule in megatron.applied(megatron._rules(known), hub, "mbridge"):
         theirs = rule.other
         if ".experts." in theirs:
