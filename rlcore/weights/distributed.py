@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rlcore.errors import ConfigError
-from rlcore.weights.pickles import _StandIn, loaded
+from rlcore.weights.pickles import StandIn, loaded
 from rlcore.weights.safetensors_files import read_bytes
 from rlcore.weights.tensors import Spec, Weights
 
@@ -120,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         found = f"{module_name}.{global_name}"
         if self._stand_ins and found.startswith(self._stand_ins):
-            return _StandIn
+            return StandIn
         value: Any = None
         if module_name in _OF_DCP or (module_name, global_name) in _VALUES or module_name == "torch":
             value = getattr(importlib.import_module(module_name), global_name, None)

@@ -31,5 +31,5 @@ def answers(folder, backend):
     family, build = family_of(folder, ModelConfig(path=str(folder))), registry.load("rollout_engines", "vllm")
     engine = build(family, folder, backend, RolloutConfig(), torch.float32, 256, 0)
     prompt = family.encode(Row("1", [{"role": "user", "content": "What is 4 + 5?"}]))
-    (group,) = engine.generate([prompt], Sampling(2, 8, temperature=0))
+    (group,) = engine.generate([prompt], Sampling(1, 8, temperature=0))
     return group.samples
