@@ -77,7 +77,8 @@ def _translated(pairs: Iterator[tuple[str, Any]], words: Mapping[str, Any]) -> d
     settings: dict[str, Any] = {}
     for name, value in pairs:
         ours: Any = words.get(name, name)
-        for key, one in ours(value).items() if callable(ours) else [(ours, value)]:
+        meant: dict[str, Any] = {ours: value} if isinstance(ours, str) else dict(ours(value))
+        for key, one in meant.items():
             if key not in _OURS and not key.startswith(("from.", "to.")):
                 known = [*_OURS, *words]
                 raise ConfigError(f"{name}: no such argument{nearest(name, known)}; options of the formats are from.x=, to.x=")
