@@ -17,7 +17,7 @@ from rlcore.errors import PluginError, nearest
 
 GROUPS = (
     "backends", "doctors", "families", "models", "rollout_engines", "placements", "rewards", "datasets", "preparations",
-    "layouts", "launchers", "run_files",
+    "layouts", "launchers", "run_files", "weight_formats",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     checkpoints/step_000010/model/                  a Hugging Face folder, in as many files as there are ranks
     checkpoints/step_000010/optimizer*.safetensors  first and second moments, each rank's part; optimizer.json the step count
-    checkpoints/step_000010/lora*.safetensors, critic/
+    checkpoints/step_000010/lora.safetensors, critic/
     checkpoints/step_000010/generator.json          random state of a device with its own generator
     checkpoints/step_000010/state.json              step, prompts drawn, random states, the files' sizes and checksums
     checkpoints/latest                              "step_000010"

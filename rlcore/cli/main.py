@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
+from rlcore.cli.convert import add_convert
 from rlcore.cli.data import run_data
 from rlcore.cli.evaluate import run_evaluation
 from rlcore.cli.import_config import run_import_config
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user's mistake, 1 the run failed, 130 interrupted."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if "words" in options:  # of another system's command
+        options.words, rest = rest, []
     if wrong := [argument for argument in rest if not _is_override(argument)]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest and "overrides" not in options:
@@ -95,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "show", run_show, "every setting of the run, as YAML")
     _add_data(commands)
     _add_import_config(commands)
+    add_convert(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser

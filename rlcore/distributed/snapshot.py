@@ -48,6 +48,12 @@ class Snapshot:
             index = {"metadata": {"total_size": sum(loads)}, "weight_map": files}
             self.text(f"{folder}/{INDEX}", json.dumps(index, indent=2) + "\n")
 
+    def first(self, name: str, named: NamedTensors) -> None:
+        """Add a file of whole tensors, few and small, which the first rank writes."""
+        tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in gathered(named) if self.rank == 0}
+        if tensors:
+            self._file(name, lambda path: save_file(tensors, path))
+
     def own(self, stem: str, named: NamedTensors) -> None:
         """Add this rank's parts of tensors."""
         mine = {name: part for name, tensor in named if (part := parts.own(tensor)) is not None}

@@ -55,7 +55,8 @@ class TorchActor(TrainedModel):
         snapshot.files(lambda folder: self._describe(folder / "model"))
         snapshot.whole("model", published)
         if lora.has_lora(self.model):
-            snapshot.own("lora", lora.lora_weights(self.model))
+            detached = ((name, tensor.detach()) for name, tensor in lora.lora_weights(self.model))
+            snapshot.first("lora.safetensors", detached)
         self.learner.save(snapshot)
 
     def _describe(self, folder: Path) -> None:

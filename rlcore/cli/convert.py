@@ -1,0 +1,106 @@
+"""`rlcore convert`: our words, and those of other systems' converters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlcore import registry
+from rlcore.errors import ConfigError, nearest
+
+_OURS = ("to", "input", "output", "base", "dtype")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_convert(commands: Any) -> None:
+    what = "convert a model's weights between formats: every tensor accounted for, written, read back and compared"
+    command = commands.add_parser(
+        "convert", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Arguments of ChatLearn's and RLinf's own converters are taken as they are, after the format's name.",
+    )  # fmt: skip
+    names = ", ".join(registry.names("weight_formats"))
+    command.add_argument("formats", nargs="+", metavar="FROM [TO]", help=f"of {names}; TO is huggingface by default")
+    command.add_argument("--input", metavar="X", help="the checkpoint: a folder, or a file")
+    command.add_argument("--output", metavar="DIR", help="a new folder")
+    command.add_argument("--base", metavar="DIR", help="Hugging Face folder of the model that was trained: config, tokenizer")
+    command.add_argument("--dtype", choices=_DTYPES, help="convert all weights; default: each tensor keeps its own")
+    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file; default: 5 (10^9 bytes)")
+    command.set_defaults(run=run_convert, words=[])
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    source, settings = _settings(options)
+    target = str(settings.pop("to", "huggingface"))
+    registry.check("weight_formats", target, "TO")
+    for name in ("input", "output"):
+        if settings.get(name) is None:
+            raise ConfigError(f"--{name}: missing; {'what to convert' if name == 'input' else 'a new folder for the result'}")
+    if options.shard_size <= 0:
+        raise ConfigError(f"--shard-size: {options.shard_size} is not a size; give gigabytes, such as 5")
+    from rlcore.weights.convert import Conversion, convert
+
+    paths = {name: Path(str(settings[name])) for name in ("input", "output", "base") if settings.get(name) is not None}
+    reading, writing = (_below(settings, part) for part in ("from", "to"))
+    shard_bytes = int(options.shard_size * 10**9)
+    asked = Conversion(
+        source, target, **paths, dtype=settings.get("dtype"), shard_bytes=shard_bytes, reading=reading, writing=writing
+    )
+    done = convert(asked)
+    print(f"{source} -> {target}: {done.tensors} tensors, {done.nbytes / 1e9:.2f} GB, read back and equal: {asked.output}")
+    if done.untied:
+        print("warning: the base model's config ties the head to the embedding, the checkpoint has another head: it is kept")
+
+
+def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The source format, and what is asked for by our names."""
+    formats = [word for word in options.formats if "=" not in word]
+    words = [word for word in options.formats if "=" in word] + options.words
+    if not 1 <= len(formats) <= 2:
+        raise ConfigError(f"FROM [TO]: one or two formats, not {len(formats)}: {' '.join(formats) or 'none'}")
+    source = formats[0]
+    registry.check("weight_formats", source, "FROM")
+    host = registry.load("backends", "cpu")  # conversions run on the host; its patches come before torch's libraries
+    backend = host(host.Options())
+    backend.apply_environment(os.environ)
+    backend.prepare()
+    given = {"to": formats[1]} if formats[1:] else {}
+    given |= {name: value for name in ("input", "output", "base", "dtype") if (value := getattr(options, name)) is not None}
+    return source, {**_translated(_pairs(words), registry.load("weight_formats", source).words), **given}
+
+
+def _translated(pairs: Iterator[tuple[str, Any]], words: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, value in pairs:
+        ours: Any = words.get(name, name)
+        meant: dict[str, Any] = {ours: value} if isinstance(ours, str) else dict(ours(value))
+        for key, one in meant.items():
+            if key not in _OURS and not key.startswith(("from.", "to.")):
+                known = [*_OURS, *words]
+                raise ConfigError(f"{name}: no such argument{nearest(name, known)}; options of the formats are from.x=, to.x=")
+            settings[key] = one
+    return settings
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names and values of `--name value`, `--name=value`, `--name` alone (true) and `a.b=value`; values are YAML."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not equals and word.startswith("--"):
+            text = "true" if not rest or rest[0].startswith("--") or "=" in rest[0] else rest.pop(0)
+        elif not equals:
+            raise ConfigError(f"{word!r}: not understood; FROM and TO come first, then --name value or a.b=value")
+        try:
+            yield name, yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: {text!r} is not valid YAML") from None
+
+
+def _below(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}

@@ -1,0 +1,95 @@
+"""Tiny models for the tests of conversions, checkpoints of their training, and what the folders hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlcore import registry
+from rlcore.cli.main import main
+
+FAMILIES = ("tiny_llama", "tiny_qwen3", "tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_qwen3_vl", "tiny_qwen3_moe")
+SMALL = {"hidden_size": 32, "layers": 2, "heads": 4}
+
+
+def model(folder: Path, family: str, **options) -> Path:
+    """A model folder with random weights everywhere, biases and norms too."""
+    folder.mkdir(parents=True)
+    if family == "tiny_qwen3_moe":
+        _mixture(folder, **options)
+    else:
+        vision = {"vision_hidden_size": 32, "vision_layers": 2, "vision_heads": 2} if family.endswith("vl") else {}
+        registry.load("models", family)(folder, **{**SMALL, **vision, **options})
+    random = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(tensor.shape, generator=random) for name, tensor in tensors(folder).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.1}')
+    (folder / "merges.txt").write_text("a b\n")
+    return folder
+
+
+def _mixture(folder: Path, experts: int = 3, tied: bool = False, **_) -> None:
+    """A Qwen3-MoE with the tokenizer of a tiny model."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    registry.load("models", "tiny_qwen3")(folder, **SMALL)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=experts, num_experts_per_tok=2, vocab_size=vocabulary,
+        tie_word_embeddings=tied, norm_topk_prob=True,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder's safetensors files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Both folders hold the same tensors, bit for bit."""
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def convert(*words, status: int = 0) -> None:
+    assert main(["convert", *map(str, words)]) == status
+
+
+def refused(capsys, output: Path, *words) -> str:
+    """The error of a conversion that ends with status 2 and leaves nothing behind."""
+    before = sorted(output.parent.iterdir())
+    capsys.readouterr()
+    convert(*words, status=2)
+    assert sorted(output.parent.iterdir()) == before, "something is left behind"
+    return capsys.readouterr().err
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def trained(folder: Path, *jobs: str) -> None:
+    """Run `fsdp_checkpoints.py` on two ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, str(Path(__file__).with_name("fsdp_checkpoints.py")), str(folder), str(port)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    said = [(folder / f"{rank}.txt").open("w") for rank in range(2)]
+    ranks = [subprocess.Popen([*program, str(rank), *jobs], stderr=said[rank], env=one_thread) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0], (folder / "1.txt").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
