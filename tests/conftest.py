@@ -87,11 +87,3 @@ def cluster():
     ray.init("local", num_cpus=12, include_dashboard=False, logging_level="ERROR", configure_logging=False)
     yield
     ray.shutdown()
-
-
-def shared(*parts: str) -> Path:
-    """Real data beside some checkouts; skips where there is none."""
-    path = Path(__file__).parents[2].joinpath("shared", *parts)
-    if not path.exists():
-        pytest.skip(f"needs {'/'.join(('..', 'shared', *parts))}, which is not here")
-    return path

@@ -17,6 +17,7 @@ from rlcore.distributed.snapshot import written
 from rlcore.errors import RunError, WorkerDied
 
 _POLL = 0.02  # seconds
+_PATIENCE = 120.0  # seconds for a checkpoint that is being written when the run fails
 
 
 class Copied(Protocol):
@@ -39,7 +40,7 @@ class Saver:
 
     def __init__(self, run_folder: Path, actor: Copied, keep: int | None = None, best: str | None = None) -> None:
         """`keep`: number of newest checkpoints, None is all. `best`: metric whose best one is kept too."""
-        self.run_folder, self.actor, self.keep, self.best = run_folder, actor, keep, best
+        self.run_folder, self.actor, self.keep, self.best = run_folder.absolute(), actor, keep, best
         self._writing: threading.Thread | None = None
         self._name, self._fault = "", ""
         self._abandoned = False
@@ -50,12 +51,11 @@ class Saver:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._abandoned = isinstance(error, WorkerDied)  # what is missing will never be written
         try:
-            self.wait()
-        except RunError:
             if error is None or isinstance(error, KeyboardInterrupt):
-                raise  # otherwise the first error says more
+                self.wait()
+            elif self._writing and not isinstance(error, WorkerDied):  # a rank may wait for one that failed: it is not asked
+                self._writing.join(_PATIENCE)
         finally:
             self._abandoned = True
 
@@ -82,8 +82,8 @@ class Saver:
         if self._writing is None:
             return
         if self._writing.is_alive() and not self._abandoned:
-            self._fault = self.actor.unwritten() or ""
-            self._abandoned = bool(self._fault)
+            if fault := self.actor.unwritten():
+                self._fault, self._abandoned = fault, True
         if self._abandoned or not self._writing.is_alive():
             self._writing.join()
             self._writing = None

@@ -121,12 +121,12 @@ class _Block:
 
 def sharded(part: Tensor, like: Tensor) -> Tensor:
     """The tensor of which every rank holds a `part`, sharded and on the device as `like` is."""
-    part = part.to(like.device)
     if not isinstance(like, DTensor):
-        return part
-    return DTensor.from_local(
+        return part.to(like.device)
+    whole = DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+    return whole.to(like.device)  # which may rest in host memory, and `from_local` moves to the mesh's device
 
 
 def fill(named: Iterable[tuple[str, Tensor]], stored: Stored) -> None:

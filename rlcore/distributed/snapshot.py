@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from rlcore.types import NamedTensors
 INDEX = "model.safetensors.index.json"
 _MARK = ".written-"
 _CHUNK = 1 << 24  # bytes read at once for a checksum
+_PATIENCE = 10.0  # seconds for a network file system to show a new folder
 
 
 class Snapshot:
@@ -80,11 +83,20 @@ class Snapshot:
 
     def write(self) -> None:
         """Write it all, then say so in the folder (`written`). The copies are freed one file after the other."""
+        self._find_folder()
         while self._writes:
             self._writes.pop(0)()
-        self.folder.mkdir(parents=True, exist_ok=True)
         sums = {str(path.relative_to(self.folder)): checksum(path) for path in self._files}
         replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(sums))
+
+    def _find_folder(self) -> None:
+        """OSError on a node that does not see the folder, which the controller has made."""
+        limit = time.monotonic() + _PATIENCE
+        while not self.folder.is_dir():
+            if time.monotonic() > limit:
+                who = f"rank {self.rank} on {socket.gethostname()}"
+                raise OSError(f"{who} does not see this folder; give --run-dir one on a file system that every node has")
+            time.sleep(_PATIENCE / 20)
 
     def _begun(self) -> None:
         try:

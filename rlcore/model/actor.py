@@ -19,6 +19,7 @@ from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
 from rlcore.model.optimizer import ADAMW
+from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
 
@@ -50,21 +51,12 @@ class TorchActor(TrainedModel):
         return gathered(published, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(published)
 
     def save(self, snapshot: Snapshot) -> None:
-        """`model`: a Hugging Face folder, LoRA merged. Without LoRA its weights are the actor's state."""
-        published = ((self.family.hf_name(name), tensor) for name, tensor in lora.merged(self.model))
-        snapshot.files(lambda folder: self._describe(folder / "model"))
-        snapshot.whole("model", published)
+        """Without LoRA the weights of `model` are the actor's state."""
+        publish(self.model, self.family, snapshot)
         if lora.has_lora(self.model):
             detached = ((name, tensor.detach()) for name, tensor in lora.lora_weights(self.model))
             snapshot.first("lora.safetensors", detached)
         self.learner.save(snapshot)
-
-    def _describe(self, folder: Path) -> None:
-        """Write the model folder's files besides the weights."""
-        config: Any = self.model.config
-        config.architectures, config.dtype = [type(self.model).__name__], "float32"
-        config.save_pretrained(folder)
-        self.family.save_processor(folder)
 
     def load(self, folder: Path) -> None:
         if lora.has_lora(self.model):
@@ -84,6 +76,18 @@ class TorchActor(TrainedModel):
                 here = mask.to(logprobs.device)
                 index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
                 yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
+
+
+def publish(model: Any, family: ModelFamily, snapshot: Snapshot) -> None:
+    """Add `model`, a Hugging Face folder in float32, LoRA merged."""
+
+    def describe(folder: Path) -> None:
+        model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+        model.config.save_pretrained(folder / "model")
+        family.save_processor(folder / "model")
+
+    snapshot.files(describe)
+    snapshot.whole("model", ((family.hf_name(name), tensor) for name, tensor in lora.merged(model)))
 
 
 class LoraOffReference:

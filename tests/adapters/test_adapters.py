@@ -13,6 +13,7 @@ from PIL import Image
 from run_files import settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saving import published
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -22,7 +23,6 @@ from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.images import Pictures
 from rlcore.distributed import fsdp
 from rlcore.errors import ConfigError, RunError
-from rlcore.model import lora
 from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import microbatches
 from rlcore.model.resolved import ResolvedModel
@@ -569,8 +569,7 @@ def test_an_outline_that_is_filled_is_the_loaded_model(name, headed, tmp_path):
     assert ("lm_head.weight" in dict(meta_model.named_parameters())) is not shared_head
     assert all((family.head(model) is model.get_input_embeddings().weight) is shared_head for model in (meta_model, loaded))
     for number, model in enumerate((meta_model, loaded)):
-        saved = tmp_path / str(number)
-        lora.save_merged(model, saved)
+        saved = published(model, family, tmp_path / str(number))
         again = type(model).from_pretrained(saved)
         assert torch.equal(again.lm_head.weight, family.head(model))
         assert again.config.tie_word_embeddings is shared_head
@@ -603,11 +602,10 @@ def test_the_generation_config_is_saved_as_it_came(way, text, models, tmp_path):
         (folder / "generation_config.json").write_text(text)
     family = family_of(folder, ModelConfig(path="model"))
     model = filled(family, folder) if way == "meta_model" else family.load(folder, torch.float32)
-    lora.save_merged(model, tmp_path / "saved")
-    family.save_processor(tmp_path / "saved")
-    saved = tmp_path / "saved" / "generation_config.json"
+    folder = published(model, family, tmp_path / "checkpoint")
+    saved = folder / "generation_config.json"
     assert (saved.read_text() if saved.exists() else None) == text
-    assert family_of(tmp_path / "saved", ModelConfig(path="saved")).stop_token_ids == family.stop_token_ids
+    assert family_of(folder, ModelConfig(path="saved")).stop_token_ids == family.stop_token_ids
 
 
 def test_a_broken_generation_config_is_named(models, tmp_path):

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import shared
 from PIL import Image
+from real_rows import shared
 
 from rlcore import registry
 from rlcore.config.sections import DatasetConfig

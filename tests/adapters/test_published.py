@@ -9,9 +9,9 @@ import re
 
 import pyarrow
 import pytest
-from conftest import shared
 from PIL import Image
 from pyarrow import parquet
+from real_rows import shared
 
 from rlcore.config.sections import DatasetConfig
 from rlcore.data.prepare.prepare import prepare

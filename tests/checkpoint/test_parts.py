@@ -44,6 +44,7 @@ def main(folder, rank, address):
     dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=RANKS)
     mine = {layout: dealt(layout) for layout in LAYOUTS}
     for layout, held in mine.items():
+        (folder / layout).mkdir(exist_ok=True)
         snapshot = Snapshot(folder / layout, rank, RANKS)
         snapshot.own("parts", held.items())
         snapshot.whole("model", held.items())
@@ -90,6 +91,14 @@ def test_a_model_is_whole_tensors_in_float32_about_as_many_bytes_a_rank(folder, 
     assert all(torch.equal(tensor, WHOLE[name].float()) for name, tensor in model.items()) and model.keys() == WHOLE.keys()
     files = sorted((folder / layout / "model").glob("*.safetensors"))
     assert [path.name for path in files] == [f"model-{number:05d}-of-{RANKS:05d}.safetensors" for number in range(1, RANKS + 1)]
+
+
+def test_a_node_without_the_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlcore.distributed.snapshot._PATIENCE", 0.1)
+    snapshot = Snapshot(tmp_path / "elsewhere", 1, 2)
+    with pytest.raises(OSError, match=r"rank 1 on .* does not see this folder; give --run-dir one"):
+        snapshot.write()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_every_rank_says_what_it_wrote(folder):

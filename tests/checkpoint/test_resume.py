@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,8 @@ def test_a_warm_start_is_gone_on_with_where_it_was_stopped(command, uninterrupte
 
 def test_resuming_a_finished_run_changes_nothing(command, uninterrupted):
     def files():
-        return {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file() and "tfevents" not in path.name}
+        found = (path for path in uninterrupted.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in found if "tfevents" not in path.name and path.name != "history.jsonl"}
 
     before = files()
     assert main([*command, str(uninterrupted), "--resume"]) == 0
@@ -513,15 +515,36 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     assert load_file(latest(tmp_path) / "weights.safetensors")["weight"].tolist() == [0, 0, 0, 0]
 
 
-def test_a_rank_that_died_keeps_nobody_waiting(tmp_path):
-    class Silent(Rank):
-        def save(self, folder):
-            self.snapshot = Snapshot(folder)
+class Silent(Rank):
+    """Never writes anything."""
 
+    def save(self, folder):
+        self.snapshot = Snapshot(folder)
+
+
+def test_a_rank_that_died_keeps_nobody_waiting(tmp_path):
     save(tmp_path, 1)
+    began = time.monotonic()
     with pytest.raises(WorkerDied, match="gone"), Saver(tmp_path, Silent("")) as saver:
         saver.save("step_000002", {"step": 2})
         raise WorkerDied("gone")
+    assert time.monotonic() - began < 20
+    assert latest(tmp_path).name == "step_000001"
+
+
+def test_ranks_are_not_asked_when_a_run_has_failed(tmp_path, monkeypatch):
+    """One may wait in a collective for the one that failed; what is being written is finished all the same."""
+    monkeypatch.setattr("rlcore.checkpoint.saver._PATIENCE", 5.0)
+    rank = Rank("text")
+    rank.unwritten = lambda: pytest.fail("asked")
+    with pytest.raises(RunError, match="not finite"), Saver(tmp_path, rank) as saver:
+        saver.save("step_000001", {"step": 1})
+        raise RunError("not finite")
+    assert text_of(latest(tmp_path)) == "text"
+    monkeypatch.setattr("rlcore.checkpoint.saver._PATIENCE", 0.1)
+    with pytest.raises(RunError, match="not finite"), Saver(tmp_path, Silent("")) as saver:
+        saver.save("step_000002", {"step": 2})
+        raise RunError("not finite")
     assert latest(tmp_path).name == "step_000001"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rlcore_backends.common import node_address
+from torch.distributed.tensor import distribute_tensor
 
 from rlcore import registry
 from rlcore.algorithms import aggregation
@@ -22,7 +23,7 @@ from rlcore.config.algorithm import AlgorithmConfig
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
-from rlcore.distributed.fsdp import Sharding, fill
+from rlcore.distributed.fsdp import Sharding
 from rlcore.errors import ConfigError
 from rlcore.model.actor import TorchActor
 from rlcore.model.critic import OBJECTIVE, TorchCritic
@@ -67,7 +68,9 @@ def critic_of(folder, sequence=None, sharding=None):
     family = family_of(folder)
     model, settings = family.load(folder, torch.float32), settings_of(CAP, sequence)
     role = TorchCritic(LoadedModel(model, family, sharding), settings, AlgorithmConfig(), UNCLIPPED, MinibatchSchedule(1))
-    fill([("head", role.forward.head.weight)], {"head": torch.linspace(-1, 1, 96)[None]})
+    weight, values = role.forward.head.weight, torch.linspace(-1, 1, 96)[None]
+    with torch.no_grad():
+        weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements) if sharding else values)
     return role
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import shared
+from real_rows import shared
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rlcore.config import loader

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_rows import shared
 
 from rlcore import registry
 from rlcore.config.sections import EVERY, RewardConfig

@@ -15,6 +15,7 @@ from torch_npu import dispatch
 from rlcore import registry
 from rlcore.checkpoint.state import load_generator, save_generator
 from rlcore.distributed.fingerprint import fingerprint
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import ConfigError
 from rlcore.runtime.memory import OffloadedTensors
 
@@ -67,7 +68,8 @@ def test_draws_follow_the_seed_and_leave_the_processors_generator_alone(tmp_path
     torch.manual_seed(3)
     host = torch.get_rng_state()
     first = torch.randn(4, device=HERE)
-    save_generator(HERE, tmp_path)
+    save_generator(HERE, snapshot := Snapshot(tmp_path))
+    snapshot.write()
     second, dropped = torch.randn(4, device=HERE), functional.dropout(torch.ones(64, device=HERE), 0.5)
     assert torch.equal(torch.get_rng_state(), host) and not torch.equal(first, second)
     load_generator(HERE, tmp_path)
@@ -78,7 +80,8 @@ def test_draws_follow_the_seed_and_leave_the_processors_generator_alone(tmp_path
 
 
 def test_a_saved_generator_says_nothing_to_another_device(tmp_path):
-    save_generator(HERE, tmp_path)
+    save_generator(HERE, snapshot := Snapshot(tmp_path))
+    snapshot.write()
     host = torch.get_rng_state()
     load_generator(torch.device("cpu"), tmp_path)
     assert torch.equal(torch.get_rng_state(), host)

@@ -359,7 +359,8 @@ def test_a_checkpoint_is_evaluated_as_its_run_did(tmp_path, tiny_llama, capsys):
         (3, pytest.approx(row["eval/greedy/score"]))
     ]
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "environment.json", "run.lock", "metrics.jsonl", "samples.jsonl", "eval.json", "tensorboard",
+        "config.yaml", "environment.json", "history.jsonl", "run.lock", "metrics.jsonl", "samples.jsonl", "eval.json",
+        "tensorboard",
     }  # fmt: skip
     capsys.readouterr()
     status, base = start(tmp_path, values, name="base")

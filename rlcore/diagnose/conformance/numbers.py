@@ -77,6 +77,7 @@ def carried(setup: Setup, made: Case) -> Iterator[Measurement]:
     for host, way in ((False, "device to processor"), (True, "processor to device")):
         stayed, went, folder = fresh(host), fresh(not host), setup.folder / way
         stayed.update(made.batch)
+        folder.mkdir()
         stayed.save(snapshot := Snapshot(folder))
         snapshot.write()
         went.load(folder)
