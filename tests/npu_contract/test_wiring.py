@@ -19,6 +19,7 @@ from rlcore_backends.common import node_address
 
 from rlcore import registry
 from rlcore.checkpoint.state import load_generator, save_generator
+from rlcore.distributed.snapshot import Snapshot
 from rlcore.model import loading
 from rlcore.model.precision import WorkingCopy
 from rlcore.runtime import memory
@@ -78,7 +79,8 @@ def test_deterministic_reaches_the_device(calls):
 
 def test_a_saved_generator_is_the_same_again(tmp_path):
     torch.manual_seed(3)
-    save_generator(HERE, tmp_path)
+    save_generator(HERE, snapshot := Snapshot(tmp_path))
+    snapshot.write()
     saved = json.loads((tmp_path / "generator.json").read_text())
     assert saved["device"] == "npu"
     state = torch.npu.get_rng_state(HERE)
