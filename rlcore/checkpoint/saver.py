@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,9 +82,8 @@ class Saver:
         """Raise RunError if the checkpoint that is being written cannot be."""
         if self._writing is None:
             return
-        if self._writing.is_alive() and not self._abandoned:
-            if fault := self.actor.unwritten():
-                self._fault, self._abandoned = fault, True
+        if self._writing.is_alive() and not self._abandoned and (fault := self.actor.unwritten()):
+            self._fault, self._abandoned = fault, True
         if self._abandoned or not self._writing.is_alive():
             self._writing.join()
             self._writing = None
@@ -113,7 +113,7 @@ class Saver:
             while (files := written(draft, self.actor.ranks)) is None:
                 if self._abandoned:
                     return
-                threading.Event().wait(_POLL)
+                time.sleep(_POLL)
             (draft / STATE).write_text(json.dumps({**content, "files": files}), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(draft, folder)

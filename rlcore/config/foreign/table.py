@@ -119,7 +119,6 @@ class Given:
             raise ConfigError(f"{self.source}: {key}: must be set")
         return value
 
-
     def error(self, key: str, problem: str) -> ConfigError:
         """The error of a value that does not go with others."""
         return ConfigError(f"{self.source}: {key}: {problem}")
