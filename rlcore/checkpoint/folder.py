@@ -1,10 +1,11 @@
 """The checkpoints of a run. Each is a folder that appears whole or not at all; `latest` names the newest.
 
-    checkpoints/step_000010/model/                  a Hugging Face folder, in as many files as there are ranks
-    checkpoints/step_000010/optimizer*.safetensors  first and second moments, each rank's part; optimizer.json the step count
+    checkpoints/step_000010/model/                  a Hugging Face folder
+    checkpoints/step_000010/optimizer*.safetensors  first and second moments; optimizer.json the step count
     checkpoints/step_000010/lora.safetensors, critic/
     checkpoints/step_000010/generator.json          random state of a device with its own generator
-    checkpoints/step_000010/state.json              step, prompts drawn, random states, the files' sizes and checksums
+    checkpoints/step_000010/state.json              step, prompts drawn, random states
+    checkpoints/step_000010/checksums.json          of the files of tensors
     checkpoints/latest                              "step_000010"
 """
 
@@ -16,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlcore.distributed.snapshot import checksum
+from rlcore.distributed.snapshot import fault_of
 from rlcore.errors import ConfigError
 
-STATE, LATEST = "state.json", "latest"
+STATE, SUMS, LATEST = "state.json", "checksums.json", "latest"
 
 
 def latest_checkpoint(run_folder: Path, warn: Callable[[str], None]) -> Path:
@@ -61,26 +62,29 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """The first file that is not as it was written, and how it differs; reads all of them."""
     try:
-        files = read_state(folder)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder / STATE} cannot be read: {error}"
+        read_state(folder)
+        files = _read(folder / SUMS)
+    except (OSError, ValueError) as error:
+        return f"{folder} is not whole: {error}"
 
     def look(name: str) -> str | None:
         path = folder / name
         try:
-            size, crc = checksum(path)
+            fault = fault_of(path, files[name])
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
-        if size != files[name][0]:
-            return f"{path} has {size} bytes, {files[name][0]} were written"
-        return None if crc == files[name][1] else f"{path} was changed after it was written: its checksum is another"
+        return f"{path} {fault}" if fault else None
 
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(look, files)), None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return _read(folder / STATE)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def drafts(run_folder: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlcore.atomic import replace_file
-from rlcore.checkpoint.folder import LATEST, STATE, checkpoints, drafts, read_state
+from rlcore.checkpoint.folder import LATEST, STATE, SUMS, checkpoints, drafts, read_state
 from rlcore.checkpoint.state import random_states
 from rlcore.distributed.snapshot import written
 from rlcore.errors import RunError, WorkerDied
@@ -114,7 +114,8 @@ class Saver:
                 if self._abandoned:
                     return
                 time.sleep(_POLL)
-            (draft / STATE).write_text(json.dumps({**content, "files": files}), encoding="utf-8")
+            (draft / SUMS).write_text(json.dumps(files), encoding="utf-8")
+            (draft / STATE).write_text(json.dumps(content), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(draft, folder)
             replace_file(folder.parent / LATEST, folder.name)

@@ -1,4 +1,4 @@
-"""Optimizer state: each rank's part of the moments, and the number of steps."""
+"""Optimizer state: the moments, and the number of steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, steps: int, snapshot: Snaps
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
         for moment, value in optimizer.state.get(parameter, {}).items()
     )
-    snapshot.own(f"{folder}optimizer", states)
+    snapshot.tensors(f"{folder}optimizer", states)
     snapshot.text(f"{folder}optimizer.json", json.dumps({"steps": steps}))
 
 

@@ -1,67 +1,65 @@
-"""One rank's part of a checkpoint, copied to host memory while training waits and written while it goes on."""
+"""One rank's part of a checkpoint, copied to host memory while training waits and written while it goes on.
+
+A file holds whole tensors whatever the ranks are: each writes its rows to the bytes where they belong.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from rlcore import tensor_files
 from rlcore.atomic import replace_file
-from rlcore.distributed import parts
-from rlcore.distributed.fsdp import gathered
+from rlcore.distributed.parts import Rows, own_rows
+from rlcore.tensor_files import Spec
 from rlcore.types import NamedTensors
 
-INDEX = "model.safetensors.index.json"
+Ranges = list[list[int]]  # first byte, bytes, CRC-32 of them
+_FILE_BYTES = 5 * 10**9
 _MARK = ".written-"
 _CHUNK = 1 << 24  # bytes read at once for a checksum
 _PATIENCE = 10.0  # seconds for a network file system to show a new folder
 
 
 class Snapshot:
-    """Adding tensors is collective and copies them; writing is neither, and may run in any thread."""
+    """Adding tensors copies this rank's rows; writing is not collective, and may run in any thread."""
 
     def __init__(self, folder: Path, rank: int = 0, ranks: int = 1) -> None:
         """`folder`: of the checkpoint, which every rank sees."""
         self.folder, self.rank, self.ranks = folder, rank, ranks
         self._writes: list[Callable[[], None]] = []
-        self._files: list[Path] = []
+        self._written: dict[str, Ranges] = {}
         self.fault: str | None = None  # why it could not be written
 
-    def whole(self, folder: str, named: NamedTensors) -> None:
-        """Add whole tensors for a Hugging Face folder, in float32; each rank writes about as many bytes of them."""
-        loads, files = [0] * self.ranks, dict[str, str]()
-        mine = dict[str, Tensor]()
-        for name, tensor in gathered(named):
-            rank = loads.index(min(loads))
-            loads[rank] += tensor.nbytes
-            files[name] = self._name("model", rank)
-            if rank == self.rank:
-                mine[name] = tensor.to("cpu", copy=True).float().contiguous()
-        if mine:
-            self._file(f"{folder}/{self._name('model', self.rank)}", lambda path: save_file(mine, path, {"format": "pt"}))
-        if self.ranks > 1:
-            index = {"metadata": {"total_size": sum(loads)}, "weight_map": files}
-            self.text(f"{folder}/{INDEX}", json.dumps(index, indent=2) + "\n")
+    def tensors(self, stem: str, named: NamedTensors, dtype: torch.dtype | None = None) -> None:
+        """Add `<stem>.safetensors`, or several files and their index. `named`: the same on all ranks, sharded or whole.
 
-    def first(self, name: str, named: NamedTensors) -> None:
-        """Add a file of whole tensors, few and small, which the first rank writes."""
-        tensors = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in gathered(named) if self.rank == 0}
-        if tensors:
-            self._file(name, lambda path: save_file(tensors, path))
-
-    def own(self, stem: str, named: NamedTensors) -> None:
-        """Add this rank's parts of tensors."""
-        mine = {name: part for name, tensor in named if (part := parts.own(tensor)) is not None}
-        if mine:
-            self._file(self._name(stem, self.rank), lambda path: parts.write(path, mine))
+        `dtype` converts them all.
+        """
+        specs, held = dict[str, Spec](), dict[str, Rows]()
+        for name, tensor in named:
+            specs[name] = Spec(tuple(tensor.shape), dtype or tensor.dtype)
+            if (rows := own_rows(tensor, specs[name].dtype)) is not None:
+                held[name] = rows
+        if not specs:
+            return
+        placed = tensor_files.files(stem, specs, _FILE_BYTES)
+        if len(placed) > 1:
+            self.text(tensor_files.index_name(stem), tensor_files.index(specs, placed))
+        for file, names in placed.items():
+            self._writes.append(partial(self._write, file, {name: specs[name] for name in names}, held))
 
     def text(self, name: str, content: str) -> None:
         """Add a small file, which the first rank writes."""
@@ -82,12 +80,24 @@ class Snapshot:
         threading.Thread(target=self._begun, name="checkpoint").start()
 
     def write(self) -> None:
-        """Write it all, then say so in the folder (`written`). The copies are freed one file after the other."""
+        """Write it all, then say so in the folder (`written`). Each copy is freed when it is written."""
         self._find_folder()
         while self._writes:
             self._writes.pop(0)()
-        sums = {str(path.relative_to(self.folder)): checksum(path) for path in self._files}
-        replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(sums))
+        replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(self._written))
+
+    def _write(self, name: str, specs: Mapping[str, Spec], held: dict[str, Rows]) -> None:
+        """Write this rank's rows of a file, and the header if it is the first rank."""
+        path, header = self.folder / name, tensor_files.header(specs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _Ranged(path) as file:
+            if self.rank == 0:
+                file.put(header, 0)
+            begins = accumulate((spec.nbytes for spec in specs.values()), initial=len(header))
+            for (tensor, spec), begin in zip(specs.items(), begins, strict=False):
+                if rows := held.pop(tensor, None):
+                    file.put(_bytes(rows.tensor), begin + rows.begin * spec.dtype.itemsize)
+        self._written[name] = file.ranges
 
     def _find_folder(self) -> None:
         """OSError on a node that does not see the folder, which the controller has made."""
@@ -106,35 +116,67 @@ class Snapshot:
         finally:
             self._writes.clear()
 
-    def _file(self, name: str, write: Callable[[Path], None]) -> None:
-        path = self.folder / name
-        self._files.append(path)
 
-        def made() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+class _Ranged:
+    """A file that others write to as well, each other bytes of it. Opened for writing alone: a network file system would
+    otherwise read pages, change them and write back bytes of others."""
 
-        self._writes.append(made)
+    def __init__(self, path: Path) -> None:
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+        self.ranges = Ranges()
 
-    def _name(self, stem: str, rank: int) -> str:
-        return f"{stem}.safetensors" if self.ranks == 1 else f"{stem}-{rank + 1:05d}-of-{self.ranks:05d}.safetensors"
+    def __enter__(self) -> _Ranged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, data: bytes | memoryview, begin: int) -> None:
+        if not self.ranges or sum(self.ranges[-1][:2]) != begin:
+            self.ranges.append([begin, 0, 0])
+            self._file.seek(begin)
+        self._file.write(data)
+        last = self.ranges[-1]
+        last[1:] = last[1] + len(data), zlib.crc32(data, last[2])
 
 
-def written(folder: Path, ranks: int) -> dict[str, list[int]] | None:
-    """Bytes and checksum of every file of tensors, by name; None until all ranks have written theirs."""
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def written(folder: Path, ranks: int) -> dict[str, Ranges] | None:
+    """What was written of every file of tensors, by name; None until all ranks have written theirs.
+
+    OSError if a file lacks bytes, or has some twice.
+    """
     marks = [folder / f"{_MARK}{rank:05d}" for rank in range(ranks)]
     if not all(mark.exists() for mark in marks):
         return None
-    sums = {name: told for mark in marks for name, told in json.loads(mark.read_text(encoding="utf-8")).items()}
+    files = dict[str, Ranges]()
+    for mark in marks:
+        for name, ranges in json.loads(mark.read_text(encoding="utf-8")).items():
+            files.setdefault(name, []).extend(ranges)
+    for name, ranges in files.items():
+        ranges.sort()
+        ends = [begin + length for begin, length, _ in ranges]
+        if [begin for begin, *_ in ranges] != [0, *ends[:-1]]:
+            raise OSError(f"{name}: {sum(length for _, length, _ in ranges)} bytes written, of {ends[-1]}")
     for mark in marks:
         mark.unlink()
-    return dict(sorted(sums.items()))
+    return dict(sorted(files.items()))
 
 
-def checksum(path: Path) -> list[int]:
-    """Bytes, CRC-32."""
-    size = crc = 0
+def fault_of(path: Path, ranges: Ranges) -> str | None:
+    """How a file differs from what was written; OSError if it cannot be read."""
+    size, wrote = path.stat().st_size, sum(ranges[-1][:2])
+    if size != wrote:
+        return f"has {size} bytes, {wrote} were written"
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return [size, crc]
+        for _, length, crc in ranges:
+            found = 0
+            while length and (chunk := file.read(min(length, _CHUNK))):
+                length, found = length - len(chunk), zlib.crc32(chunk, found)
+            if found != crc:
+                return "was changed after it was written: its checksum is another"
+    return None

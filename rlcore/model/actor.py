@@ -54,8 +54,7 @@ class TorchActor(TrainedModel):
         """Without LoRA the weights of `model` are the actor's state."""
         publish(self.model, self.family, snapshot)
         if lora.has_lora(self.model):
-            detached = ((name, tensor.detach()) for name, tensor in lora.lora_weights(self.model))
-            snapshot.first("lora.safetensors", detached)
+            snapshot.tensors("lora", lora.lora_weights(self.model))
         self.learner.save(snapshot)
 
     def load(self, folder: Path) -> None:
@@ -87,7 +86,8 @@ def publish(model: Any, family: ModelFamily, snapshot: Snapshot) -> None:
         family.save_processor(folder / "model")
 
     snapshot.files(describe)
-    snapshot.whole("model", ((family.hf_name(name), tensor) for name, tensor in lora.merged(model)))
+    published = ((family.hf_name(name), tensor) for name, tensor in lora.merged(model))
+    snapshot.tensors("model/model", published, torch.float32)
 
 
 class LoraOffReference:

@@ -67,7 +67,7 @@ class TorchCritic(TrainedModel):
         return named(self.stepped(batch, OBJECTIVE))
 
     def save(self, snapshot: Snapshot) -> None:
-        snapshot.own(f"{_FOLDER}critic", self.forward.named_parameters())
+        snapshot.tensors(f"{_FOLDER}critic", self.forward.named_parameters())
         self.learner.save(snapshot, _FOLDER)
 
     def load(self, folder: Path) -> None:

@@ -1,29 +1,21 @@
-"""Safetensors files, read by position (a mapped file's pages would count as the process's memory) and written in a stream.
-
-Format: 8 bytes little-endian header length, a JSON header with dtype, shape and byte range of each tensor, the bytes.
-"""
+"""Safetensors files, read by position (a mapped file's pages would count as the process's memory) and written in a stream."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlcore import tensor_files
 from rlcore.errors import ConfigError
-from rlcore.weights.tensors import Spec, Weights, few
+from rlcore.tensor_files import DTYPES, Spec
+from rlcore.weights.tensors import Weights, few
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX = tensor_files.index_name("model")
 
 
 def read_bytes(path: Path, offset: int, length: int, what: str) -> bytearray:
@@ -108,22 +100,9 @@ def _place(entry: Mapping[str, Any], data: int) -> tuple[Spec, int]:
 def write_file(path: Path, names: Sequence[str], weights: Weights) -> None:
     """Write these tensors, one in memory at a time."""
     with path.open("wb") as file:
-        file.write(_header({name: weights.specs[name] for name in names}))
+        file.write(tensor_files.header({name: weights.specs[name] for name in names}))
         for name in names:
             file.write(bytes_of(weights.read(name), weights.specs[name], name))
-
-
-def _header(specs: Mapping[str, Spec]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, spec in specs.items():
-        entries[name] = {
-            "dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes],
-        }  # fmt: skip
-        offset += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def bytes_of(tensor: Tensor, spec: Spec, name: str) -> memoryview:
@@ -135,25 +114,8 @@ def bytes_of(tensor: Tensor, spec: Spec, name: str) -> memoryview:
 
 def write_folder(folder: Path, weights: Weights, shard_bytes: int) -> None:
     """Write model.safetensors, or numbered files of at most `shard_bytes` (a larger tensor has its own) and an index."""
-    shards = list(_shards(weights.specs, shard_bytes))
-    files = [SINGLE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    for file, names in zip(files, shards, strict=True):
+    placed = tensor_files.files("model", weights.specs, shard_bytes)
+    for file, names in placed.items():
         write_file(folder / file, names, weights)
-    if len(files) > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": weights.nbytes}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(specs: Mapping[str, Spec], limit: int) -> Iterator[list[str]]:
-    shard, held = list[str](), 0
-    for name, spec in specs.items():
-        if shard and held + spec.nbytes > limit:
-            yield shard
-            shard, held = [], 0
-        shard.append(name)
-        held += spec.nbytes
-    yield shard
-
+    if len(placed) > 1:
+        (folder / INDEX).write_text(tensor_files.index(weights.specs, placed), encoding="utf-8")

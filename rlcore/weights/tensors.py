@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Spec:
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def meta(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+from rlcore.tensor_files import Spec
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Tensors that ranks wrote in parts, read by others and by torch's own reader."""
+"""Files of whole tensors that ranks write together, and of which each reads its part."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from rlcore_backends.common import node_address
-from safetensors.torch import load_file
-from saving import tensors
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from rlcore.distributed import parts
-from rlcore.distributed.parts import Part, Stored, sharded
-from rlcore.distributed.snapshot import Snapshot, written
+from rlcore.distributed.parts import Stored, sharded
+from rlcore.distributed.snapshot import Snapshot, fault_of, written
 from rlcore.errors import ConfigError
 
 RANKS = 4
@@ -46,8 +46,8 @@ def main(folder, rank, address):
     for layout, held in mine.items():
         (folder / layout).mkdir(exist_ok=True)
         snapshot = Snapshot(folder / layout, rank, RANKS)
-        snapshot.own("parts", held.items())
-        snapshot.whole("model", held.items())
+        snapshot.tensors("parts", held.items())
+        snapshot.tensors("model/model", held.items(), torch.float32)
         snapshot.write()
     dist.barrier()
     for wrote in LAYOUTS:
@@ -77,20 +77,34 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_ranks_wrote_other_ranks_read(folder, layout):
-    """In `main`; here by torch's reader, and each number once."""
-    found = tensors(folder / layout)
+    """In `main`; here the whole file, each byte of it written once."""
+    found = load_file(folder / layout / "parts.safetensors")
     assert found.keys() == WHOLE.keys()
-    assert all(torch.equal(tensor, WHOLE[name]) for name, tensor in found.items())
-    written = [tensor.numel() for path in (folder / layout).glob("*.safetensors") for tensor in load_file(path).values()]
-    assert sum(written) == sum(whole.numel() for whole in WHOLE.values())
+    assert all(torch.equal(tensor, WHOLE[name]) and tensor.dtype == WHOLE[name].dtype for name, tensor in found.items())
+    marks = [json.loads((folder / layout / f".written-{rank:05d}").read_text()) for rank in range(RANKS)]
+    for name in ("parts.safetensors", "model/model.safetensors"):
+        assert sum(length for mark in marks for _, length, _ in mark[name]) == (folder / layout / name).stat().st_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_is_whole_tensors_in_float32_about_as_many_bytes_a_rank(folder, layout):
-    model = tensors(folder / layout / "model")
+def test_a_model_is_the_same_file_however_it_was_sharded(folder, layout, tmp_path):
+    snapshot = Snapshot(tmp_path)
+    snapshot.tensors("model", WHOLE.items(), torch.float32)
+    snapshot.write()
+    assert (folder / layout / "model" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    model = load_file(folder / layout / "model" / "model.safetensors")
     assert all(torch.equal(tensor, WHOLE[name].float()) for name, tensor in model.items()) and model.keys() == WHOLE.keys()
-    files = sorted((folder / layout / "model").glob("*.safetensors"))
-    assert [path.name for path in files] == [f"model-{number:05d}-of-{RANKS:05d}.safetensors" for number in range(1, RANKS + 1)]
+
+
+def test_a_large_model_is_several_files_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlcore.distributed.snapshot._FILE_BYTES", 130)
+    snapshot = Snapshot(tmp_path)
+    snapshot.tensors("model/model", WHOLE.items())
+    snapshot.write()
+    weight_map = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map.keys() == WHOLE.keys() and len(set(weight_map.values())) == 3
+    for name, file in weight_map.items():
+        assert torch.equal(load_file(tmp_path / "model" / file)[name], WHOLE[name])
 
 
 def test_a_node_without_the_folder_says_so(tmp_path, monkeypatch):
@@ -101,42 +115,44 @@ def test_a_node_without_the_folder_says_so(tmp_path, monkeypatch):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_every_rank_says_what_it_wrote(folder):
-    marks = folder / "sharded"
-    sums = written(marks, RANKS)
-    assert set(sums) == {str(path.relative_to(marks)) for path in marks.rglob("*.safetensors")}
-    assert all(size == (marks / name).stat().st_size for name, (size, _) in sums.items())
-    assert written(marks, RANKS) is None, "the marks are gone"
+def test_bytes_that_no_rank_wrote_are_missed(folder, tmp_path):
+    shutil.copytree(folder / "sharded", tmp_path, dirs_exist_ok=True)
+    mark = tmp_path / ".written-00001"
+    told = mark.read_text()
+    for wrong in ({"parts.safetensors": []}, {name: ranges + ranges for name, ranges in json.loads(told).items()}):
+        mark.write_text(json.dumps(wrong))
+        with pytest.raises(OSError, match=r"parts\.safetensors: \d+ bytes written, of \d+"):
+            written(tmp_path, RANKS)
+    mark.write_text(told)
+    sums = written(tmp_path, RANKS)
+    assert set(sums) == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")}
+    assert not any(fault_of(tmp_path / name, ranges) for name, ranges in sums.items())
+    assert written(tmp_path, RANKS) is None, "the marks are gone"
 
 
 @pytest.fixture
-def halves(tmp_path):
-    tensor = torch.arange(12.0).view(4, 3)
-    for number, half in enumerate(tensor.split(2)):
-        parts.write(tmp_path / f"{number}.safetensors", {"tensor": Part(half.clone(), [2 * number, 0])})
+def stored(tmp_path):
+    save_file({"tensor": torch.arange(12.0).view(4, 3)}, tmp_path / "a.safetensors")
     return tmp_path
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (5, 3), (4, 2)])
-def test_a_tensor_of_another_shape_is_refused(halves, shape):
-    assert torch.equal(Stored(halves).part("tensor", torch.empty(4, 3)), torch.arange(12.0).view(4, 3))
+def test_a_tensor_of_another_shape_is_refused(stored, shape):
+    assert torch.equal(Stored(stored).part("tensor", torch.empty(4, 3)), torch.arange(12.0).view(4, 3))
     with pytest.raises(ConfigError, match=r"tensor has the shape \[4, 3\], not"):
-        Stored(halves).part("tensor", torch.empty(shape))
+        Stored(stored).part("tensor", torch.empty(shape))
 
 
-def test_a_part_that_is_missing_is_named(halves):
-    (halves / "0.safetensors").unlink()
-    with pytest.raises(ConfigError, match="6 of 12 numbers of tensor are in no file"):
-        Stored(halves).part("tensor", torch.empty(4, 3))
+def test_a_tensor_that_is_missing_is_named(stored):
     with pytest.raises(ConfigError, match="no tensor other"):
-        Stored(halves).part("other", torch.empty(4, 3))
+        Stored(stored).part("other", torch.empty(4, 3))
 
 
-def test_a_file_that_is_not_whole_is_named(halves):
-    path = halves / "1.safetensors"
+def test_a_file_that_is_not_whole_is_named(stored):
+    path = stored / "a.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ConfigError, match=r"1\.safetensors: not a whole safetensors file"):
-        Stored(halves)
+    with pytest.raises(ConfigError, match=r"a\.safetensors: not a whole safetensors file"):
+        Stored(stored)
 
 
 if __name__ == "__main__":

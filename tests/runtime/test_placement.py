@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from run_files import first_prompts, settings
-from saving import tensors
+from weight_models import tensors
 
 from rlcore import registry
 from rlcore.cli.main import main

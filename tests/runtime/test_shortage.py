@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from run_files import ARITHMETIC, settings
-from saving import tensors
+from weight_models import tensors
 
 from rlcore.cli.main import main
 from rlcore.config.schema import RunConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from saving import tensors
+from weight_models import tensors
 
 from rlcore import registry
 from rlcore.cli.main import main
