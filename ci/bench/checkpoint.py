@@ -52,6 +52,7 @@ def main() -> None:
             with Saver(Path(folder), placement.actor, keep=1) as saver:
                 start = time.perf_counter()
                 saver.save(f"step_{number:06d}", {})
+                saver.commit()
                 copied.append(time.perf_counter() - start)
                 most = resident()
                 saver.wait()

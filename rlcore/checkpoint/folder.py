@@ -3,6 +3,7 @@
     checkpoints/step_000010/model/                  a Hugging Face folder
     checkpoints/step_000010/optimizer*.safetensors  first and second moments; optimizer.json the step count
     checkpoints/step_000010/lora.safetensors, critic/
+    checkpoints/step_000010/sampled.safetensors     samples that the next step trains, if they are drawn ahead
     checkpoints/step_000010/generator.json          random state of a device with its own generator
     checkpoints/step_000010/state.json              step, prompts drawn, random states
     checkpoints/step_000010/checksums.json          of the files of tensors

@@ -7,8 +7,10 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from rlcore.atomic import replace_file
@@ -44,7 +46,7 @@ class Saver:
         self.run_folder, self.actor, self.keep, self.best = run_folder.absolute(), actor, keep, best
         self._writing: threading.Thread | None = None
         self._name, self._fault = "", ""
-        self._abandoned = False
+        self._committed, self._abandoned = True, False
 
     def __enter__(self) -> Saver:
         for draft in drafts(self.run_folder):
@@ -53,6 +55,8 @@ class Saver:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
+            if not self._committed:
+                return
             if error is None or isinstance(error, KeyboardInterrupt):
                 self.wait()
             elif self._writing and not isinstance(error, WorkerDied):  # a rank may wait for one that failed: it is not asked
@@ -60,13 +64,13 @@ class Saver:
         finally:
             self._abandoned = True
 
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Copy what is saved; a thread makes `checkpoints/<name>` of it, and then moves `latest`.
+    def save(self, name: str, state: Mapping[str, Any], files: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Copy what is saved; a thread writes it, with these files. It becomes `checkpoints/<name>` after `commit`.
 
         RunError if this one or the one before cannot be written.
         """
         self.wait()
-        self._name, self._fault, folder = name, "", self.run_folder / "checkpoints" / name
+        self._name, self._fault, self._committed, folder = name, "", False, self.run_folder / "checkpoints" / name
         draft = folder.with_name(f".{name}.partial")
         try:
             shutil.rmtree(draft, ignore_errors=True)
@@ -75,8 +79,12 @@ class Saver:
         except OSError as error:
             raise self._failure(str(error)) from error
         content = {"random": random_states(), **state}
-        self._writing = threading.Thread(target=self._finish, args=(draft, folder, content), name="checkpoints")
+        self._writing = threading.Thread(target=self._finish, args=(draft, folder, content, files), name="checkpoints")
         self._writing.start()
+
+    def commit(self) -> None:
+        """Let the checkpoint appear as soon as it is whole: a run that goes on from it finds its own lines up to there."""
+        self._committed = True
 
     def check(self) -> None:
         """Raise RunError if the checkpoint that is being written cannot be."""
@@ -107,14 +115,17 @@ class Saver:
             return "there is none before it; free some room and start again"
         return f"{pointer.read_text(encoding='utf-8').strip()} is whole: free some room, then go on from it with --resume"
 
-    def _finish(self, draft: Path, folder: Path, content: Mapping[str, Any]) -> None:
+    def _finish(self, draft: Path, folder: Path, content: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         """Wait for the ranks, then turn the draft into a checkpoint."""
         try:
-            while (files := written(draft, self.actor.ranks)) is None:
+            for name, data in files.items():
+                (draft / name).write_bytes(data)
+            while (sums := written(draft, self.actor.ranks)) is None or not self._committed:
                 if self._abandoned:
                     return
                 time.sleep(_POLL)
-            (draft / SUMS).write_text(json.dumps(files), encoding="utf-8")
+            sums |= {name: [[0, len(data), zlib.crc32(data)]] for name, data in files.items()}
+            (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
             (draft / STATE).write_text(json.dumps(content), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(draft, folder)

@@ -33,6 +33,7 @@ _HOLDS_A_RUN = "--run-dir: {} already holds a run; give --resume to go on with i
 
 def run_training(command: str, options: argparse.Namespace) -> None:
     """`command`: the function that runs it, in a module that is imported once the backend has set the environment."""
+    since = time.monotonic()
     config = load_settings(options)
     backend = prepared_backend(config)
     folder = _run_folder(options)
@@ -51,9 +52,13 @@ def run_training(command: str, options: argparse.Namespace) -> None:
         if config.placement.offload and "JEMALLOC" not in os.environ and jemalloc.of_malloc() is None:
             remedy = f"{jemalloc.INSTALL}, and preload it (docs/launching.md), or set JEMALLOC=off"
             console.warn(f"placement.offload: malloc is not jemalloc's: {jemalloc.CONSEQUENCE}; {remedy}")
-        run = partial(train, config, backend, folder, console=console, begin=partial(_begin, claim, config, changed))
+
+        def run(resume: bool, since: float) -> None:
+            begin = partial(_begin, claim, config, changed, since)
+            train(config, backend, folder, resume=resume, console=console, begin=begin)
+
         try:
-            _restarting(run, folder, bool(options.resume), config.placement.max_restarts, console)
+            _restarting(run, folder, bool(options.resume), config.placement.max_restarts, console, since)
         except Exception as error:
             from rlcore.diagnose import failure
 
@@ -63,11 +68,13 @@ def run_training(command: str, options: argparse.Namespace) -> None:
     _closing(folder)
 
 
-def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: int, console: Console) -> None:
-    """Run; after a worker died, restart from the last checkpoint, at most `restarts` times."""
+def _restarting(
+    run: Callable[[bool, float], None], folder: Path, resume: bool, restarts: int, console: Console, since: float
+) -> None:
+    """Run; after a worker died, restart from the last checkpoint, at most `restarts` times. `since`: when the start began."""
     for left in range(restarts, -1, -1):
         try:
-            return run(resume=resume)
+            return run(resume, since)
         except WorkerDied as error:
             latest = folder / "checkpoints" / "latest"
             if not left or not latest.exists():
@@ -75,7 +82,7 @@ def _restarting(run: Callable[..., None], folder: Path, resume: bool, restarts: 
             checkpoint = latest.read_text().strip()
             console.warn(f"{error}; restarting from {checkpoint}, {left - 1} restarts are left")
             note(folder, "a worker died", why=str(error), checkpoint=checkpoint)
-            resume = True
+            resume, since = True, time.monotonic()
 
 
 def _run_folder(options: argparse.Namespace) -> Path:
@@ -92,8 +99,9 @@ def _run_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def _begin(claim: Claim, config: RunConfig, changed: Changes) -> None:
-    """Create the run folder and its record; of a run that resumes in one, record what has changed."""
+def _begin(claim: Claim, config: RunConfig, changed: Changes, since: float) -> None:
+    """Create the run folder and its record; of a run that resumes in one, record what has changed. `since`: when its start
+    began."""
     folder, going_on = claim.folder, claim.taken
     claim.take()
     recorded = (folder / RECORD).exists()
@@ -101,7 +109,8 @@ def _begin(claim: Claim, config: RunConfig, changed: Changes) -> None:
         raise ConfigError(_HOLDS_A_RUN.format(folder))
     print(f"run folder: {folder}", flush=True)
     try:
-        note(folder, "resumed" if recorded else "started", command=sys.argv, changed=changed)
+        loading = round(time.monotonic() - since, 1)
+        note(folder, "resumed" if recorded else "started", command=sys.argv, changed=changed, loading_seconds=loading)
         if not recorded:
             (folder / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n", encoding="utf-8")
         if changed or not recorded:

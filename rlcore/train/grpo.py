@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from rlcore.rewards.runner import RewardFunctions
 from rlcore.runtime.placement import Placement
 from rlcore.runtime.roles import InlineReward, Scorer
 from rlcore.runtime.signals import Interruption
-from rlcore.train import sft
+from rlcore.train import pending, sft
 from rlcore.train.advantages import advantage_inputs, needs_old_logprobs, with_advantages
 from rlcore.train.evaluate import evaluate
 from rlcore.train.loop import Loop, NothingToLearn
@@ -146,8 +147,9 @@ class GrpoTask:
         self.reward: Scorer = self.placement.reward or InlineReward(rewards, self.clock)
         self.kl = Controller(self.config.algorithm, self.config.algorithm.kl_coef)
         self.sample = Sampler(self.placement, self.reward, self.source, self.config, self.clock)
-        self.ahead: Future[Sampled] | None = None  # the next step's samples, if drawn during this step
-        self.ahead_since = 0.0  # when sampling ahead started
+        self.dropped_long = self.source.dropped_long  # prompts that were too long, after the last finished step
+        self.sampling: dict[int, Future[Sampled]] = {}  # this step's samples, and the next one's if they are drawn ahead
+        self.ahead_since = math.inf  # when sampling ahead started
         self.spans: list[Span] = []  # recorded while sampling ahead
 
     def start(self) -> None:
@@ -162,22 +164,34 @@ class GrpoTask:
         apart = iteration.update.get("actor/kl_loss", iteration.update.get("actor/kl_penalty"))
         if apart is not None:
             self.kl.observe(apart, len(iteration.batch.samples))
+        self.dropped_long = sampled.dropped_long
         return GrpoStep(self, number, iteration, sampled.drawn, began)
 
     def evaluate(self) -> Evaluation:
         """Evaluate, once any sampling ahead has finished."""
-        if self.ahead:
-            wait([self.ahead])
+        wait(self.sampling.values())
         with self.clock.span("evaluate"):
             self.placement.sync_weights()
             return Evaluation(evaluate(self.placement, self.reward, self.held_out, self.config))
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl.coefficient}
+        return {"kl_coef": self.kl.coefficient, "dropped_long": self.dropped_long}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.placement.version = state["step"]
+    def files(self, done: int, patient: bool) -> dict[str, bytes]:
+        """The samples that the step after `done` trains, if they are drawn ahead and, unless `patient`, have come."""
+        sampled = self.sampling.get(done + 1)
+        if sampled is None or not (patient or sampled.done()) or sampled.exception() is not None:
+            return {}
+        return {pending.FILE: pending.packed(sampled.result())}
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        self.placement.version = done = state["step"]
+        self.dropped_long = self.source.dropped_long = state["dropped_long"]
         self.kl = Controller(self.config.algorithm, state["kl_coef"])
+        if (path := folder / pending.FILE).exists():
+            sampled = pending.unpacked(path, self.sample.draw)
+            self.source.drawn, self.source.dropped_long = sampled.drawn, sampled.dropped_long
+            self.sampling[done + 1] = begun(lambda: sampled, path.name, apart=False)
 
     def recorded(self) -> list[Span]:
         """Spans of every process since the last call."""
@@ -190,7 +204,7 @@ class GrpoTask:
         spans = [span for span in spans if span in outside or not _part_of(outside, span)]
         parts: dict[bool, list[Span]] = {True: [], False: []}
         for span in spans:
-            ahead = self.ahead is not None and span.stage in STAGES and span.start >= self.ahead_since
+            ahead = span.stage in STAGES and span.start >= self.ahead_since
             parts[ahead].append(span)
         self.spans = parts[True]
         return timings(parts[False], began, time.perf_counter(), beside=self.spans)
@@ -199,9 +213,12 @@ class GrpoTask:
         """This step's samples; with max_staleness 1, sampling of the next step starts as well."""
         if not self.config.placement.max_staleness:
             return self.sample(number, synced(self.placement, self.clock))
-        sampled = (self.ahead or self._begun(number)).result()
-        self.ahead_since = time.perf_counter()
-        self.ahead = self._begun(number + 1) if number < self.steps else None
+        self.sampling = {number: self.sampling.get(number) or self._begun(number)}
+        sampled = self.sampling[number].result()
+        self.ahead_since = math.inf
+        if number < self.steps:
+            self.ahead_since = time.perf_counter()
+            self.sampling[number + 1] = self._begun(number + 1)
         return sampled
 
     def _begun(self, number: int) -> Future[Sampled]:
@@ -233,7 +250,7 @@ class GrpoStep:
             **metrics.spread("grpo/advantages", batch.sample_values(batch.advantages)),
             **{"grpo/lr" if name == "lr" else name: value for name, value in iteration.update.items()},
             **metrics.lengths(sampled),
-            "data/dropped_long": float(task.source.dropped_long),
+            "data/dropped_long": float(task.dropped_long),
             **({"data/replaced_groups": float(len(iteration.replaced.groups))} if config.algorithm.max_refills else {}),
             **({"grpo/kl_coef": batch.kl_coef} if config.algorithm.kl_target else {}),
             **(metrics.images(sampled) if task.placement.encoder else {}),

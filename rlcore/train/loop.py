@@ -88,7 +88,13 @@ class Task(Protocol):
         """State to checkpoint besides step, prompts and random states."""
         ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def files(self, done: int, patient: bool) -> Mapping[str, bytes]:
+        """Files of tensors to checkpoint after step `done`, by name; with `patient`, wait for what is on its way."""
+        ...
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
+        """`state` and files are in the checkpoint `folder`."""
+        ...
 
 
 class Loop:
@@ -136,13 +142,15 @@ class Loop:
         due = self.evaluation is not None and self._due(self.evaluation.every, self.evaluation.at_end)
         evaluation = self.task.evaluate() if due else None
         if self._due(self.session.config.train.save_every, at_end=True):
+            files = self.task.files(number, patient=True)
             with self.task.clock.span("save_checkpoint"):
-                self._save(**self._score(evaluation))
+                self._save(files, **self._score(evaluation))
         self.random = random_states()
         numbers, records = step.metrics(), [*step.records()]
         if evaluation:
             numbers, records = numbers | evaluation.metrics(), [*records, *evaluation_records(evaluation)]
         self.sinks.write(number, numbers, records, evaluation.report(number) if evaluation else None)
+        self.saver.commit()
         if number % self.task.log_every == 0 or number == self.task.steps:
             self.console.step(step.line(numbers), self.task.log_every)
         step.show(numbers, self.console)
@@ -191,12 +199,13 @@ class Loop:
     def _keep(self) -> None:
         """Save the last finished step, unless a checkpoint holds it."""
         if self.done > self.saved:
-            self._save(random=self.random)
+            self._save(self.task.files(self.done, patient=False), random=self.random)
+            self.saver.commit()
 
-    def _save(self, **state: Any) -> None:
+    def _save(self, files: Mapping[str, bytes], **state: Any) -> None:
         """`state`: besides what every checkpoint has, or in its place."""
         state = {"step": self.done, "drawn": self.drawn, "model": self.model, **self.task.state(), **state}
-        self.saver.save(f"step_{self.done:06d}", state)
+        self.saver.save(f"step_{self.done:06d}", state, files)
         self.saved = self.done
 
     def _score(self, evaluation: Evaluation | None) -> dict[str, float]:
@@ -219,5 +228,5 @@ class Loop:
         self.done = self.saved = state["step"]
         self.updates = self.actor.steps
         self.source.drawn = self.drawn = state["drawn"]
-        self.task.restore(state)
+        self.task.restore(state, saved)
         restore_random_states(state["random"])

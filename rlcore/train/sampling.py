@@ -40,6 +40,7 @@ class Sampled:
     replaced: Scored
     receipt: Receipt
     drawn: int  # prompts in the whole run so far
+    dropped_long: int  # prompts that were too long, so far
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,14 @@ class Sampler:
 
     def __call__(self, number: int, receipt: Receipt) -> Sampled:
         """Sample step `number` with the weights of `receipt`."""
-        kept, replaced = collect(self.placement, self.reward, self.source.draw, self.config, number, self.clock)
-        return Sampled(kept, replaced, receipt, self.source.drawn)
+        kept, replaced = collect(self.placement, self.reward, self.draw, self.config, number)
+        return Sampled(kept, replaced, receipt, self.source.drawn, self.source.dropped_long)
+
+    def draw(self, count: int) -> Sequence[Prompt]:
+        """The next prompts, their images embedded."""
+        with self.clock.span("data"):
+            prompts = self.source.draw(count)
+        return self.placement.encoder.embed(prompts) if self.placement.encoder else prompts
 
 
 def synced(placement: Placement, clock: Clock) -> Receipt:
@@ -64,8 +71,7 @@ def synced(placement: Placement, clock: Clock) -> Receipt:
 
 
 def collect(
-    placement: Placement, reward: Scorer, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int,
-    clock: Clock,
+    placement: Placement, reward: Scorer, draw: Callable[[int], Sequence[Prompt]], config: RunConfig, number: int
 ) -> tuple[Scored, Scored]:
     """Sample a step's groups and replace those without signal (DAPO's dynamic sampling); returns kept and replaced groups.
 
@@ -74,9 +80,7 @@ def collect(
     """
     kept, replaced, scored = (Scored([], []) for _ in range(3))
     for refill in range(config.algorithm.max_refills + 1):
-        with clock.span("data"):
-            prompts = draw(config.train.prompts_per_step - len(kept.groups))
-        prompts = placement.encoder.embed(prompts) if placement.encoder else prompts
+        prompts = draw(config.train.prompts_per_step - len(kept.groups))
         seed = config.seed + number + refill * REFILL_SEED
         drawn = placement.rollout.stream(prompts, sampling(config.rollout, config.algorithm.group_size, seed))
         scored = scored_in_order(drawn, reward)

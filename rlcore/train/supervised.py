@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlcore.data.prompts import PromptSource
@@ -82,5 +83,8 @@ class SupervisedTask:
     def state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def files(self, done: int, patient: bool) -> Mapping[str, bytes]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any], folder: Path) -> None:
         self.session.placement.version = state["step"]

@@ -327,7 +327,7 @@ def test_death_gives_a_run_folder_back(tmp_path):
 def test_a_run_that_began_while_another_was_loading_is_not_written_over(tmp_path):
     (tmp_path / "config.yaml").touch()
     with Claim(tmp_path) as claim, pytest.raises(ConfigError, match="already holds a run; give --resume to go on with it"):
-        train._begin(claim, None, {})
+        train._begin(claim, None, {}, 0.0)
 
 
 def test_the_reference_is_still_the_model_that_the_run_started_from(tmp_path, tiny_llama, command, backend, capsys):
@@ -397,6 +397,7 @@ def save(folder, step, text="", **options):
     fault, state = options.pop("fault", None), options.pop("state", {})
     with Saver(folder, Rank(text or f"step {step}", fault), **options) as saver:
         saver.save(f"step_{step:06d}", {"step": step, **state})
+        saver.commit()
 
 
 def text_of(checkpoint):
@@ -508,11 +509,30 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     rank.save = held
     with Saver(tmp_path, rank) as saver:
         saver.save("step_000001", {"step": 1})
+        saver.commit()
         weight += 1
         saver.check()
         assert not (tmp_path / "checkpoints" / "latest").exists()
         go.set()
     assert load_file(latest(tmp_path) / "weights.safetensors")["weight"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_checkpoint_appears_when_the_lines_of_its_step_are_written(tmp_path):
+    """Otherwise a run that is killed between the two goes on without them."""
+    rank = Rank("text")
+    with pytest.raises(KeyboardInterrupt), Saver(tmp_path, rank) as saver:
+        saver.save("step_000001", {"step": 1})
+        while not list((tmp_path / "checkpoints").glob("*/.written-00000")):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert there(tmp_path) == {".step_000001.partial"}
+        saver.commit()
+        saver.wait()
+        assert there(tmp_path) == {"step_000001", "latest"}
+        saver.save("step_000002", {"step": 2})
+        raise KeyboardInterrupt  # before it is committed: nobody waits for it
+    save(tmp_path, 3)
+    assert there(tmp_path) == {"step_000001", "step_000003", "latest"}
 
 
 class Silent(Rank):
@@ -527,6 +547,7 @@ def test_a_rank_that_died_keeps_nobody_waiting(tmp_path):
     began = time.monotonic()
     with pytest.raises(WorkerDied, match="gone"), Saver(tmp_path, Silent("")) as saver:
         saver.save("step_000002", {"step": 2})
+        saver.commit()
         raise WorkerDied("gone")
     assert time.monotonic() - began < 20
     assert latest(tmp_path).name == "step_000001"
@@ -539,11 +560,13 @@ def test_ranks_are_not_asked_when_a_run_has_failed(tmp_path, monkeypatch):
     rank.unwritten = lambda: pytest.fail("asked")
     with pytest.raises(RunError, match="not finite"), Saver(tmp_path, rank) as saver:
         saver.save("step_000001", {"step": 1})
+        saver.commit()
         raise RunError("not finite")
     assert text_of(latest(tmp_path)) == "text"
     monkeypatch.setattr("rlcore.checkpoint.saver._PATIENCE", 0.1)
     with pytest.raises(RunError, match="not finite"), Saver(tmp_path, Silent("")) as saver:
         saver.save("step_000002", {"step": 2})
+        saver.commit()
         raise RunError("not finite")
     assert latest(tmp_path).name == "step_000001"
 

@@ -69,5 +69,6 @@ def test_the_record_and_the_history_say_what_the_run_is(tmp_path, tiny_llama, ba
     assert (recorded["train"]["steps"], recorded["optimizer"]["lr"]) == (3, 0.5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["started", "resumed", "resumed"]
+    assert all(0 < line["loading_seconds"] < 300 for line in lines)
     assert lines[1]["changed"] == {"train.steps": [1, 2]}
     assert lines[2]["changed"].keys() == {"train.steps", "optimizer.lr"}

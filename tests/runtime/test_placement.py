@@ -236,10 +236,19 @@ def test_rewards_and_reference_take_their_time_beside_others(run):
     assert max(beside) > 0, "tens of milliseconds each: on a loaded machine a step's may miss each other, not all three"
 
 
-def test_sampling_ahead_is_one_version_behind_and_no_more(run):
-    pools = "{train: {roles: [actor, reference]}, sample: {roles: [rollout]}}"
-    placed = f"placement={{kind: ray, max_staleness: 1, pools: {pools}}}"
-    folder = run("stale", placed, "algorithm.correction=token_tis", "reward.0.name=test_placement.slow", "train.save_every=1")
+AHEAD = (
+    "placement={kind: ray, max_staleness: 1, pools: {train: {roles: [actor, reference]}, sample: {roles: [rollout]}}}",
+    "algorithm.correction=token_tis", "reward.0.name=test_placement.slow", "train.save_every=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ahead(run):
+    return run("ahead", *AHEAD)
+
+
+def test_sampling_ahead_is_one_version_behind_and_no_more(ahead):
+    folder = ahead
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["data/staleness"] for line in lines] == [0, 1, 1]
     versions = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -248,6 +257,17 @@ def test_sampling_ahead_is_one_version_behind_and_no_more(run):
     for line in lines:
         assert line["timing/reward"] == pytest.approx(CALLS * 0.05, rel=0.2), "of its own samples, whenever they were scored"
         assert line["timing/rollout"] > 0 and line["vllm_tps"] > line["decode_tps"] > 0
+
+
+def test_what_was_sampled_ahead_is_trained_after_a_resumption(run, ahead):
+    """Step 2's samples, of the policy before step 1, are in the checkpoint of step 1; step 3's are sampled after it."""
+    folder = ahead.parent / "ahead again"
+    shutil.copytree(ahead, folder)
+    (folder / "checkpoints" / "latest").write_text("step_000001")
+    run(folder.name, *AHEAD, "--resume")
+    assert written(folder) == written(ahead)
+    assert rows(folder) == rows(ahead)
+    assert not (folder / "checkpoints" / f"step_{STEPS:06d}" / "sampled.safetensors").exists(), "no step is left to train"
 
 
 @pytest.mark.parametrize(

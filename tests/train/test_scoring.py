@@ -57,7 +57,7 @@ def test_a_prompt_that_is_drawn_again_in_a_step_is_sampled_anew(tiny_llama, back
     run.sync_weights()
     (prompt,) = first_prompts(resolved, 1)
     reward = InlineReward(RewardFunctions(config.reward), Clock())
-    kept, replaced = sampling.collect(run, reward, lambda count: [prompt] * count, config, 1, Clock())
+    kept, replaced = sampling.collect(run, reward, lambda count: [prompt] * count, config, 1)
     drawn = [[sample.token_ids.tolist() for each in scored.groups for sample in each.samples] for scored in (kept, replaced)]
     assert len(drawn[0]) == len(drawn[1]) == 8 and drawn[0] != drawn[1]
 
