@@ -84,6 +84,10 @@ class WorkerDied(RunError):
         return str(self.args[0])
 
 
+class EngineFailed(WorkerDied):
+    """An engine raised what is no setting's fault, such as a failed kernel. What it holds cannot be trusted any more."""
+
+
 class NonFinite(RunError):
     """A loss or gradient is NaN or infinite; raised before the optimizer step."""
 

@@ -120,9 +120,11 @@ class Saver:
         try:
             for name, data in files.items():
                 (draft / name).write_bytes(data)
-            while (sums := written(draft, self.actor.ranks)) is None or not self._committed:
+            sums = None
+            while sums is None or not self._committed:
                 if self._abandoned:
                     return
+                sums = written(draft, self.actor.ranks) if sums is None else sums
                 time.sleep(_POLL)
             sums |= {name: [[0, len(data), zlib.crc32(data)]] for name, data in files.items()}
             (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")

@@ -17,7 +17,7 @@ from rlcore.config.placement import ROLES
 from rlcore.distributed import world
 from rlcore.distributed.broadcast import WeightBroadcast
 from rlcore.distributed.snapshot import Snapshot
-from rlcore.errors import ConfigError
+from rlcore.errors import ConfigError, EngineFailed, RlcoreError
 from rlcore.model.actor import LoraOffReference, TorchActor
 from rlcore.model.critic import TorchCritic
 from rlcore.model.optimizer import Learner, StepStatistics
@@ -29,7 +29,7 @@ from rlcore.monitor.heartbeat import Heartbeat
 from rlcore.protocols import Reference, Rollout
 from rlcore.runtime.factory import Factory
 from rlcore.runtime.memory import MemoryManager, OffloadedTensors, memory
-from rlcore.types import Batch, Metrics, Prompt, Receipt, Sample, Sampling, Vision
+from rlcore.types import Batch, Group, Metrics, Prompt, Receipt, Sample, Sampling, Vision
 
 T = TypeVar("T")
 
@@ -128,9 +128,21 @@ class Worker:
         prompts, sampling = part
         with self.memory_manager.phase("infer", "rollout"):
             if prompts:
-                for place, group in _there(self.rollout).stream(prompts, sampling):
+                for place, group in self._sampled(prompts, sampling):
                     if answers:
                         yield sampling.first + place, group.samples
+
+    def _sampled(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Group]]:
+        """EngineFailed for an error of the engine other than a failed allocation."""
+        try:
+            yield from _there(self.rollout).stream(prompts, sampling)
+        except RlcoreError:
+            raise
+        except Exception as error:
+            if self.resolved.backend.shortage(error):
+                raise
+            again = "--resume, or placement.max_restarts, goes on from the last checkpoint"
+            raise EngineFailed(f"the engine failed while sampling: {error!r}; {again}") from error
 
     def served(self) -> int | None:
         """Version of the weights in this process's engine; None if they must be sent again."""

@@ -32,6 +32,7 @@ from rlcore.data.prompts import PromptSource
 from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import ConfigError, RunError, WorkerDied
 from rlcore.monitor.sinks import Sinks
+from rlcore.rollout.sampler import TorchRollout
 from rlcore.runtime.signals import Interruption
 
 REWARD = "test_resume.graded"
@@ -193,6 +194,30 @@ def test_a_signal_after_the_update_lets_the_step_finish(command, uninterrupted, 
     assert newest_checkpoint(folder).name == "step_000002"
     assert main([*command, str(folder), "--resume-anyway"]) == 0
     assert_same(folder, uninterrupted)
+
+
+def test_a_run_whose_engine_failed_goes_on_from_its_checkpoint(command, uninterrupted, tmp_path, monkeypatch, capsys):
+    """In step 4, once; a failed engine is not asked again. Without restarts the run ends with what it said."""
+    real, streams = TorchRollout.stream, []
+
+    def fails(self, prompts, sampling):
+        streams.append(self)
+        if len(streams) == 7:  # evaluations before step 1 and after step 2, four steps
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(self, prompts, sampling)
+
+    monkeypatch.setattr(TorchRollout, "stream", fails)
+    said = "the engine failed while sampling: RuntimeError('CUDA error: an illegal memory access was encountered')"
+    assert main([*command, str(tmp_path / "ends")]) == 1
+    assert capsys.readouterr().err.startswith(f"rlcore: {said}; --resume, or placement.max_restarts")
+    streams.clear()
+    importlib.import_module("test_resume").calls = 0
+    assert main([*command, str(tmp_path / "run"), "placement.max_restarts=1"]) == 0
+    assert f"{said}; --resume, or placement.max_restarts, goes on from" in capsys.readouterr().out
+    assert len(set(map(id, streams[:7]))) == 1 and streams[7] is not streams[6]
+    assert_same(tmp_path / "run", uninterrupted)
+    history = [json.loads(line)["event"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert history == ["started", "a worker died", "resumed"]
 
 
 def test_a_warm_start_is_gone_on_with_where_it_was_stopped(command, uninterrupted, tmp_path, monkeypatch):
