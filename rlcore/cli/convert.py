@@ -34,9 +34,7 @@ def add_convert(commands: Any) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    source, settings = _settings(options)
-    target = str(settings.pop("to", "huggingface"))
-    registry.check("weight_formats", target, "TO")
+    source, target, settings = _settings(options)
     for name in ("input", "output"):
         if settings.get(name) is None:
             raise ConfigError(f"--{name}: missing; {'what to convert' if name == 'input' else 'a new folder for the result'}")
@@ -56,21 +54,27 @@ def run_convert(options: argparse.Namespace) -> None:
         print("warning: the base model's config ties the head to the embedding, the checkpoint has another head: it is kept")
 
 
-def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The source format, and what is asked for by our names."""
-    formats = [word for word in options.formats if "=" not in word]
-    words = [word for word in options.formats if "=" in word] + options.words
-    if not 1 <= len(formats) <= 2:
-        raise ConfigError(f"FROM [TO]: one or two formats, not {len(formats)}: {' '.join(formats) or 'none'}")
-    source = formats[0]
+def _settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
+    """Both formats, and what is asked for by our names."""
+    source, *more = [word for word in options.formats if "=" not in word] or [""]
+    words = _pairs([word for word in options.formats if "=" in word] + options.words)
     registry.check("weight_formats", source, "FROM")
     host = registry.load("backends", "cpu")  # conversions run on the host; its patches come before torch's libraries
     backend = host(host.Options())
     backend.apply_environment(os.environ)
     backend.prepare()
-    given = {"to": formats[1]} if formats[1:] else {}
-    given |= {name: value for name in ("input", "output", "base", "dtype") if (value := getattr(options, name)) is not None}
-    return source, {**_translated(_pairs(words), registry.load("weight_formats", source).words), **given}
+    given = {name: value for name in ("input", "output", "base", "dtype") if (value := getattr(options, name)) is not None}
+    plugin = registry.load("weight_formats", source)
+    commands = getattr(plugin, "commands", {})
+    if command := commands.get(" ".join(more)):
+        return command.source, command.target, {**_translated(words, command.words), **given}
+    if len(more) > 1:
+        remedy = nearest(" ".join(more), list(commands)) or "; FROM [TO] are one or two formats"
+        raise ConfigError(f"{' '.join(more)}: no such command of {source}{remedy}")
+    settings = {**_translated(words, plugin.words), **given}
+    target = str(more[0] if more else settings.get("to", "huggingface"))
+    registry.check("weight_formats", target, "TO")
+    return source, target, settings
 
 
 def _translated(pairs: Iterator[tuple[str, Any]], words: Mapping[str, Any]) -> dict[str, Any]:

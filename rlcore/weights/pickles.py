@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from rlcore.errors import ConfigError
-from rlcore.weights.safetensors_files import read_bytes
+from rlcore.weights.safetensors_files import bytes_of, read_bytes
 from rlcore.weights.tensors import Spec, Weights
 
 
@@ -84,6 +84,19 @@ def open_pickle(path: Path) -> Weights:
         raise ConfigError(f"{path}: {parts[0]} is one rank's part of a tensor; give the folder with those of all ranks")
     specs = {name: one.spec for name, one in entries.items()}
     return Weights(specs, lambda name: read_stored(path, entries[name], name))
+
+
+def write_pickle(path: Path, key: str, weights: Weights, more: Mapping[str, Any]) -> None:
+    """What `torch.save({key: state dict, **more})` writes, one tensor in memory at a time. As with torch's own
+    `compute_crc32=False`, the archive's checksums are not set; torch does not read them."""
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        without_data = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in weights.specs.items()}
+        torch.save({key: without_data, **more}, path)
+    places = stored(path)[key]
+    with path.open("r+b") as file:
+        for name, spec in weights.specs.items():
+            file.seek(places[name].start)
+            file.write(bytes_of(weights.read(name), spec, name))
 
 
 def loaded(data: bytearray) -> Tensor:
