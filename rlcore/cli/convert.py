@@ -12,28 +12,18 @@ import yaml
 
 from rlcore import registry
 from rlcore.errors import ConfigError, nearest
+from rlcore.runtime.signals import Interruption
 
 _OURS = ("to", "input", "output", "base", "dtype")
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def add_convert(commands: Any) -> None:
-    what = "convert a model's weights between formats: every tensor accounted for, written, read back and compared"
-    command = commands.add_parser(
-        "convert", help=what, description=what[0].upper() + what[1:] + ".",
-        epilog="Arguments of ChatLearn's and RLinf's own converters are taken as they are, after the format's name.",
-    )  # fmt: skip
-    names = ", ".join(registry.names("weight_formats"))
-    command.add_argument("formats", nargs="+", metavar="FROM [TO]", help=f"of {names}; TO is huggingface by default")
-    command.add_argument("--input", metavar="X", help="the checkpoint: a folder, or a file")
-    command.add_argument("--output", metavar="DIR", help="a new folder")
-    command.add_argument("--base", metavar="DIR", help="Hugging Face folder of the model that was trained: config, tokenizer")
-    command.add_argument("--dtype", choices=_DTYPES, help="convert all weights; default: each tensor keeps its own")
-    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file; default: 5 (10^9 bytes)")
-    command.set_defaults(run=run_convert, words=[])
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run_convert(options: argparse.Namespace) -> None:
+    with Interruption():
+        _convert(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
     source, target, settings = _settings(options)
     for name in ("input", "output"):
         if settings.get(name) is None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from rlcore.atomic import replace_file
 from rlcore.distributed import parts
 from rlcore.distributed.fsdp import gathered
+from rlcore.model_files import INDEX
 from rlcore.types import NamedTensors
 
-INDEX = "model.safetensors.index.json"
 _MARK = ".written-"
 _CHUNK = 1 << 24  # bytes read at once for a checksum
 _PATIENCE = 10.0  # seconds for a network file system to show a new folder

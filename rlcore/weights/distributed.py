@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rlcore.errors import ConfigError
-from rlcore.weights.pickles import StandIn, loaded
+from rlcore.weights.pickles import StandIn, loaded, save
 from rlcore.weights.safetensors_files import read_bytes
 from rlcore.weights.tensors import Spec, Weights
 
@@ -177,7 +177,7 @@ class Writer:
         with (self.folder / file).open("ab") as output:
             start = self._ends.get(file, 0)
             item: Any = _Counted(output)
-            torch.save(value, item)
+            save(value, item)
         self._ends[file] = start + item.written
         self._places[index] = _StorageInfo(file, start, item.written)
 

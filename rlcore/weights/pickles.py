@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -87,16 +87,24 @@ def open_pickle(path: Path) -> Weights:
 
 
 def write_pickle(path: Path, key: str, weights: Weights, more: Mapping[str, Any]) -> None:
-    """What `torch.save({key: state dict, **more})` writes, one tensor in memory at a time. As with torch's own
+    """Write what `torch.save({key: state dict, **more})` does, one tensor in memory at a time. As with torch's own
     `compute_crc32=False`, the archive's checksums are not set; torch does not read them."""
-    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True), path.open("wb") as file:
         without_data = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in weights.specs.items()}
-        torch.save({key: without_data, **more}, path)
+        save({key: without_data, **more}, file)
     places = stored(path)[key]
     with path.open("r+b") as file:
         for name, spec in weights.specs.items():
             file.seek(places[name].start)
             file.write(bytes_of(weights.read(name), spec, name))
+
+
+def save(value: Any, file: IO[bytes]) -> None:
+    """`torch.save`, but an error of the file is raised as that, and not as torch's about the archive it could not finish."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error
 
 
 def loaded(data: bytearray) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlcore.errors import ConfigError
+from rlcore.model_files import INDEX, SINGLE
 from rlcore.weights.tensors import Spec, Weights, few
 
 DTYPES = {
@@ -22,8 +23,6 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def read_bytes(path: Path, offset: int, length: int, what: str) -> bytearray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -170,11 +172,59 @@ def test_outputs_in_use_full_disks_and_missing_arguments_are_refused(base, tmp_p
         full.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
         assert "has 0.00 GiB free, this takes" in refused(capsys, tmp_path / "out", *words)
 
-    def fill(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors_files, "write_file", fill)
-    assert "the disk is full" in refused(capsys, tmp_path / "out", *words)
+TARGETS = {
+    "huggingface": (), "rlcore": (), "megatron": ("to.tensor_parallel=2",),
+    "mindspeed": ("to.llm_pp_layers=[2]", "to.vit_pp_layers=[2]", "to.tp_size=2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_disk_that_fills_up_ends_with_one_line(target, vision, tmp_path, capsys):
+    """A limit on the size of files stands in for the disk's: writing fails at any byte, as it does there."""
+    words = ("huggingface", target, "--input", vision, "--output", tmp_path / "new" / "out", *TARGETS[target])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (100, 20_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            said = refused(capsys, tmp_path / "new", *words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"--output: {tmp_path / 'new' / 'out'} cannot be written: the disk is full" in said and said.count("\n") == 1
+
+
+PAUSED = """
+import sys, time
+from rlcore.weights import safetensors_files
+from rlcore.cli.main import main
+write = safetensors_files.write_file
+def paused(*arguments):
+    write(*arguments)
+    print("written", flush=True)
+    time.sleep(100)
+safetensors_files.write_file = paused
+sys.exit(main(["convert", "huggingface", "--input", sys.argv[1], "--output", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_conversion_leaves_nothing_or_what_the_next_one_removes(number, base, tmp_path, capsys):
+    words = ("huggingface", "--input", base, "--output", tmp_path / "out")
+    command = [sys.executable, "-c", PAUSED, str(base), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as converting:
+        try:
+            assert converting.stdout.readline() == "written\n"
+            assert "is being written by another process" in refused(capsys, tmp_path / "out", *words)
+            converting.send_signal(number)
+            said = converting.communicate(timeout=60)[1]
+        finally:
+            converting.kill()
+    if number == signal.SIGKILL:
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    else:
+        assert (converting.returncode, said) == (130, "rlcore: interrupted\n") and list(tmp_path.iterdir()) == []
+    convert(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and tensors(tmp_path / "out").keys() == tensors(base).keys()
 
 
 def test_what_reads_back_differently_is_never_kept(base, tmp_path, monkeypatch):
