@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,21 @@ from rlcore.runtime.signals import Interruption
 
 _OURS = ("to", "input", "output", "base", "dtype")
 DTYPES = ("float32", "bfloat16", "float16")
+_M_MMAP_THRESHOLD = -3  # in malloc.h
 
 
 def run_convert(options: argparse.Namespace) -> None:
+    _return_freed_tensors()
     with Interruption():
         _convert(options)
+
+
+def _return_freed_tensors() -> None:
+    """Have glibc map every block of 1 MiB or more by itself, which freeing returns to the system. By default it soon takes them
+    from its heap, where aligned blocks are seldom reused (glibc bug 14581): memory would grow with every tensor."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -104,18 +104,40 @@ def save(value: Any, file: IO[bytes]) -> None:
     try:
         torch.save(value, file)
     except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError | KeyboardInterrupt) else error
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
-def loaded(data: bytearray) -> Tensor:
-    """The tensor that `torch.save` wrote, sharing the memory of `data`."""
-    with FakeTensorMode():
-        fake = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    start = _start(fake)
-    if not fake.numel():
-        return torch.empty(fake.shape, dtype=fake.dtype)
-    extent = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
-    return torch.frombuffer(data, dtype=fake.dtype, count=extent, offset=start).as_strided(fake.shape, fake.stride())
+def stored_at(path: Path, start: int, length: int) -> Stored:
+    """Where in the file the tensor is that `torch.save` wrote into these bytes of it."""
+    with path.open("rb") as file, FakeTensorMode():
+        fake = torch.load(_Section(file, start, length), map_location="cpu", weights_only=True)
+    return Stored(tuple(fake.shape), Spec(tuple(fake.shape), fake.dtype), fake.stride(), start + _start(fake))
+
+
+class _Section(io.RawIOBase):
+    """Some bytes of a file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def assembled(pieces: Sequence[Tensor], one: Stored) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 
 import pytest
@@ -156,11 +157,12 @@ def test_sizes_that_are_not_the_checkpoints_are_refused(base, tmp_path, capsys):
         words = ("mindspeed", "Qwen2_5_VLConverter", command, *folders, *sizes("parallel_config", llm, vit, tp), *more)
         return refused(capsys, tmp_path / "out", *words)
 
-    assert "from.tp_size: 4, but" in said("[0,2]", "[2,0]", 4) and "files of 2 tensor parallel ranks" in said("[0,2]", "[2,0]", 4)
+    assert re.search("from.tp_size: 4, but .* has files of 2 tensor parallel ranks", said("[0,2]", "[2,0]", 4))
     assert "from.llm_pp_layers: [1, 1], but the stages in" in said("[1,1]", "[2,0]", 2)
     assert "from.vit_pp_layers: [2], but" in said("[0,2]", "[2]", 2)
     assert "did you mean 'Qwen2_5_VLConverter mm_to_hf'" in said("[0,2]", "[2,0]", 2, "mm_to_h")
-    assert "cfg.mm_dirs: no such argument; did you mean 'cfg.mm_dir'" in said("[0,2]", "[2,0]", 2, "mm_to_hf", "--cfg.mm_dirs", "x")
+    wrong = said("[0,2]", "[2,0]", 2, "mm_to_hf", "--cfg.mm_dirs", "x")
+    assert "cfg.mm_dirs: no such argument; did you mean 'cfg.mm_dir'" in wrong
 
 
 def changed(file, change):
@@ -177,11 +179,11 @@ def test_what_is_missing_is_named_where_no_base_model_tells_it(base, tmp_path, c
         checkpoint = copied(tmp_path / "mm", tmp_path / f"copy-{len(list(tmp_path.iterdir()))}")
         for rank in ranks:
             changed(checkpoint / "release" / f"mp_rank_{rank}" / "model_optim_rng.pt", change)
-        return refused(capsys, tmp_path / "out", "mindspeed", "mindspeed", "--input", checkpoint, "--output", tmp_path / "out", *to)
+        words = ("mindspeed", "mindspeed", "--input", checkpoint, "--output", tmp_path / "out", *to)
+        return refused(capsys, tmp_path / "out", *words)
 
     assert f"1 tensors are missing: {norm}" in said("00", "01", change=lambda held: held.pop(norm))
     assert f"mp_rank_01/model_optim_rng.pt: {norm} is in only one of it and" in said("01", change=lambda held: held.pop(norm))
     added = said("00", "01", change=lambda held: held.update({"text_decoder.other": torch.ones(2)}))
     assert "1 tensors are not in the table of names: text_decoder.other" in added
-    four = ("to.llm_pp_layers=[2]", "to.vit_pp_layers=[2]", "to.tp_size=3")
-    assert "to.tp_size: 3 ranks cannot share the" in said(change=None, to=four)
+    assert "to.tp_size: 3 ranks cannot share the" in said(change=None, to=(*LAYOUTS["one"], "to.tp_size=3"))
