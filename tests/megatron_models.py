@@ -17,6 +17,9 @@ from rlcore import registry
 
 CPU = registry.load("backends", "cpu")
 CPU(CPU.Options()).prepare()
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: E402
+
 HOST = torch.device("cpu")
 
 
@@ -130,23 +133,55 @@ class VisionLanguage(torch.nn.Module):
 
 
 def error(model, base: Path, config) -> float:
-    """Largest difference of log-probabilities from transformers'."""
-    from transformers import AutoModelForCausalLM
+    """Largest difference of log-probabilities, of every token after every prefix of a text, from transformers'."""
+    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-    ids = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+    vision = hasattr(config, "vision_config")
+    plain = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(base, dtype=torch.float32)
+    rows = config.get_text_config().vocab_size
+    ids = torch.randint(0, rows, (2, 16), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16)[None].expand(2, -1).contiguous()
-    mask, labels = ~torch.ones(1, 1, 16, 16, dtype=torch.bool).tril(), torch.roll(ids, -1, 1)
-    losses = model(ids, positions, mask, labels=labels)
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = plain(ids).logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    return float((losses + expected).abs().max())
+    mask = ~torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
+    with torch.no_grad():
+        logits = gather_from_tensor_model_parallel_region((model.language_model if vision else model)(ids, positions, mask))
+        text = difference(logits[..., :rows].log_softmax(-1), plain(input_ids=ids).logits.log_softmax(-1))
+        return max(text, tower_error(model.vision_model, plain.model.visual)) if vision else text
+
+
+def tower_error(tower, plain) -> float:
+    """Largest difference of an image's embeddings from transformers' tower, relative to their size. Megatron-Core has no such
+    tower of its own: order of patches, windows and rotary angles are taken from transformers, the layers are Megatron's."""
+    config, inputs, windows = plain.config, [], []
+    grid, shape = torch.tensor([[1, 12, 20]]), (240, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    hooks = [plain.merger.register_forward_hook(lambda _, __, output: inputs.append(output))]
+    for block in plain.blocks:
+        hooks.append(block.register_forward_pre_hook(lambda _, given, more: windows.append((given, more)), with_kwargs=True))
+    plain(pixels.flatten(1), grid)
+    for hook in hooks:
+        hook.remove()
+    (expected,) = inputs
+    patches = tower.patch_embed.proj(pixels).flatten(1)
+    assert difference(patches, plain.patch_embed(pixels.flatten(1))) < 1e-5
+    hidden = windows[0][0][0][:, None]  # those patches by window: [patches, 1, hidden]
+    for layer, (_, given) in zip(tower.decoder.layers, windows, strict=True):
+        cosine, sine = given["position_embeddings"]
+        window = torch.bucketize(torch.arange(len(hidden)), given["cu_seqlens"], right=True)
+        angles = torch.atan2(sine, cosine)[:, None, None]
+        hidden, _ = layer(hidden, attention_mask=(window[:, None] != window)[None, None], rotary_pos_emb=angles)
+    assert len({len(given["cu_seqlens"]) for _, given in windows}) == 2, "layers with windows, and without"
+    output, bias = tower.projection.encoder(tower.decoder.final_layernorm(hidden).flatten().view(len(expected), -1))
+    return difference(output + bias, expected) / float(expected.abs().max())
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
 
 
 def job(work: Path, words: str) -> dict[str, object]:
     import megatron.core.dist_checkpointing as checkpointing
     import torch.distributed as dist
     from megatron.core import parallel_state
-    from transformers import AutoConfig
 
     name, base, *numbers = words.split("=")
     tensor, pipeline, expert = sizes = [int(number) for number in numbers]
@@ -171,14 +206,12 @@ def job(work: Path, words: str) -> dict[str, object]:
             kept = parameter[: max(0, rows - first)] if padded else parameter
             if kept.isnan().any():
                 unread.append(title)
-            if padded:  # rows beyond the vocabulary: so improbable that log-probabilities are those of the others
-                parameter[max(0, rows - first) :] = 0
     target = work / f"{name}-tp{tensor}-pp{pipeline}-ep{expert}"
     if dist.get_rank() == 0:
         target.mkdir()
     dist.barrier()
     checkpointing.save({"model": model.sharded_state_dict()}, str(target), sharded_strategy=("torch_dist", 1))
-    off = None if vision or pipeline > 1 else error(model, Path(base), config)
+    off = None if pipeline > 1 else error(model, Path(base), config)
     dist.barrier()
     parallel_state.destroy_model_parallel()
     return {"job": words, "unread": unread, "error": off}

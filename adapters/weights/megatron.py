@@ -16,7 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from rlcore.weights import distributed
 from rlcore.weights.architecture import Architecture, architecture
 from rlcore.weights.format import Content, Word, content_of, required
 from rlcore.weights.output import Draft
+from rlcore.weights.pickles import save
 from rlcore.weights.tensors import Spec, Weights, selected
 
 from .tables import Rule, applied, by_hub, cut_rows, decoder_rules, joined_tensor, tower_rules
@@ -75,7 +75,8 @@ class Megatron:
             if (alias := stack.name.replace(_MIXTURE_NORMS[1], _NORMS[1])) != stack.name:
                 _write(writer, replace(stack, name=alias), whole, rule, tensor_parallel, stages)
         writer.close()
-        torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+        with (folder / "common.pt").open("wb") as common:
+            save({"checkpoint_version": 3.0, "iteration": 0}, common)
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
         (folder / "metadata.json").write_text(json.dumps({**backends, "common_backend_version": 1}), encoding="utf-8")
         (draft.folder / TRACKER).write_text("release", encoding="utf-8")

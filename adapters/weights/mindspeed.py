@@ -2,16 +2,18 @@
 
     release/mp_rank_{TP:02}[_{PP:03}]/model_optim_rng.pt        latest_checkpointed_iteration.txt holds "release"
 
-Layers are numbered from 0 in each pipeline stage; a stage has its own number of vision and of language layers.
+Layers are numbered from 0 in each pipeline stage; a stage has its own number of vision and of language layers. Which tensors
+there are, and how ranks share them, does not depend on the model's config, so a checkpoint is split again without it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
@@ -20,12 +22,13 @@ from torch import Tensor
 
 from rlcore.errors import ConfigError
 from rlcore.weights.architecture import Architecture, architecture
-from rlcore.weights.format import Content, Word, content_of, required
+from rlcore.weights.format import Command, Content, Word, content_of, nothing, required
 from rlcore.weights.output import Draft
-from rlcore.weights.pickles import Stored, read_stored, stored
-from rlcore.weights.tensors import Spec, Weights, few, spec_of
+from rlcore.weights.pickles import Stored, read_stored, stored, write_pickle
+from rlcore.weights.tensors import Spec, Weights, few, selected, spec_of
 
-from .tables import ROWS, Rule, applied, by_hub, decoder_rules, joined_tensor, tower_rules
+from .layouts import GroupedQKV, Layout
+from .tables import GATE_UP, ROWS, WHOLE, Rule, applied, by_hub, decoder_rules, joined_by, layout_of, tower_rules
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 Layers = list[NonNegativeInt] | list[list[NonNegativeInt]]  # of each pipeline stage; nested as MindSpeed-MM writes it
@@ -37,58 +40,151 @@ _OUTSIDE = {
     "projection": f"{_PROJECTOR}encoder.",
 }  # fmt: skip
 _LAST = (_PROJECTOR, "text_decoder.decoder.final_layernorm.", "text_decoder.output_layer.")
-_HEAD = "text_decoder.output_layer.weight"
+_HEAD, _EMBEDDING = "text_decoder.output_layer.weight", "text_decoder.embedding.word_embeddings.weight"
 _FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _CLASSES = ("megatron.", "mindspeed", "argparse.Namespace")  # of the arguments that a run saves beside its weights
 
 
+def _rules(text: object, vision: object) -> list[Rule]:
+    """The table of names, with layouts for these configs."""
+    return decoder_rules(text, _NORMS, "text_decoder.") + tower_rules(vision, f"{_VISION}{{i}}.", _NORMS, _OUTSIDE)
+
+
+_HEADS = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, num_heads=1)  # no matter how many: ranks have whole ones
+_TABLE = [
+    Rule(rule.hub, rule.other, ROWS if isinstance(rule.layout, GroupedQKV) else rule.layout) for rule in _rules(_HEADS, _HEADS)
+]
+
+
+def _sizes(theirs: str, ours: str) -> dict[str, str]:
+    return {f"{theirs}.{key}": f"{ours}.{key}" for key in ("llm_pp_layers", "vit_pp_layers", "tp_size")}
+
+
 class MindSpeed:
-    """Whole models, and vision towers alone, which can be written but are no model to read."""
+    """Whole models, and vision towers alone, which can be written and split again but are no model to read."""
 
     words: ClassVar[Mapping[str, Word]] = {}
+    commands: ClassVar[Mapping[str, Command]] = {
+        "Qwen2_5_VLConverter hf_to_mm": Command("huggingface", "mindspeed", {
+            "cfg.hf_config.hf_dir": "input", "cfg.mm_dir": "output", **_sizes("cfg.parallel_config", "to"),
+            "cfg.trust_remote_code": nothing,
+        }),
+        "Qwen2_5_VLConverter mm_to_hf": Command("mindspeed", "huggingface", {
+            "cfg.mm_dir": "input", "cfg.save_hf_dir": "output", "cfg.hf_config.hf_dir": "base",
+            **_sizes("cfg.parallel_config", "from"), "cfg.trust_remote_code": nothing,
+        }),
+        "Qwen2_5_VLConverter resplit": Command("mindspeed", "mindspeed", {
+            "cfg.source_dir": "input", "cfg.target_dir": "output", **_sizes("cfg.source_parallel_config", "from"),
+            **_sizes("cfg.target_parallel_config", "to"),
+        }),
+    }  # fmt: skip
 
-    def read(self, source: Path, base: Path | None) -> Content:
-        """The newest iteration. Parallel sizes are those of the files."""
+    def read(
+        self, source: Path, base: Path | None, *, vit_pp_layers: Layers | None = None, llm_pp_layers: Layers | None = None,
+        tp_size: PositiveInt | None = None,
+    ) -> Content:  # fmt: skip
+        """The newest iteration. Parallel sizes are those of the files; ConfigError where others are given."""
         base = required(base, source)
-        return content_of(_opened(_iteration(source), architecture(base)), base, source)
+        model = architecture(base)
+        _check_kind(model)
+        whole = self.whole(source, vit_pp_layers=vit_pp_layers, llm_pp_layers=llm_pp_layers, tp_size=tp_size)
+        return content_of(_by_hub(whole, model, source), base, source)
 
     def write(
         self, content: Content, draft: Draft, *, vit_pp_layers: Layers, llm_pp_layers: Layers | None = None,
         tp_size: PositiveInt = 1, vit_only: bool = False,
     ) -> Weights:  # fmt: skip
-        """One rank's file is in memory at a time. `vit_only` writes what `vit_config.load` wants: the tower and its projector.
+        """One tensor is in memory at a time. `vit_only` writes what `vit_config.load` wants: the tower and its projector.
 
         ConfigError for sizes that do not fit the model.
         """
-        model, table = content.model, _rules(content.model)
-        plan = _plan(model, vit_pp_layers, llm_pp_layers, vit_only, tp_size)
+        model = content.model
+        _check_kind(model)
+        _check_heads(model, tp_size)
         names = [name for name in content.weights.specs if not vit_only or name.startswith("visual.")]
-        rules = applied(table, names, "to mindspeed")
-        if plan.stages > 1 and not vit_only and _HEAD not in {rule.other for rule in rules}:
-            rules.append(Rule(("model.embed_tokens.weight",), _HEAD, ROWS))  # the last stage cannot reach the embedding
-        draft.require(sum(content.weights.specs[name].nbytes for name in names))
+        rules = applied(_rules(model.text_config, model.config.vision_config), names, "to mindspeed")
+        whole = joined_by(rules, content.weights)
+        written = self.split(whole, draft, vit_pp_layers=vit_pp_layers, llm_pp_layers=llm_pp_layers, tp_size=tp_size)
+        found = _by_hub(written, model, draft.folder)
+        return Weights({name: found.specs[name] for name in names}, found.read)
+
+    def whole(
+        self, source: Path, *, vit_pp_layers: Layers | None = None, llm_pp_layers: Layers | None = None,
+        tp_size: PositiveInt | None = None,
+    ) -> Weights:  # fmt: skip
+        """The newest iteration's tensors under MindSpeed-MM's names, whole, with their numbers in the whole model."""
+        files = _files(_iteration(source))
+        if tp_size not in (None, len(files[0])):
+            raise ConfigError(f"from.tp_size: {tp_size}, but {source} has files of {len(files[0])} tensor parallel ranks")
+        weights, stages = _gathered(files)
+        for key, given, prefix in (("vit_pp_layers", vit_pp_layers, _VISION), ("llm_pp_layers", llm_pp_layers, _TEXT)):
+            if given is not None and _flat(f"from.{key}", given) != (found := [sizes[prefix] for sizes in stages]):
+                raise ConfigError(f"from.{key}: {given}, but the stages in {source} have {found} layers")
+        return weights
+
+    def split(
+        self, whole: Weights, draft: Draft, *, vit_pp_layers: Layers, llm_pp_layers: Layers | None = None,
+        tp_size: PositiveInt = 1,
+    ) -> Weights:  # fmt: skip
+        """Write such tensors. The last of several stages has a head, of a tied model too, since it cannot reach the embedding;
+        a single one has none that equals the embedding."""
+        plan = _plan(whole, vit_pp_layers, llm_pp_layers)
+        here = _headed(whole, plan.stages)
+        _check_shares(here, tp_size)
+        draft.require(here.nbytes)
         for stage in range(plan.stages):
-            here = [(rule, plan.local(rule.other)) for rule in rules if plan.stage(rule.other) == stage]
+            names = {plan.local(name): name for name in here.specs if plan.stage(name) == stage}
             for rank in range(tp_size):
-                shares = {name: _share(joined_tensor(rule, content.weights), rule, rank, tp_size) for rule, name in here}
                 path = draft.folder / "release" / _rank_folder(rank, stage, plan.stages) / FILE
                 path.parent.mkdir(parents=True)
-                torch.save({"model": shares, "checkpoint_version": 3.0}, path)
+                write_pickle(path, "model", _shares(selected(here, names), rank, tp_size), {"checkpoint_version": 3.0})
         (draft.folder / TRACKER).write_text("release", encoding="utf-8")
-        written = _opened(draft.folder / "release", model)
-        return Weights({name: written.specs[name] for name in names}, written.read)
+        written = self.whole(draft.folder)
+        return selected(written, {name: name if name in written.specs else _EMBEDDING for name in whole.specs})
 
 
-def _rules(model: Architecture) -> list[Rule]:
-    vision = getattr(model.config, "vision_config", None)
-    if vision is None:
+def _check_kind(model: Architecture) -> None:
+    if getattr(model.config, "vision_config", None) is None:
         raise ConfigError(f"{model.folder}: MindSpeed-MM holds vision-language models; this is a {model.config.model_type}")
-    text = decoder_rules(model.text_config, _NORMS, "text_decoder.")
-    return text + tower_rules(vision, f"{_VISION}{{i}}.", _NORMS, _OUTSIDE)
 
 
-def _share(whole: Tensor, rule: Rule, rank: int, ranks: int) -> Tensor:
-    return rule.layout.shares(whole, ranks)[rank].clone()  # without what else is in the storage
+def _check_heads(model: Architecture, ranks: int) -> None:
+    heads = {"key-value heads": model.text_config.num_key_value_heads, "vision heads": model.config.vision_config.num_heads}
+    for what, count in heads.items():
+        if count % ranks:
+            raise ConfigError(f"to.tp_size: {ranks} does not divide the model's {count} {what}; choose a divisor")
+
+
+def _check_shares(whole: Weights, ranks: int) -> None:
+    layouts = {name: layout_of(_TABLE, name) for name in whole.specs}
+    if unknown := [name for name, layout in layouts.items() if layout is None]:
+        raise ConfigError(f"to mindspeed: {len(unknown)} tensors are not in the table of names: {few(unknown)}")
+    for name, layout in layouts.items():
+        axis, parts = layout and layout.dimension, ranks * (2 if layout == GATE_UP else 1)
+        if axis is not None and (size := whole.specs[name].shape[axis]) % parts:
+            raise ConfigError(f"to.tp_size: {ranks} ranks cannot share the {size} rows or columns of {name}; choose a divisor")
+
+
+def _layout(name: str) -> Layout:
+    return layout_of(_TABLE, name) or WHOLE
+
+
+def _headed(whole: Weights, stages: int) -> Weights:
+    names = {name: name for name in whole.specs}
+    if stages > 1 and _EMBEDDING in names:
+        names.setdefault(_HEAD, _EMBEDDING)
+    elif _HEAD in names and torch.equal(whole.read(_HEAD), whole.read(_EMBEDDING)):
+        del names[_HEAD]
+    return selected(whole, names)
+
+
+def _shares(whole: Weights, rank: int, ranks: int) -> Weights:
+    """One rank's part of each tensor."""
+    def share(name: str, tensor: Tensor) -> Tensor:
+        return _layout(name).shares(tensor, ranks)[rank]
+
+    specs = {name: spec_of(share(name, spec.meta())) for name, spec in whole.specs.items()}
+    return Weights(specs, lambda name: share(name, whole.read(name)).contiguous())
 
 
 @dataclass(frozen=True)
@@ -118,7 +214,8 @@ class _Plan:
 def _layer(name: str) -> tuple[str, int | None]:
     """The prefix of its kind's layers, and its layer."""
     prefix = _TEXT if name.startswith("text_decoder.") else _VISION
-    return prefix, int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+    match = re.match(rf"{re.escape(prefix)}(\d+)\.", name)
+    return prefix, int(match[1]) if match else None
 
 
 def _renumbered(name: str, number: int) -> str:
@@ -126,29 +223,26 @@ def _renumbered(name: str, number: int) -> str:
     return f"{prefix}{number}.{name.removeprefix(prefix).partition('.')[2]}"
 
 
-def _plan(model: Architecture, vit: Layers, llm: Layers | None, vit_only: bool, ranks: int) -> _Plan:
-    text, vision = model.text_config, getattr(model.config, "vision_config", None)
-    if llm is None and not vit_only:
+def _plan(whole: Weights, vit: Layers, llm: Layers | None) -> _Plan:
+    there = {prefix: len(numbers) for prefix, numbers in _numbers(whole.specs).items()}
+    if llm is None and _TEXT in there:
         raise ConfigError("to.llm_pp_layers: missing; give the language layers of each pipeline stage, such as [[36]]")
-    plan = {_VISION: _flat("vit_pp_layers", vit, getattr(vision, "depth", 0))}
-    if llm is not None and not vit_only:
-        plan[_TEXT] = _flat("llm_pp_layers", llm, text.num_hidden_layers)
+    plan = {_VISION: _flat("to.vit_pp_layers", vit)}
+    plan |= {_TEXT: _flat("to.llm_pp_layers", llm)} if llm and _TEXT in there else {}
+    for key, prefix in (("vit_pp_layers", _VISION), ("llm_pp_layers", _TEXT)):
+        if prefix in plan and sum(plan[prefix]) != there.get(prefix, 0):
+            given = f"{plan[prefix]} are {sum(plan[prefix])} layers"
+            raise ConfigError(f"to.{key}: {given}, the model has {there.get(prefix, 0)}")
     if len({len(sizes) for sizes in plan.values()}) > 1:
         raise ConfigError(f"to.vit_pp_layers, to.llm_pp_layers: {vit} and {llm} are of different lengths; give each stage both")
-    for what, count in (("key-value heads", text.num_key_value_heads), ("vision heads", getattr(vision, "num_heads", 0))):
-        if count % ranks:
-            raise ConfigError(f"to.tp_size: {ranks} does not divide the model's {count} {what}; choose a divisor")
     return _Plan(plan)
 
 
-def _flat(key: str, given: Layers, layers: int) -> list[int]:
+def _flat(key: str, given: Layers) -> list[int]:
     nested = [sizes for sizes in given if isinstance(sizes, list)]
     if len(nested) > 1:
-        raise ConfigError(f"to.{key}: {given} has virtual stages; rlcore writes one chunk a stage, as [[...]] with one list")
-    sizes = nested[0] if nested else [size for size in given if isinstance(size, int)]
-    if sum(sizes) != layers:
-        raise ConfigError(f"to.{key}: {sizes} are {sum(sizes)} layers, the model has {layers}")
-    return sizes
+        raise ConfigError(f"{key}: {given} has virtual stages; rlcore has one chunk a stage, as [[...]] with one list")
+    return nested[0] if nested else [size for size in given if isinstance(size, int)]
 
 
 def _rank_folder(rank: int, stage: int, stages: int) -> str:
@@ -181,35 +275,56 @@ def _files(folder: Path) -> list[list[Path]]:
     return [[found[stage, rank] for rank in range(ranks)] for stage in range(stages)]
 
 
-def _opened(folder: Path, model: Architecture) -> Weights:
+def _by_hub(whole: Weights, model: Architecture, where: Path) -> Weights:
     """The weights under the hub's names."""
-    rules = applied(_rules(model), model.expected, str(folder))
-    return by_hub(rules, _gathered(_files(folder), {rule.other: rule for rule in rules}), model, str(folder))
+    rules = applied(_rules(model.text_config, model.config.vision_config), model.expected, str(where))
+    return by_hub(rules, whole, model, str(where))
 
 
-def _gathered(files: list[list[Path]], rules: Mapping[str, Rule]) -> Weights:
-    """Whole tensors of all stages, by their numbers in the whole model."""
+def _gathered(files: list[list[Path]]) -> tuple[Weights, list[dict[str, int]]]:
+    """Whole tensors of all stages, by their numbers in the whole model; and each stage's layers by their prefix."""
     specs, shares = dict[str, Spec](), dict[str, list[tuple[Path, Stored, str]]]()
-    offsets = {_VISION: 0, _TEXT: 0}
+    stages: list[dict[str, int]] = []
     for paths in files:
         ranks = [_entries(path) for path in paths]
+        for path, entries in zip(paths, ranks, strict=True):
+            if different := sorted(entries.keys() ^ ranks[0].keys()):
+                raise ConfigError(f"{path}: {different[0]} is in only one of it and {paths[0]}; do they belong together?")
+        numbers = _numbers(ranks[0])
+        _check_layers(ranks[0], numbers, paths[0])
         for local in ranks[0]:
             prefix, number = _layer(local)
-            name = local if number is None else _renumbered(local, number + offsets[prefix])
+            before = sum(sizes[prefix] for sizes in stages)
+            name = local if number is None else _renumbered(local, number + before)
+            if name in shares:
+                raise ConfigError(f"{paths[0]}: {name} is in another stage too; do they belong together?")
             shares[name] = [(path, entries[local], local) for path, entries in zip(paths, ranks, strict=True)]
-            specs[name] = spec_of(_whole(rules.get(name), [one.spec.meta() for _, one, _ in shares[name]]))
-        for prefix in offsets:
-            numbers = {number for kind, number in map(_layer, ranks[0]) if kind == prefix and number is not None}
-            offsets[prefix] += len(numbers)
+            specs[name] = spec_of(_layout(name).gathered([one.spec.meta() for _, one, _ in shares[name]]))
+        stages.append({prefix: len(numbers.get(prefix, ())) for prefix in (_VISION, _TEXT)})
 
     def read(name: str) -> Tensor:
-        return _whole(rules.get(name), [read_stored(path, one, local) for path, one, local in shares[name]])
+        return _layout(name).gathered([read_stored(path, one, local) for path, one, local in shares[name]])
 
-    return Weights(specs, read)
+    return Weights(specs, read), stages
 
 
-def _whole(rule: Rule | None, shares: Sequence[Tensor]) -> Tensor:
-    return rule.layout.gathered(shares) if rule else shares[0]
+def _numbers(names: Iterable[str]) -> dict[str, set[int]]:
+    """Numbers of the layers of each kind that is there at all."""
+    found = dict[str, set[int]]()
+    for prefix, number in map(_layer, names):
+        found.setdefault(prefix, set()).update(() if number is None else (number,))
+    return found
+
+
+def _check_layers(names: Iterable[str], numbers: Mapping[str, set[int]], path: Path) -> None:
+    """ConfigError unless layers are numbered from 0 and all of a kind have the same tensors."""
+    for prefix, found in numbers.items():
+        held = {number: {name for name in names if _layer(name) == (prefix, number)} for number in found}
+        wanted = {_renumbered(name, 0) for layer in held.values() for name in layer}
+        missing = [_renumbered(name, number) for number in range(max(found, default=-1) + 1) for name in sorted(wanted)
+                   if _renumbered(name, number) not in held.get(number, set())]
+        if missing:
+            raise ConfigError(f"{path}: {len(missing)} tensors are missing: {few(missing)}; other layers have them")
 
 
 def _entries(path: Path) -> dict[str, Stored]:

@@ -12,17 +12,13 @@ from typing import Any, ClassVar
 
 from rlcore.errors import ConfigError
 from rlcore.weights import distributed
-from rlcore.weights.format import Content, Word, trained_content
+from rlcore.weights.format import Content, Word, nothing, trained_content
 from rlcore.weights.lora import Adapter
 from rlcore.weights.pickles import open_pickle
 from rlcore.weights.tensors import Weights
 
 _PLACES = ("model_state_dict/full_weights.pt", "model_state_dict/full_weigths.pt", "dcp_checkpoint")  # the second: of old
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def _nothing(_: Any) -> Mapping[str, Any]:
-    return {}
 
 
 def _dtype(name: Any) -> Mapping[str, Any]:
@@ -40,7 +36,7 @@ class RLinf:
         "convertor.ckpt_path": "input", "convertor.save_path": "output", "convertor.merge_lora_weighs": _merge,
         "convertor.merge_lora_weights": _merge, "convertor.torch_dtype": _dtype, "model.model_path": "base",
         "model.model_type": "from.model_type", "model.is_lora": "from.is_lora", "model.lora_rank": "from.lora_rank",
-        "ckpt_path": "input", "save_path": "output", "model_path": "base", "config-path": _nothing, "config-name": _nothing,
+        "ckpt_path": "input", "save_path": "output", "model_path": "base", "config-path": nothing, "config-name": nothing,
     }  # fmt: skip
 
     def read(

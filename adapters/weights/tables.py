@@ -136,6 +136,18 @@ def joined_tensor(rule: Rule, weights: Weights) -> Tensor:
     return rule.layout.join([weights.read(name) for name in rule.hub]).contiguous()
 
 
+def joined_by(rules: Sequence[Rule], weights: Weights) -> Weights:
+    """The other program's tensors, whole, of the hub's `weights`."""
+    known = {rule.other: rule for rule in rules}
+    specs = {name: spec_of(rule.layout.join([weights.specs[hub].meta() for hub in rule.hub])) for name, rule in known.items()}
+    return Weights(specs, lambda name: joined_tensor(known[name], weights))
+
+
+def layout_of(rules: Iterable[Rule], name: str) -> Layout | None:
+    """The layout of one of the other program's tensors; None for a name that is not in the table."""
+    return next((rule.layout for rule in rules if _pattern(rule.other).fullmatch(name)), None)
+
+
 def by_hub(rules: Sequence[Rule], others: Weights, model: Architecture, where: str) -> Weights:
     """The other program's whole tensors under the hub's names; what no rule names keeps its name, to be reported. ConfigError
     for tensors of another shape than the model's."""

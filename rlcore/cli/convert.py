@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,31 +13,29 @@ import yaml
 
 from rlcore import registry
 from rlcore.errors import ConfigError, nearest
+from rlcore.runtime.signals import Interruption
 
 _OURS = ("to", "input", "output", "base", "dtype")
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def add_convert(commands: Any) -> None:
-    what = "convert a model's weights between formats: every tensor accounted for, written, read back and compared"
-    command = commands.add_parser(
-        "convert", help=what, description=what[0].upper() + what[1:] + ".",
-        epilog="Arguments of ChatLearn's and RLinf's own converters are taken as they are, after the format's name.",
-    )  # fmt: skip
-    names = ", ".join(registry.names("weight_formats"))
-    command.add_argument("formats", nargs="+", metavar="FROM [TO]", help=f"of {names}; TO is huggingface by default")
-    command.add_argument("--input", metavar="X", help="the checkpoint: a folder, or a file")
-    command.add_argument("--output", metavar="DIR", help="a new folder")
-    command.add_argument("--base", metavar="DIR", help="Hugging Face folder of the model that was trained: config, tokenizer")
-    command.add_argument("--dtype", choices=_DTYPES, help="convert all weights; default: each tensor keeps its own")
-    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file; default: 5 (10^9 bytes)")
-    command.set_defaults(run=run_convert, words=[])
+DTYPES = ("float32", "bfloat16", "float16")
+_M_MMAP_THRESHOLD = -3  # in malloc.h
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    source, settings = _settings(options)
-    target = str(settings.pop("to", "huggingface"))
-    registry.check("weight_formats", target, "TO")
+    _return_freed_tensors()
+    with Interruption():
+        _convert(options)
+
+
+def _return_freed_tensors() -> None:
+    """Have glibc map every block of 1 MiB or more by itself, which freeing returns to the system. By default it soon takes them
+    from its heap, where aligned blocks are seldom reused (glibc bug 14581): memory would grow with every tensor."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    source, target, settings = _settings(options)
     for name in ("input", "output"):
         if settings.get(name) is None:
             raise ConfigError(f"--{name}: missing; {'what to convert' if name == 'input' else 'a new folder for the result'}")
@@ -56,21 +55,27 @@ def run_convert(options: argparse.Namespace) -> None:
         print("warning: the base model's config ties the head to the embedding, the checkpoint has another head: it is kept")
 
 
-def _settings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The source format, and what is asked for by our names."""
-    formats = [word for word in options.formats if "=" not in word]
-    words = [word for word in options.formats if "=" in word] + options.words
-    if not 1 <= len(formats) <= 2:
-        raise ConfigError(f"FROM [TO]: one or two formats, not {len(formats)}: {' '.join(formats) or 'none'}")
-    source = formats[0]
+def _settings(options: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
+    """Both formats, and what is asked for by our names."""
+    source, *more = [word for word in options.formats if "=" not in word] or [""]
+    words = _pairs([word for word in options.formats if "=" in word] + options.words)
     registry.check("weight_formats", source, "FROM")
     host = registry.load("backends", "cpu")  # conversions run on the host; its patches come before torch's libraries
     backend = host(host.Options())
     backend.apply_environment(os.environ)
     backend.prepare()
-    given = {"to": formats[1]} if formats[1:] else {}
-    given |= {name: value for name in ("input", "output", "base", "dtype") if (value := getattr(options, name)) is not None}
-    return source, {**_translated(_pairs(words), registry.load("weight_formats", source).words), **given}
+    given = {name: value for name in ("input", "output", "base", "dtype") if (value := getattr(options, name)) is not None}
+    plugin = registry.load("weight_formats", source)
+    commands = getattr(plugin, "commands", {})
+    if command := commands.get(" ".join(more)):
+        return command.source, command.target, {**_translated(words, command.words), **given}
+    if len(more) > 1:
+        remedy = nearest(" ".join(more), list(commands)) or "; FROM [TO] are one or two formats"
+        raise ConfigError(f"{' '.join(more)}: no such command of {source}{remedy}")
+    settings = {**_translated(words, plugin.words), **given}
+    target = str(more[0] if more else settings.get("to", "huggingface"))
+    registry.check("weight_formats", target, "TO")
+    return source, target, settings
 
 
 def _translated(pairs: Iterator[tuple[str, Any]], words: Mapping[str, Any]) -> dict[str, Any]:

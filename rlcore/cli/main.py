@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcore import registry
-from rlcore.cli.convert import add_convert
+from rlcore.cli.convert import DTYPES, run_convert
 from rlcore.cli.data import run_data
 from rlcore.cli.evaluate import run_evaluation
 from rlcore.cli.import_config import run_import_config
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "show", run_show, "every setting of the run, as YAML")
     _add_data(commands)
     _add_import_config(commands)
-    add_convert(commands)
+    _add_convert(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser
@@ -142,6 +142,22 @@ def _add_import_config(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--rows", type=int, metavar="N", help="training rows, if the file counts passes over them")
     command.add_argument("--skip-unknown", action="store_true", help="leave out keys that are not known of the framework")
     command.set_defaults(run=run_import_config)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    what = "convert a model's weights between formats: every tensor accounted for, written, read back and compared"
+    command = commands.add_parser(
+        "convert", help=what, description=what[0].upper() + what[1:] + ".",
+        epilog="Arguments of the converters of ChatLearn, RLinf and MindSpeed-MM are taken as they are, after the format.",
+    )  # fmt: skip
+    names = ", ".join(registry.names("weight_formats"))
+    command.add_argument("formats", nargs="+", metavar="FROM [TO]", help=f"of {names}; TO is huggingface by default")
+    command.add_argument("--input", metavar="X", help="the checkpoint: a folder, or a file")
+    command.add_argument("--output", metavar="DIR", help="a new folder")
+    command.add_argument("--base", metavar="DIR", help="Hugging Face folder of the model that was trained: config, tokenizer")
+    command.add_argument("--dtype", choices=DTYPES, help="convert all weights; default: each tensor keeps its own")
+    command.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="largest file; default: 5 (10^9 bytes)")
+    command.set_defaults(run=run_convert, words=[])
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

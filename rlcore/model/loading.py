@@ -16,6 +16,7 @@ from rlcore import registry
 from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.files.records import tried
 from rlcore.errors import ConfigError, nearest
+from rlcore.model_files import INDEX
 
 if TYPE_CHECKING:
     from rlcore.protocols import ModelFamily
@@ -139,7 +140,7 @@ def _readable(folder: Path, section: str) -> bool:
 
 def _check_complete(folder: Path, section: str) -> None:
     model_type(folder, section)
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         needed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         missing = [name for name in needed if not (folder / name).is_file()]

@@ -49,22 +49,46 @@ def convert(asked: Conversion) -> Converted:
     reader, writer = (registry.load("weight_formats", name)() for name in (asked.source, asked.target))
     if not hasattr(writer, "write"):
         raise ConfigError(f"TO: {asked.target} can be read, not written; to what it is written: {', '.join(_writable())}")
+    base = asked.base.expanduser().absolute() if asked.base else None
+    asked = replace(asked, input=asked.input.expanduser().absolute(), base=base)
+    if not asked.input.exists():
+        raise ConfigError(f"--input: {asked.input}: no such file or folder")
+    again = asked.source == asked.target and base is None and hasattr(reader, "split")
+    return _split_again(asked, reader) if again else _converted(asked, reader, writer)
+
+
+def _converted(asked: Conversion, reader: Any, writer: Any) -> Converted:
     reading = registry.checked_options(reader.read, asked.reading, "from.", given=2)
     writing = registry.checked_options(writer.write, asked.writing, "to.", given=2)
-    base = asked.base.expanduser().absolute() if asked.base else None
-    source = asked.input.expanduser().absolute()
-    if not source.exists():
-        raise ConfigError(f"--input: {source}: no such file or folder")
-    content = reader.read(source, base, **reading)
+    content = reader.read(asked.input, asked.base, **reading)
     witness = _Witness()
-    weights = witness.of(as_dtype(content.weights, DTYPES[asked.dtype] if asked.dtype else None))
+    weights = witness.of(as_dtype(content.weights, _dtype(asked)))
     adapter = replace(content.adapter, factors=witness.of(content.adapter.factors)) if content.adapter else None
     content = replace(content, weights=weights, adapter=adapter)
-    call = {"from": asked.source, "to": asked.target, "input": str(source), "base": str(content.model.folder)}
-    call |= {"tensors": len(content.weights.specs), "options": {"from": dict(asked.reading), "to": dict(asked.writing)}}
-    with drafted(asked.output, asked.shard_bytes, call) as draft:
+    with drafted(asked.output, asked.shard_bytes, _call(asked, weights, content.model.folder)) as draft:
         witness.compare(writer.write(content, draft, **writing), asked.output)
-    return Converted(len(content.weights.specs), content.weights.nbytes, content.untied)
+    return Converted(len(weights.specs), weights.nbytes, content.untied)
+
+
+def _split_again(asked: Conversion, one: Any) -> Converted:
+    reading = registry.checked_options(one.whole, asked.reading, "from.", given=1)
+    writing = registry.checked_options(one.split, asked.writing, "to.", given=2)
+    witness = _Witness()
+    weights = witness.of(as_dtype(one.whole(asked.input, **reading), _dtype(asked)))
+    with drafted(asked.output, asked.shard_bytes, _call(asked, weights, None)) as draft:
+        witness.compare(one.split(weights, draft, **writing), asked.output)
+    return Converted(len(weights.specs), weights.nbytes, untied=False)
+
+
+def _dtype(asked: Conversion) -> torch.dtype | None:
+    return DTYPES[asked.dtype] if asked.dtype else None
+
+
+def _call(asked: Conversion, weights: Weights, base: Path | None) -> dict[str, Any]:
+    """What the output's record says of the conversion."""
+    options = {"from": dict(asked.reading), "to": dict(asked.writing)}
+    names = {"from": asked.source, "to": asked.target, "input": str(asked.input), "base": str(base) if base else None}
+    return {**names, "tensors": len(weights.specs), "options": options}
 
 
 def _writable() -> list[str]:

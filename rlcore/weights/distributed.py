@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from rlcore.errors import ConfigError
-from rlcore.weights.pickles import StandIn, loaded
-from rlcore.weights.safetensors_files import read_bytes
+from rlcore.weights.pickles import StandIn, read_stored, save, stored_at
 from rlcore.weights.tensors import Spec, Weights
 
 METADATA = ".metadata"
@@ -90,12 +89,12 @@ def _read(folder: Path, chunk: _Chunk, name: str) -> Tensor:
     if chunk.place.transform_descriptors:
         raise ConfigError(f"{path}: {name} is stored as {chunk.place.transform_descriptors}; save it without compression")
     try:
-        values = loaded(read_bytes(path, chunk.place.offset, chunk.place.length, name))
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        one = stored_at(path, chunk.place.offset, chunk.place.length)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: {name} does not load: {' '.join(str(error).split())[:200]}") from None
-    if tuple(values.shape) != chunk.sizes:
-        raise ConfigError(f"{path}: {name}: a chunk is {list(values.shape)}, {METADATA} says {list(chunk.sizes)}")
-    return values
+    if one.shape != chunk.sizes:
+        raise ConfigError(f"{path}: {name}: a chunk is {list(one.shape)}, {METADATA} says {list(chunk.sizes)}")
+    return read_stored(path, one, name)
 
 
 def _check_files(folder: Path, places: Iterable[_StorageInfo]) -> None:
@@ -163,7 +162,9 @@ class Writer:
         entry = self._tensors.setdefault(name, TensorStorageMetadata(properties, torch.Size(shape), []))
         assert entry.size == torch.Size(shape) and entry.properties.dtype == values.dtype, name
         entry.chunks.append(ChunkStorageMetadata(torch.Size(start), values.shape))
-        self._put(file, MetadataIndex(name, start, len(entry.chunks) - 1), values.contiguous())
+        own = values.clone(memory_format=torch.contiguous_format)  # torch.save writes all of a storage, of a view too
+        self._put(file, MetadataIndex(name, start, len(entry.chunks) - 1), own)
+        own.untyped_storage().resize_(0)  # torch.save leaves it in a reference cycle
 
     def add_object(self, file: str, name: str, value: Any) -> None:
         self._objects[name] = BytesStorageMetadata()
@@ -177,7 +178,7 @@ class Writer:
         with (self.folder / file).open("ab") as output:
             start = self._ends.get(file, 0)
             item: Any = _Counted(output)
-            torch.save(value, item)
+            save(value, item)
         self._ends[file] = start + item.written
         self._places[index] = _StorageInfo(file, start, item.written)
 

@@ -18,6 +18,20 @@ Word = str | Callable[[Any], Mapping[str, Any]]  # our name of an argument, or w
 
 
 @dataclass(frozen=True)
+class Command:
+    """A command of another system's converter: the formats between which it converts, and its arguments in our names."""
+
+    source: str
+    target: str
+    words: Mapping[str, Word]
+
+
+def nothing(_: Any) -> Mapping[str, Any]:
+    """The meaning of an argument that is not needed here."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Content:
     """A model between two formats."""
 
@@ -39,6 +53,14 @@ class WritableFormat(WeightFormat, Protocol):
     """A format that can be written too."""
 
     def write(self, content: Content, draft: Draft) -> Weights: ...  # **options; what was written, read back by the hub's names
+
+
+class SplitFormat(WritableFormat, Protocol):
+    """A format in files of parallel ranks, which can be split for others without the base model."""
+
+    def whole(self, source: Path) -> Weights: ...  # **options of `read`; under the format's own names
+
+    def split(self, whole: Weights, draft: Draft) -> Weights: ...  # **options; what was written, read back by the same names
 
 
 def content_of(source: Weights, base: Path | None, where: Path) -> Content:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,49 @@ class Draft:
         if free < nbytes + _SPARE:
             there, taken = f"{free / 2**30:.2f} GiB free", f"{(nbytes + _SPARE) / 2**30:.2f} GiB"
             remedy = "free some room or give another folder"
-            raise ConfigError(f"--output: {self.folder.parent} has {there}, this takes {taken}; {remedy}")
+            raise ConfigError(f"--output: {self.folder.parents[1]} has {there}, this takes {taken}; {remedy}")
 
 
 @contextmanager
 def drafted(output: Path, shard_bytes: int, call: Mapping[str, Any]) -> Iterator[Draft]:
     """A draft that takes the place of `output` at the end, with a record of `call` and of checksums, or vanishes with an error.
-    ConfigError when the folder is in use, not writable, or the disk is full."""
+    ConfigError when the folder is in use, not writable, being written by another process, or the disk is full."""
     output = output.expanduser().absolute()
     _check_free(output)
-    draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    workshop = output.with_name(f".{output.name}.partial")
+    above = [folder for folder in workshop.parents if not folder.exists()]
     try:
-        draft.mkdir(parents=True)
-        yield Draft(draft, shard_bytes)
-        record = {**call, "sha256": {name: _digest(draft / name) for name in _files(draft)}}
-        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _check_free(output)
-        os.replace(draft, output)
+        with _claimed(workshop, output) as draft:
+            yield Draft(draft, shard_bytes)
+            record = {**call, "sha256": {name: _digest(draft / name) for name in _files(draft)}}
+            (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _check_free(output)
+            os.replace(draft, output)
     except OSError as error:
         reason = "the disk is full" if error.errno in _FULL else str(error)
         raise ConfigError(f"--output: {output} cannot be written: {reason}; free some room or give another folder") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):  # one that is not empty: the output is in it
+            for folder in above:
+                folder.rmdir()
+
+
+@contextmanager
+def _claimed(workshop: Path, output: Path) -> Iterator[Path]:
+    """An empty folder in `workshop`, which is locked and removed at the end. What a process that was killed left there is
+    removed first."""
+    workshop.mkdir(parents=True, exist_ok=True)
+    with (workshop / "lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the errors POSIX allows for a held lock
+            raise ConfigError(f"--output: {output} is being written by another process; wait for it or end it") from None
+        try:
+            shutil.rmtree(workshop / "draft", ignore_errors=True)
+            (workshop / "draft").mkdir()
+            yield workshop / "draft"
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _check_free(output: Path) -> None:

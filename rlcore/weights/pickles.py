@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from rlcore.errors import ConfigError
-from rlcore.weights.safetensors_files import read_bytes
+from rlcore.weights.safetensors_files import bytes_of, read_bytes
 from rlcore.weights.tensors import Spec, Weights
 
 
@@ -86,15 +86,58 @@ def open_pickle(path: Path) -> Weights:
     return Weights(specs, lambda name: read_stored(path, entries[name], name))
 
 
-def loaded(data: bytearray) -> Tensor:
-    """The tensor that `torch.save` wrote, sharing the memory of `data`."""
-    with FakeTensorMode():
-        fake = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    start = _start(fake)
-    if not fake.numel():
-        return torch.empty(fake.shape, dtype=fake.dtype)
-    extent = 1 + sum((size - 1) * step for size, step in zip(fake.shape, fake.stride(), strict=True))
-    return torch.frombuffer(data, dtype=fake.dtype, count=extent, offset=start).as_strided(fake.shape, fake.stride())
+def write_pickle(path: Path, key: str, weights: Weights, more: Mapping[str, Any]) -> None:
+    """Write what `torch.save({key: state dict, **more})` does, one tensor in memory at a time. As with torch's own
+    `compute_crc32=False`, the archive's checksums are not set; torch does not read them."""
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True), path.open("wb") as file:
+        without_data = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in weights.specs.items()}
+        save({key: without_data, **more}, file)
+    places = stored(path)[key]
+    with path.open("r+b") as file:
+        for name, spec in weights.specs.items():
+            file.seek(places[name].start)
+            file.write(bytes_of(weights.read(name), spec, name))
+
+
+def save(value: Any, file: IO[bytes]) -> None:
+    """`torch.save`, but an error of the file is raised as that, and not as torch's about the archive it could not finish."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+
+
+def stored_at(path: Path, start: int, length: int) -> Stored:
+    """Where in the file the tensor is that `torch.save` wrote into these bytes of it."""
+    with path.open("rb") as file, FakeTensorMode():
+        fake = torch.load(_Section(file, start, length), map_location="cpu", weights_only=True)
+    return Stored(tuple(fake.shape), Spec(tuple(fake.shape), fake.dtype), fake.stride(), start + _start(fake))
+
+
+class _Section(io.RawIOBase):
+    """Some bytes of a file, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def assembled(pieces: Sequence[Tensor], one: Stored) -> Tensor:

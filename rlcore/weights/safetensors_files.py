@@ -12,10 +12,9 @@ from torch import Tensor
 
 from rlcore import tensor_files
 from rlcore.errors import ConfigError
+from rlcore.model_files import INDEX
 from rlcore.tensor_files import DTYPES, Spec
 from rlcore.weights.tensors import Weights, few
-
-INDEX = tensor_files.index_name("model")
 
 
 def read_bytes(path: Path, offset: int, length: int, what: str) -> bytearray:

@@ -17,6 +17,7 @@ import torch
 from rlcore_adapters.weights import megatron
 from weight_models import assert_equal, convert, model, refused, tensors
 
+from rlcore.weights import distributed
 from rlcore.weights.architecture import architecture
 
 FAMILIES = ("tiny_llama", "tiny_qwen3", "tiny_qwen3_moe", "tiny_qwen2_5_vl")
@@ -63,6 +64,15 @@ def test_stacked_tensors_are_complete_in_torchs_own_reader(tmp_path):
     q, k, v = (hub[f"model.layers.0.self_attn.{name}_proj.weight"].chunk(2) for name in "qkv")
     grouped = torch.cat([q[0], k[0], v[0], q[1], k[1], v[1]])
     assert torch.equal(state["decoder.layers.self_attention.linear_qkv.weight"][0], grouped)
+
+
+def test_a_checkpoint_is_as_large_as_its_tensors(tmp_path):
+    """Each chunk is stored once, without the rest of the tensor that it was cut from."""
+    base = model(tmp_path / "base", "tiny_llama", hidden_size=256, layers=2, tied=False)
+    convert("huggingface", "megatron", "--input", base, "--output", tmp_path / "dist", *SIZES)
+    size = sum(file.stat().st_size for file in tmp_path.joinpath("dist", "release").glob("*.distcp"))
+    whole = sum(tensor.nbytes for tensor in tensors(base).values())
+    assert whole < size < 1.1 * whole
 
 
 def test_sizes_that_do_not_divide_and_foreign_folders_are_refused(tmp_path, capsys):
@@ -133,7 +143,7 @@ def test_real_megatron_loads_runs_and_saves_what_was_converted(tmp_path):
 @needs_mbridge
 @pytest.mark.parametrize("family", ["tiny_qwen3", "tiny_qwen3_moe", "tiny_qwen2_5_vl"])
 def test_tables_are_those_of_mbridge(family, tmp_path):
-    """Names and layouts, tensor by tensor. mbridge names experts as grouped GEMM does: linear_fc1.weight5."""
+    """What was written, tensor by tensor. mbridge names experts as grouped GEMM does: linear_fc1.weight5."""
     importlib.import_module("mbridge")  # registers its models
     from mbridge.core.bridge import _MODEL_REGISTRY
 
@@ -142,6 +152,9 @@ def test_tables_are_those_of_mbridge(family, tmp_path):
     bridge = object.__new__(_MODEL_REGISTRY[known.config.model_type])
     flat = {**known.text_config.to_dict(), "vision_config": getattr(known.config, "vision_config", None)}  # as before 4.52
     bridge.hf_config, bridge.make_vocab_size_divisible_by = SimpleNamespace(**flat), None
+    convert("huggingface", "megatron", "--input", base, "--output", tmp_path / "dist", "to.tensor_parallel=2")
+    stacked, chunks = distributed.open_folder(tmp_path / "dist" / "release")
+    written = megatron._layered(tmp_path / "dist" / "release", stacked, chunks)
     for rule in megatron.applied(megatron._rules(known), hub, "mbridge"):
         theirs = rule.other
         if ".experts." in theirs:
@@ -150,6 +163,6 @@ def test_tables_are_those_of_mbridge(family, tmp_path):
             theirs = f"{head}.experts.{kind}.{leaf}{expert}"
         assert tuple(bridge._weight_name_mapping_mcore_to_hf(theirs)) == rule.hub
         parts = [hub[name] for name in rule.hub]
-        assert torch.equal(bridge._weight_to_mcore_format(theirs, parts), rule.layout.join(parts))
+        assert torch.equal(bridge._weight_to_mcore_format(theirs, parts), written.read(rule.other))
         split = bridge._weight_to_hf_format(theirs, rule.layout.join(parts))[1]
         assert all(torch.equal(one, other) for one, other in zip(split, parts, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 
 import pytest
@@ -26,6 +27,13 @@ def loaded(file):
     return torch.load(file, weights_only=True)["model"]
 
 
+def assert_same_ranks(one, other):
+    files = [sorted(file.relative_to(folder) for file in folder.rglob("*.pt")) for folder in (one, other)]
+    assert files[0] == files[1] and files[0]
+    for first, second in ((loaded(one / file), loaded(other / file)) for file in files[0]):
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trips_are_bit_equal(layout, base, tmp_path):
     convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "mm", *LAYOUTS[layout])
@@ -38,9 +46,7 @@ def test_a_checkpoint_is_split_again(base, tmp_path):
     again = ("mindspeed", "mindspeed", "--input", tmp_path / "one", "--output", tmp_path / "two")
     convert(*again, "--base", base, *LAYOUTS["tensor"])
     convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "direct", *LAYOUTS["tensor"])
-    for file in sorted(tmp_path.joinpath("direct").rglob("*.pt")):
-        again, direct = loaded(tmp_path / "two" / file.relative_to(tmp_path / "direct")), loaded(file)
-        assert again.keys() == direct.keys() and all(torch.equal(again[name], direct[name]) for name in direct)
+    assert_same_ranks(tmp_path / "two", tmp_path / "direct")
 
 
 def test_ranks_hold_what_mindspeed_gives_them(base, tmp_path):
@@ -109,3 +115,75 @@ def test_bad_layouts_and_files_are_refused(base, tmp_path, capsys):
     (other / "config.json").write_text(config.replace('"intermediate_size": 64', '"intermediate_size": 32'))
     convert(*there, "--output", tmp_path / "whole", *LAYOUTS["one"])
     assert "have other shapes than" in said("mindspeed", "--input", tmp_path / "whole", "--base", other)
+
+
+def sizes(of, llm, vit, tp):
+    return (f"--cfg.{of}.llm_pp_layers", llm, f"--cfg.{of}.vit_pp_layers", vit, f"--cfg.{of}.tp_size", tp)
+
+
+def test_the_words_of_mm_convert_do_as_ours(base, tmp_path):
+    """hf_to_mm, resplit (which names no Hugging Face folder) and mm_to_hf, as MindSpeed-MM's pages write them."""
+    command = ("mindspeed", "Qwen2_5_VLConverter")
+    folders = ("--cfg.mm_dir", tmp_path / "mm", "--cfg.hf_config.hf_dir", base)
+    convert(*command, "hf_to_mm", *folders, *sizes("parallel_config", "[[0,2]]", "[[2,0]]", 2))
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "ours", *LAYOUTS["both"])
+    assert_same_ranks(tmp_path / "mm", tmp_path / "ours")
+
+    source = ("--cfg.source_dir", tmp_path / "mm", *sizes("source_parallel_config", "[0,2]", "[2,0]", 2))
+    target = ("--cfg.target_dir", tmp_path / "again", *sizes("target_parallel_config", "[2]", "[2]", 1))
+    convert(*command, "resplit", *source, *target)
+    words = ("--input", tmp_path / "mm", "--output", tmp_path / "ours-again", "--base", base, *LAYOUTS["one"])
+    convert("mindspeed", "mindspeed", *words)
+    assert_same_ranks(tmp_path / "again", tmp_path / "ours-again")
+
+    folders = ("--cfg.save_hf_dir", tmp_path / "hf", "--cfg.mm_dir", tmp_path / "again", "--cfg.hf_config.hf_dir", base)
+    convert(*command, "mm_to_hf", *folders, *sizes("parallel_config", "[2]", "[2]", 1))
+    assert_equal(tmp_path / "hf", base)
+
+
+def test_a_tied_model_gets_its_head_when_it_is_split_into_stages(tmp_path):
+    base = model(tmp_path / "base", "tiny_qwen2_5_vl")
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "one", *LAYOUTS["one"])
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "direct", *LAYOUTS["both"])
+    convert("mindspeed", "mindspeed", "--input", tmp_path / "one", "--output", tmp_path / "two", *LAYOUTS["both"])
+    assert_same_ranks(tmp_path / "two", tmp_path / "direct")
+
+
+def test_sizes_that_are_not_the_checkpoints_are_refused(base, tmp_path, capsys):
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "mm", *LAYOUTS["both"])
+
+    def said(llm, vit, tp, command="mm_to_hf", *more):
+        folders = ("--cfg.save_hf_dir", tmp_path / "out", "--cfg.mm_dir", tmp_path / "mm", "--cfg.hf_config.hf_dir", base)
+        words = ("mindspeed", "Qwen2_5_VLConverter", command, *folders, *sizes("parallel_config", llm, vit, tp), *more)
+        return refused(capsys, tmp_path / "out", *words)
+
+    assert re.search("from.tp_size: 4, but .* has files of 2 tensor parallel ranks", said("[0,2]", "[2,0]", 4))
+    assert "from.llm_pp_layers: [1, 1], but the stages in" in said("[1,1]", "[2,0]", 2)
+    assert "from.vit_pp_layers: [2], but" in said("[0,2]", "[2]", 2)
+    assert "did you mean 'Qwen2_5_VLConverter mm_to_hf'" in said("[0,2]", "[2,0]", 2, "mm_to_h")
+    wrong = said("[0,2]", "[2,0]", 2, "mm_to_hf", "--cfg.mm_dirs", "x")
+    assert "cfg.mm_dirs: no such argument; did you mean 'cfg.mm_dir'" in wrong
+
+
+def changed(file, change):
+    saved = torch.load(file, weights_only=True)
+    change(saved["model"])
+    torch.save(saved, file)
+
+
+def test_what_is_missing_is_named_where_no_base_model_tells_it(base, tmp_path, capsys):
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "mm", *LAYOUTS["tensor"])
+    norm = "text_decoder.decoder.layers.1.input_layernorm.weight"
+
+    def said(*ranks, change, to=LAYOUTS["one"]):
+        checkpoint = copied(tmp_path / "mm", tmp_path / f"copy-{len(list(tmp_path.iterdir()))}")
+        for rank in ranks:
+            changed(checkpoint / "release" / f"mp_rank_{rank}" / "model_optim_rng.pt", change)
+        words = ("mindspeed", "mindspeed", "--input", checkpoint, "--output", tmp_path / "out", *to)
+        return refused(capsys, tmp_path / "out", *words)
+
+    assert f"1 tensors are missing: {norm}" in said("00", "01", change=lambda held: held.pop(norm))
+    assert f"mp_rank_01/model_optim_rng.pt: {norm} is in only one of it and" in said("01", change=lambda held: held.pop(norm))
+    added = said("00", "01", change=lambda held: held.update({"text_decoder.other": torch.ones(2)}))
+    assert "1 tensors are not in the table of names: text_decoder.other" in added
+    assert "to.tp_size: 3 ranks cannot share the" in said(change=None, to=(*LAYOUTS["one"], "to.tp_size=3"))
