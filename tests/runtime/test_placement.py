@@ -255,7 +255,7 @@ def test_sampling_ahead_is_one_version_behind_and_no_more(ahead):
     assert {(line["step"], line["policy_version"]) for line in versions} == {(1, 0), (2, 0), (3, 1)}
     assert lines[1]["mismatch/mean"] > 100 * lines[0]["mismatch/mean"]
     for line in lines:
-        assert line["timing/reward"] == pytest.approx(CALLS * 0.05, rel=0.2), "of its own samples, whenever they were scored"
+        assert 1 <= line["timing/reward"] / (CALLS * 0.05) < 1.9, "of its own samples, once, whenever they were scored"
         assert line["timing/rollout"] > 0 and line["vllm_tps"] > line["decode_tps"] > 0
 
 
