@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"rlcore": "rlcore", "rlcore_backends": "backends", "rlcore_adapters": "adapters"}
 CORE = (  # bottom up; packages in one line do not import each other
-    ["errors", "atomic", "model_files"], ["types"], ["checks", "config"], ["monitor", "distributed"], ["device"], ["protocols"], ["registry"],
-    ["data", "rewards"], ["checkpoint", "algorithms", "weights"], ["model"], ["runtime"], ["rollout", "train"], ["diagnose"],
-    ["cli"], ["__main__"],
+    ["errors", "atomic", "model_files"], ["types"], ["checks", "config"], ["monitor", "distributed"], ["device"],
+    ["protocols"], ["registry"], ["data", "rewards"], ["checkpoint", "algorithms", "weights"], ["model"], ["runtime"],
+    ["rollout", "train"], ["diagnose"], ["cli"], ["__main__"],
 )  # fmt: skip
 BACKENDS = (["common"], ["cpu", "cuda", "vllm", "ray"], ["npu", "launch"])
 ADAPTERS = (["models", "datasets", "configs", "weights"],)
