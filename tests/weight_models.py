@@ -89,7 +89,7 @@ def trained(folder: Path, *jobs: str) -> None:
     said = [(folder / f"{rank}.txt").open("w") for rank in range(2)]
     ranks = [subprocess.Popen([*program, str(rank), *jobs], stderr=said[rank], env=one_thread) for rank in range(2)]
     try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0], (folder / "1.txt").read_text()
+        assert [rank.wait(timeout=280) for rank in ranks] == [0, 0], (folder / "1.txt").read_text()
     finally:
         for rank in ranks:
             rank.kill()

@@ -156,11 +156,10 @@ def _check_heads(model: Architecture, ranks: int) -> None:
 
 
 def _check_shares(whole: Weights, ranks: int) -> None:
-    layouts = {name: layout_of(_TABLE, name) for name in whole.specs}
-    if unknown := [name for name, layout in layouts.items() if layout is None]:
+    if unknown := [name for name in whole.specs if layout_of(_TABLE, name) is None]:
         raise ConfigError(f"to mindspeed: {len(unknown)} tensors are not in the table of names: {few(unknown)}")
-    for name, layout in layouts.items():
-        axis, parts = layout and layout.dimension, ranks * (2 if layout == GATE_UP else 1)
+    for name, layout in ((name, _layout(name)) for name in whole.specs):
+        axis, parts = layout.dimension, ranks * (2 if layout == GATE_UP else 1)
         if axis is not None and (size := whole.specs[name].shape[axis]) % parts:
             raise ConfigError(f"to.tp_size: {ranks} ranks cannot share the {size} rows or columns of {name}; choose a divisor")
 
@@ -228,7 +227,8 @@ def _plan(whole: Weights, vit: Layers, llm: Layers | None) -> _Plan:
     if llm is None and _TEXT in there:
         raise ConfigError("to.llm_pp_layers: missing; give the language layers of each pipeline stage, such as [[36]]")
     plan = {_VISION: _flat("to.vit_pp_layers", vit)}
-    plan |= {_TEXT: _flat("to.llm_pp_layers", llm)} if llm and _TEXT in there else {}
+    if llm is not None and _TEXT in there:
+        plan[_TEXT] = _flat("to.llm_pp_layers", llm)
     for key, prefix in (("vit_pp_layers", _VISION), ("llm_pp_layers", _TEXT)):
         if prefix in plan and sum(plan[prefix]) != there.get(prefix, 0):
             given = f"{plan[prefix]} are {sum(plan[prefix])} layers"

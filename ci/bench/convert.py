@@ -18,9 +18,10 @@ stack.start()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import save  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import DTensor, Shard  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from rlcore import registry  # noqa: E402
@@ -64,8 +65,7 @@ def conversions(folder: Path, layers: int) -> dict[str, list[str]]:
         words = [name.partition(",")[0], f"--input={folder / name}", f"--base={folder / 'base'}"]
         found[f"{name} -> huggingface"] = [*words, *(["from.iter=1"] if name == "chatlearn" else [])]
     again = ["mindspeed", "mindspeed", f"--input={folder / 'mindspeed'}", *one, "to.tp_size=2"]
-    found["mindspeed -> mindspeed, two ranks"] = again
-    return found
+    return {**found, "mindspeed -> mindspeed, two ranks": again}
 
 
 def model(folder: Path, layers: int, hidden_size: int = 1024) -> Path:
@@ -86,7 +86,7 @@ def sources(base: Path, folder: Path, layers: int, shard_mb: int) -> None:
         (folder / name / "model_state_dict").mkdir(parents=True)
         torch.save(whole, folder / name / "model_state_dict" / "full_weights.pt")
     saved: dict[str, Any] = {"fsdp_checkpoint": {"model": state}}
-    dcp.save(saved, checkpoint_id=folder / "rlinf, dcp" / "dcp_checkpoint", no_dist=True)
+    save(saved, checkpoint_id=folder / "rlinf, dcp" / "dcp_checkpoint", no_dist=True)
     (folder / "peft").mkdir()
     save_file(factors, folder / "peft" / "adapter_model.safetensors")
     (folder / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 8}')

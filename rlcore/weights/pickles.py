@@ -112,7 +112,8 @@ def save(value: Any, file: IO[bytes]) -> None:
 def stored_at(path: Path, start: int, length: int) -> Stored:
     """Where in the file the tensor is that `torch.save` wrote into these bytes of it."""
     with path.open("rb") as file, FakeTensorMode():
-        fake = torch.load(_Section(file, start, length), map_location="cpu", weights_only=True)
+        section: Any = _Section(file, start, length)
+        fake = torch.load(section, map_location="cpu", weights_only=True)
     return Stored(tuple(fake.shape), Spec(tuple(fake.shape), fake.dtype), fake.stride(), start + _start(fake))
 
 

@@ -131,7 +131,7 @@ def test_real_megatron_loads_runs_and_saves_what_was_converted(tmp_path):
     results = [json.loads(line) for text in texts for line in text.splitlines() if line.startswith('{"job"')]
     assert len(results) == 2 * len(jobs)
     assert [one for one in results if one["unread"]] == []
-    assert [one for one in results if one["error"] is not None and one["error"] > 2e-4] == []
+    assert [one for one in results if one["error"] is not None and one["error"] > 1e-4] == []
     for name, (_, _, sizes) in JOBS.items():
         for tensor, pipeline, expert in sizes:
             saved = tmp_path / f"{name}-tp{tensor}-pp{pipeline}-ep{expert}"
