@@ -283,7 +283,7 @@ def _reachable(address: str) -> str:
 
 
 def _command(host: str, port: int, arguments: Mapping[str, Any]) -> list[str]:
-    flags = {"host": host, "port": port, **arguments}
+    flags = {"host": host, "port": port, "uvicorn_log_level": "warning", **arguments}
     return [sys.executable, "-m", "rlcore_backends.vllm.serve", *(one for flag in flags.items() for one in _flag(*flag))]
 
 
