@@ -20,10 +20,10 @@ def store(address: str, rank: int, size: int, limit: timedelta = timedelta(secon
 
 
 def host_group(address: str, host: str, rank: int, size: int, seconds: float) -> ProcessGroupGloo:
-    """Gloo group over host memory, rendezvous at `address`, traffic over this node's address `host`. A broadcast in which nobody
-    moves for so many seconds fails."""
+    """Gloo group over host memory: rendezvous at `address`, traffic over this node's address `host`. A broadcast fails when it
+    stands still for so many seconds."""
     from torch.distributed import ProcessGroupGloo
 
-    options, limit = ProcessGroupGloo._Options(), timedelta(seconds=seconds)
+    options, limit = ProcessGroupGloo._Options(), timedelta(seconds=seconds)  # pyright: ignore[reportAttributeAccessIssue]
     options._devices, options._timeout = [ProcessGroupGloo.create_device(hostname=host)], limit
     return ProcessGroupGloo(store(address, rank, size, limit), rank, size, options)

@@ -1,4 +1,4 @@
-"""Servers that share the requests of a rollout: each goes to the one with least to do, and again to another when that is lost."""
+"""Servers that share the requests of a rollout: each goes to the one with least to do, and to another when that one is lost."""
 
 from __future__ import annotations
 

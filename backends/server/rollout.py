@@ -20,6 +20,7 @@ from .fleet import Fleet, Job
 
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
 _LEAST = -9999.0  # at which vLLM puts NaN and -inf
+_APART = 4096  # seeds of each prompt
 _QUEUED = 2  # times the samples that a server decodes at a time: what it is given, so that it never waits for more
 
 
@@ -122,9 +123,10 @@ class ServerRollout:
 
 
 def seed_of(seed: int, place: int) -> int:
-    """32 bits for the prompt at this global index. Servers add the number of a sample to its prompt's seed, so that the seeds of
-    neighbouring prompts must lie apart."""
-    return int(np.random.SeedSequence([seed % 2**63, place]).generate_state(1)[0]) >> 1
+    """31 bits for the prompt at this global index. A server adds the number of a sample to its prompt's seed, so those of two
+    prompts lie further apart than a group has samples."""
+    first = int(np.random.SeedSequence(seed % 2**63).generate_state(1)[0])
+    return (first + place * _APART) % 2**31
 
 
 def _faults(one: Completion, sampling: Sampling, vocabulary: int, stops: frozenset[int], version: str) -> Iterator[str]:

@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import distributed
 
 from rlcore.config.sections import Strict
@@ -27,20 +27,21 @@ _BETWEEN = 0.2  # seconds between two health checks of a server that starts
 class ServerOptions(Strict):
     """`rollout.options` of engines that are HTTP servers."""
 
-    addresses: list[str] = []
+    addresses: list[str] = Field(default_factory=list)
     """Servers that are there already, http://host:port each; empty starts our own on this machine."""
     servers: PositiveInt = 1
     """Number of servers to start, for each rollout worker."""
-    environment: list[dict[str, str]] = []
+    environment: list[dict[str, str]] = Field(default_factory=list)
     """Environment variables of each server to start, for example its devices."""
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the servers to start, as their command line names them."""
     log_folder: str | None = None
     """Folder for the logs of servers that are started; unset keeps them for error messages only."""
     start_seconds: PositiveFloat = 600.0
     """Seconds a server has to start."""
     stall_seconds: PositiveFloat = 300.0
-    """Seconds without a token or an answer after which a server counts as lost. Below placement.stall_seconds, or the run ends."""
+    """Seconds without a token or an answer after which a server is lost. Keep it below placement.stall_seconds, which ends the
+    run."""
 
     @model_validator(mode="after")
     def _given_or_started(self) -> ServerOptions:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.device import Backend

@@ -30,6 +30,7 @@ from ..server.client import Server, WrongAnswer
 from ..server.fleet import Fleet
 from ..server.rollout import ServerRollout
 from ..server.start import ServerOptions, fleet
+from .embeddings import ImageFeatures
 from .engine import common_arguments, file_shapes, image_arguments, refuse_raised
 from .plugin import SERVED_BY, TRANSFER
 
@@ -70,6 +71,11 @@ def build(
     """Start servers of `folder`, or use those at `rollout.options.addresses`."""
     options: ServerOptions = validate(ServerOptions, config.options, "rollout.options.")
     refuse_raised(temperatures or {})
+    if config.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has servers of its own; set"
+            f" it to 1 and rollout.options.arguments.tensor_parallel_size to {config.tensor_parallel}"
+        )
     if lora:
         raise ConfigError("model.lora.sync: adapter is for an engine in the worker's process; set it to merged")
     if not options.addresses and importlib.util.find_spec("vllm") is None:
@@ -79,7 +85,7 @@ def build(
         )
     arguments = {
         **common_arguments(folder, dtype, max_tokens, seed),
-        "tensor_parallel_size": config.tensor_parallel, **backend.engine_options("vllm"),
+        **backend.engine_options("vllm"),
         **image_arguments(folder, family.image_options, image_embeds), **options.arguments, **_NEEDED,
     }  # fmt: skip
     del arguments["disable_log_stats"]  # they count the tokens by which a stall is seen
@@ -98,6 +104,7 @@ class VllmApi:
         self._folder, self._family, self._dtype = folder, family, dtype
         self._max_tokens, self._image_embeds, self._seconds = max_tokens, image_embeds, seconds
         self._shapes = file_shapes(folder)
+        self._features = ImageFeatures(folder) if image_embeds else None
         self._connected: list[Server] = []
         self._broadcast: WeightBroadcast | None = None
         self._workers: dict[Server, int] = {}
@@ -131,7 +138,9 @@ class VllmApi:
             "detokenize": False,
         }
         body = {"token_ids": prompt.engine_token_ids, "sampling_params": parameters, "return_token_ids": True}
-        if prompt.row.images:
+        if self._features and prompt.vision:
+            body |= {"token_ids": prompt.token_ids, "features": self._features(prompt.token_ids, prompt.vision)}
+        elif prompt.row.images:
             body["content_parts"] = [{"type": "image_url", "url": _png(image)} for image in prompt.row.images]
         return "/inference/v1/generate", body
 
@@ -161,7 +170,7 @@ class VllmApi:
         """Broadcast the weights to all workers of all servers at once; each verifies what its engine holds."""
         fleet.each(lambda server: server.post("/pause", mode="wait"))
         fleet.each(lambda server: self._call(server, "rlcore_announce", version=version, shapes=self._shapes))
-        fleet.each(lambda server: server.post("/start_weight_update"))
+        fleet.each(_start)
         broadcast, counted = self._meet(fleet), _Counted(weights)
         receiving = {
             server: fleet.loop.start(server.post("/update_weights", {"update_info": {}}, limited=False))
@@ -171,8 +180,9 @@ class VllmApi:
             broadcast.send(counted)
         except RuntimeError as error:
             raise _broken(receiving, error) from error
-        for answer in receiving.values():
-            answer.result()
+        faults = [answer.exception() for answer in receiving.values()]
+        if fault := next(filter(None, faults), None):
+            raise fault
         fleet.each(lambda server: server.post("/finish_weight_update", {"weight_version": str(version)}))
         receipts = fleet.each(lambda server: self._call(server, "rlcore_receipt", version=version))
         fleet.each(self.forget)
@@ -223,6 +233,8 @@ class VllmApi:
             yield f"""start it with --weight-transfer-config '{{"backend": "{TRANSFER}"}}'"""
         if report["max_model_len"] < self._max_tokens:
             yield f"--max-model-len is {report['max_model_len']}; samples may have {self._max_tokens} tokens"
+        if self._features and not report["embeds"]:
+            yield "images are embedded by the trainer (model.freeze: [vision]); start it with --enable-mm-embeds"
         images = dict(self._family.image_options)
         if images and (report["images"] or {}).get("images_kwargs") != images:
             wanted = json.dumps({"images_kwargs": images})
@@ -240,6 +252,15 @@ class _Counted:
         for name, tensor in self._weights:
             self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
             yield name, tensor
+
+
+async def _start(server: Server) -> None:
+    """Begin an update, also where an earlier one was left unfinished: another server refused it, or its trainer was killed."""
+    try:
+        await server.post("/start_weight_update")
+    except WrongAnswer:
+        await server.post("/finish_weight_update", {})
+        await server.post("/start_weight_update")
 
 
 def _broken(receiving: Mapping[Server, Future[Any]], error: RuntimeError) -> RunError:

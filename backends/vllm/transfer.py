@@ -41,6 +41,7 @@ class Transfer(WeightTransferEngine[Meeting, Bucket]):
 
     init_info_cls = Meeting
     update_info_cls = Bucket
+    model: Any
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -57,7 +58,7 @@ class Transfer(WeightTransferEngine[Meeting, Bucket]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:
-        """Load what arrives. All of it is received, even if the engine refuses a tensor: the other servers wait for this one."""
+        """Load what arrives. All of it is received even if the engine refuses a tensor: the other servers wait for this one."""
         assert self._broadcast and self.watching, "the trainer connects and announces an update first"
         arrivals = _Arrivals(self._broadcast)
         try:

@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 from aiohttp import web
-
 from rlcore_backends.server.api import Answer, Completion, Limits
 from rlcore_backends.server.client import Server
 
