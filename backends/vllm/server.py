@@ -52,6 +52,8 @@ _SHAPING = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "tie_word_embeddings", "num_experts", "moe_intermediate_size", "depth", "out_hidden_size",
 }  # fmt: skip
+_IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""The worker in the engine's process. By default it has one of its own on CPUs, to bind its threads; ours are not bound."""
 _INITIAL = "default"  # vLLM's label of the weights it started with
 
 
@@ -88,6 +90,8 @@ def build(
         **backend.engine_options("vllm"),
         **image_arguments(folder, family.image_options, image_embeds), **options.arguments, **_NEEDED,
     }  # fmt: skip
+    if arguments.get("tensor_parallel_size", 1) == 1:
+        arguments.setdefault("distributed_executor_backend", _IN_CORE)
     del arguments["disable_log_stats"]  # they count the tokens by which a stall is seen
     chosen = {"backend": backend.name, "options": backend.options.model_dump(mode="json"), "model": str(folder)}
     environment = {**backend.environment(), **backend.given, **_ENVIRONMENT, SERVED_BY: json.dumps(chosen)}
