@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
@@ -133,13 +132,17 @@ class Fleet:
 
 
 def _end(loop: EventLoop, servers: Sequence[Server]) -> None:
+    loop.end(_close(servers), _CLOSING)
+    processes = [server.process for server in servers if server.process]
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.stop()
+
+
+async def _close(servers: Sequence[Server]) -> None:
     for server in servers:
-        with contextlib.suppress(TimeoutError):
-            loop.start(server.close()).result(_CLOSING)
-    loop.stop()
-    for server in servers:
-        if server.process:
-            server.process.stop()
+        await server.close()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

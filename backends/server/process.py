@@ -36,6 +36,11 @@ class ServerProcess:
         """Of the guard."""
         return self._guard.pid
 
+    def terminate(self) -> None:
+        """Tell it to end; `stop` also waits for that."""
+        if self._guard.poll() is None:
+            self._guard.terminate()
+
     def ended(self, seconds: float = 0.0) -> str:
         """How it ended, waiting up to so long for that; empty while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):

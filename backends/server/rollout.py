@@ -71,7 +71,7 @@ class ServerRollout:
         self._asleep = False
 
     def device_bytes(self) -> int:
-        return sum(self._held.values())
+        return sum(self._held[server] for server in self._fleet.servers)
 
     def relief(self) -> Sequence[Remedy]:
         """None: the memory is the servers'."""

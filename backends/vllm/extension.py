@@ -52,7 +52,6 @@ class Extension:
             "transfer": getattr(config.weight_transfer_config, "backend", None),
             "images": model.multimodal_config and model.multimodal_config.mm_processor_kwargs,
             "embeds": bool(model.multimodal_config and model.multimodal_config.enable_mm_embeds),
-            "sleep": model.enable_sleep_mode,
             "vocabulary": model.get_vocab_size(),
             "model": _plain(model.hf_config.to_dict()),
             "workers": config.parallel_config.world_size,
@@ -86,7 +85,7 @@ class Extension:
 
     @_answered
     def rlcore_free_cache(self) -> dict[str, Any]:
-        """Free the key-value cache, where the engine has no sleep mode."""
+        """Free the key-value cache."""
         self._rlcore_cache = OffloadedTensors(lambda: kv_cache_tensors(self.model_runner), keep=False)
         self._rlcore_cache.pause()
         return self._rlcore_bytes()

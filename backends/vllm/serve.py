@@ -8,7 +8,7 @@ import gc
 
 from .plugin import prepare
 
-gc.disable()  # imports make objects by the million, all of which stay: looking for garbage meanwhile takes a quarter of the time
+gc.disable()  # imports make millions of objects that stay: looking for garbage meanwhile takes a quarter of the time
 prepare()  # when imported, not when run: processes that vLLM spawns import this module again before they import vLLM
 
 if __name__ == "__main__":

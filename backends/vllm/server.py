@@ -75,8 +75,8 @@ def build(
     refuse_raised(temperatures or {})
     if config.tensor_parallel > 1:
         raise ConfigError(
-            f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has servers of its own; set"
-            f" it to 1 and rollout.options.arguments.tensor_parallel_size to {config.tensor_parallel}"
+            f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has its own servers; set it"
+            f" to 1 and rollout.options.arguments.tensor_parallel_size to {config.tensor_parallel}"
         )
     if lora:
         raise ConfigError("model.lora.sync: adapter is for an engine in the worker's process; set it to merged")
@@ -112,7 +112,6 @@ class VllmApi:
         self._connected: list[Server] = []
         self._broadcast: WeightBroadcast | None = None
         self._workers: dict[Server, int] = {}
-        self._sleeps: set[Server] = set()
 
     async def examine(self, server: Server) -> Limits:
         try:
@@ -124,8 +123,6 @@ class VllmApi:
         if fault := "; ".join(self._misfits(report)):
             raise ConfigError(f"rollout.engine: {server}: {fault}")
         self._workers[server] = report["workers"]
-        if report["sleep"]:
-            self._sleeps.add(server)
         return Limits(report["vocabulary"], report["max_num_seqs"], report["bytes"])
 
     def request(self, prompt: Prompt, sampling: Sampling, seed: int) -> tuple[str, Any]:
@@ -203,17 +200,20 @@ class VllmApi:
     def _meet(self, fleet: Fleet) -> WeightBroadcast:
         """The broadcast to all workers; they meet anew when the servers are not those of the last update."""
         if self._broadcast is None or self._connected != fleet.servers:
-            self._connected = list(fleet.servers)
+            self._broadcast, self._connected = None, list(fleet.servers)
             host = _reachable(self._connected[0].address)
             address, size = node_address.free_endpoint(host), 1 + sum(self._workers[one] for one in self._connected)
-            coming, first = [], 1
+            coming, first = dict[Server, Future[Any]](), 1
             for server in self._connected:
                 meeting = {"address": address, "first_rank": first, "size": size, "seconds": self._seconds}
-                coming.append(fleet.loop.start(server.post("/init_weight_transfer_engine", {"init_info": meeting})))
+                coming[server] = fleet.loop.start(server.post("/init_weight_transfer_engine", {"init_info": meeting}))
                 first += self._workers[server]
-            group = rendezvous.host_group(address, host, 0, size, self._seconds)
+            try:
+                group = rendezvous.host_group(address, host, 0, size, self._seconds)
+            except RuntimeError as error:
+                raise _broken(coming, error) from error
             self._broadcast = WeightBroadcast(group, torch.device("cpu"), _BUCKET)
-            for answer in coming:
+            for answer in coming.values():
                 answer.result()
         return self._broadcast
 

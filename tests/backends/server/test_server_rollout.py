@@ -66,6 +66,13 @@ def test_a_faster_server_gets_more_and_none_more_than_it_has_room_for():
     assert len(fast.connections) <= 4, "connections are kept"
 
 
+def test_requests_go_where_the_fewest_tokens_are_outstanding():
+    one, other = SmallEngine(seconds=0.3), SmallEngine(seconds=0.3)
+    long = Prompt(Row("long", ()), [1] * 500, [1] * 500)
+    rollout(one, other).generate([long, *prompts(3)], SAMPLING)
+    assert sorted([one.answered, other.answered]) == [1, 3]
+
+
 def test_a_request_larger_than_the_room_is_sent_alone():
     engine = SmallEngine()
     groups = rollout(engine).generate(prompts(3), Sampling(samples=20, max_new_tokens=1))
