@@ -55,7 +55,6 @@ class Extension:
             "vocabulary": model.get_vocab_size(),
             "model": _plain(model.hf_config.to_dict()),
             "workers": config.parallel_config.world_size,
-            **self._rlcore_bytes(),
         }
 
     @_answered
@@ -86,17 +85,22 @@ class Extension:
     @_answered
     def rlcore_free_cache(self) -> dict[str, Any]:
         """Free the key-value cache."""
-        self._rlcore_cache = OffloadedTensors(lambda: kv_cache_tensors(self.model_runner), keep=False)
-        self._rlcore_cache.pause()
+        self._rlcore_cache().pause()
         return self._rlcore_bytes()
 
     @_answered
     def rlcore_restore_cache(self) -> dict[str, Any]:
-        self._rlcore_cache.resume()
+        """Also where an earlier run left it freed; does nothing where it is there."""
+        self._rlcore_cache().resume()
         return self._rlcore_bytes()
 
+    def _rlcore_cache(self) -> OffloadedTensors:
+        if not hasattr(self, "_rlcore_offloaded"):
+            self._rlcore_offloaded = OffloadedTensors(lambda: kv_cache_tensors(self.model_runner), keep=False)
+        return self._rlcore_offloaded
+
     def _rlcore_bytes(self) -> dict[str, Any]:
-        cache = OffloadedTensors(lambda: kv_cache_tensors(self.model_runner), keep=False).device_bytes()
+        cache = self._rlcore_cache().device_bytes()
         weights = {tensor.data_ptr(): tensor.nbytes for tensor in self.model_runner.get_model().state_dict().values()}
         return {"bytes": cache + sum(weights.values())}
 

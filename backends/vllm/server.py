@@ -123,7 +123,8 @@ class VllmApi:
         if fault := "; ".join(self._misfits(report)):
             raise ConfigError(f"rollout.engine: {server}: {fault}")
         self._workers[server] = report["workers"]
-        return Limits(report["vocabulary"], report["max_num_seqs"], report["bytes"])
+        held = await self.resume(server)  # a run before this one may have left it paused
+        return Limits(report["vocabulary"], report["max_num_seqs"], held)
 
     def request(self, prompt: Prompt, sampling: Sampling, seed: int) -> tuple[str, Any]:
         parameters = {

@@ -54,7 +54,7 @@ def folder(models):
 def served(backend, folder):
     """A server that we start, and the rollout over it."""
     small = type(backend)(backend.options.model_copy(update={"kv_cache_gib": 0.25}))
-    return build(small, folder, embeds=True, arguments={"max_num_seqs": 16})
+    return build(small, folder, embeds=True, arguments={"max_num_seqs": 16, "block_size": 16})
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,15 @@ def test_a_pause_frees_the_cache_and_keeps_the_weights(engine, model, prompts):
         engine.generate(prompts, SAMPLING)
     engine.resume()
     assert engine.device_bytes() == held and tokens(engine.generate(prompts, SAMPLING)) == before
+
+
+def test_a_server_that_a_run_left_paused_serves_the_next_run(engine, model, prompts, address, backend, folder):
+    drawn = tokens(engine.generate(prompts[1:2], SAMPLING))
+    engine.pause()
+    following = build(backend, folder, addresses=[address])
+    following.version = engine.version
+    assert tokens(following.generate(prompts[1:2], SAMPLING)) == drawn
+    engine.resume()
 
 
 def test_a_stream_that_is_left_leaves_nothing_running(engine, model, prompts):
