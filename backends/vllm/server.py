@@ -75,8 +75,8 @@ def build(
     refuse_raised(temperatures or {})
     if config.tensor_parallel > 1:
         raise ConfigError(
-            f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has its own servers; set it"
-            f" to 1 and rollout.options.arguments.tensor_parallel_size to {config.tensor_parallel}"
+            f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has its servers; set"
+            f" it to 1 and rollout.options.arguments.tensor_parallel_size to {config.tensor_parallel}"
         )
     if lora:
         raise ConfigError("model.lora.sync: adapter is for an engine in the worker's process; set it to merged")
