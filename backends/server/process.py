@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import guard
 
-_LINES = 12  # of the log, in an error
+_LINES = 30  # of the log, in an error
 _TAIL = 16 * 1024  # bytes of the log to look for them
 
 

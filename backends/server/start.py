@@ -107,5 +107,6 @@ async def _ready(server: Server, until: float) -> None:
             return
         except RunError as error:
             if time.monotonic() >= until or (server.process and server.process.ended()):
-                raise ConfigError(f"rollout.engine: {error}{await asyncio.to_thread(server.end)}") from None
+                whole = " (rollout.options.log_folder keeps the whole log)" if server.process else ""
+                raise ConfigError(f"rollout.engine: {error}{await asyncio.to_thread(server.end)}{whole}") from None
             await asyncio.sleep(_BETWEEN)

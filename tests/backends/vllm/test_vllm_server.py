@@ -54,7 +54,7 @@ def folder(models):
 def served(backend, folder):
     """A server that we start, and the rollout over it."""
     small = type(backend)(backend.options.model_copy(update={"kv_cache_gib": 0.25}))
-    return build(small, folder, embeds=True, arguments={"max_num_seqs": 16, "block_size": 16})
+    return build(small, folder, embeds=True, arguments={"max_num_seqs": 16, "block_size": 32})
 
 
 @pytest.fixture(scope="module")
