@@ -15,7 +15,7 @@ CORE = (  # bottom up; packages in one line do not import each other
     ["device"], ["protocols"], ["registry"], ["data", "rewards"], ["checkpoint", "algorithms", "weights"], ["model"],
     ["runtime"], ["rollout", "train"], ["diagnose"], ["cli"], ["__main__"],
 )  # fmt: skip
-BACKENDS = (["common"], ["cpu", "cuda", "vllm", "ray"], ["npu", "launch"])
+BACKENDS = (["common"], ["server"], ["cpu", "cuda", "vllm", "ray"], ["npu", "launch"])
 ADAPTERS = (["models", "datasets", "configs", "weights"],)
 
 

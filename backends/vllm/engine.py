@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from rlcore.config.sections import LoraConfig, RolloutConfig
 from rlcore.device import Backend
@@ -22,7 +22,7 @@ from rlcore.errors import ConfigError, OutOfMemory, PluginError, RlcoreError, Sh
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 
-from .internals import model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
+from .internals import check_heads, model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
 from .relief import Relief
 from .rollout import VllmRollout
 from .weights import VllmWeightsRollout
@@ -68,11 +68,11 @@ def build(
             " or set rollout.engine=torch"
         )
     _collect_earlier()
-    defaults = _engine_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
-    defaults |= _image_arguments(folder, family.image_options, image_embeds)
+    defaults = common_arguments(folder, dtype, max_tokens, seed) | dict(backend.engine_options("vllm"))
+    defaults |= image_arguments(folder, family.image_options, image_embeds)
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
-    _refuse_raised(temperatures or {})
+    refuse_raised(temperatures or {})
     _refuse_unknown(config.options)
     _refuse_executor(config.options)
     if lora:
@@ -93,14 +93,14 @@ def build(
             raise failure from error
         if config.tensor_parallel > 1:
             unname_shared_memory()
-        _check_heads(model_runner(llm).get_model())
+        check_heads(model_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
             from .lora import VllmLoraRollout
 
             rollout: VllmRollout = VllmLoraRollout(llm, family, beat, level, dtype, lora)
         else:
-            rollout = VllmWeightsRollout(llm, family, beat, level, dtype, _shapes(folder))
+            rollout = VllmWeightsRollout(llm, family, beat, level, dtype, file_shapes(folder))
         rollout.relief = partial(relief.savings, llm)
         return rollout
 
@@ -122,7 +122,7 @@ def _sleep_level(llm: LLM, backend: Backend) -> int:
     return (level or 1) if sleep_mode(llm) else 0
 
 
-def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
+def common_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: int) -> dict[str, Any]:
     return {
         "model": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
@@ -137,7 +137,7 @@ def _engine_arguments(folder: Path, dtype: torch.dtype, max_tokens: int, seed: i
     }
 
 
-def _image_arguments(folder: Path, image_options: Mapping[str, Any], image_embeds: bool) -> dict[str, Any]:
+def image_arguments(folder: Path, image_options: Mapping[str, Any], image_embeds: bool) -> dict[str, Any]:
     """Arguments of an engine whose model has a vision tower; images are scaled as the trainer scales them."""
     if "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         return {}
@@ -160,19 +160,7 @@ def _collect_earlier() -> None:
     gc.collect()
 
 
-def _check_heads(model: nn.Module) -> None:
-    """ConfigError for attention head sizes that vLLM accepts at startup but has no kernel for."""
-    for layer in model.modules():
-        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: other kernels serve it
-        if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
-            known = ", ".join(map(str, kind.get_supported_head_sizes()))
-            raise ConfigError(
-                f"rollout.engine: vLLM's {kind.get_name()} has no kernel for this model's attention heads of {size} (it has"
-                f" {known}); set rollout.engine=torch"
-            )
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
+def file_shapes(folder: Path) -> dict[str, list[int]]:
     """Shape of every tensor in the folder, by name, from the headers of its files."""
     from safetensors import safe_open
 
@@ -183,7 +171,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _refuse_raised(temperatures: Mapping[str, float]) -> None:
+def refuse_raised(temperatures: Mapping[str, float]) -> None:
     """ConfigError for a temperature that vLLM would raise, unknown to the trainer's log-probabilities."""
     for key, temperature in temperatures.items():
         if 0 < temperature < _LEAST_TEMPERATURE:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlcore.distributed.fingerprint import holds_weights
+from rlcore.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -125,3 +126,15 @@ def register_class(folder: Path) -> None:
     for architecture in json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ():
         if architecture in ModelRegistry.models:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def check_heads(model: nn.Module) -> None:
+    """ConfigError for attention head sizes that vLLM accepts at startup but has no kernel for."""
+    for layer in model.modules():
+        kind = getattr(layer, "attn_backend", None)  # a vision tower's is only a name: other kernels serve it
+        if isinstance(kind, type) and not kind.supports_head_size(size := layer.head_size):
+            known = ", ".join(map(str, kind.get_supported_head_sizes()))
+            raise ConfigError(
+                f"rollout.engine: vLLM's {kind.get_name()} has no kernel for this model's attention heads of {size} (it has"
+                f" {known}); set rollout.engine=torch"
+            )

@@ -201,7 +201,7 @@ class SamplingConfig(Strict):
 
 class RolloutConfig(SamplingConfig):
     engine: str = "auto"
-    """vllm, torch (slow, needs nothing) or any installed engine; auto is the backend's own."""
+    """vllm, vllm_server (over HTTP), torch (slow, needs nothing) or any installed engine; auto is the backend's own."""
     options: dict[str, Any] = {}
     """Passed to the engine as they are."""
     tensor_parallel: PositiveInt = 1

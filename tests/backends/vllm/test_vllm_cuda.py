@@ -36,8 +36,8 @@ def test_vllm_has_every_engine_argument_that_is_set(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "0")  # not this process's from now on
     (tmp_path / "config.json").write_text('{"vision_config": {}}')
     given = {
-        **vllm_engine._engine_arguments(tmp_path, torch.bfloat16, 64, 0),
-        **vllm_engine._image_arguments(tmp_path, {"size": {}}, True),
+        **vllm_engine.common_arguments(tmp_path, torch.bfloat16, 64, 0),
+        **vllm_engine.image_arguments(tmp_path, {"size": {}}, True),
         **cuda_backend.CudaBackend().engine_options("vllm"),
         **vllm_engine._one_of_many(1), **vllm_lora.engine_arguments(LoraConfig()),
     }  # fmt: skip
