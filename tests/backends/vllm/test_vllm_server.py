@@ -313,7 +313,8 @@ def test_a_run_learns_through_the_server(address, folder, tmp_path):
 
 
 def test_an_engine_that_is_killed_under_its_server_ends_the_run_with_its_last_words(served, prompts, address):
-    """The last test: the server does not survive it. It serves the last weights of the run before."""
+    """The last test: the server does not survive it. It serves the last weights of the run before, which left it paused."""
+    served.resume()
     served.version = STEPS - 1
     guard = psutil.Process(served._fleet.servers[0].process.pid)
     (core,) = (child for child in guard.children(recursive=True) if "EngineCore" in " ".join(child.cmdline() or [child.name()]))
