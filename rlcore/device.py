@@ -34,10 +34,9 @@ class EngineMemory:
 
     key: str
     now: float  # the setting's value
-    cache: int | None = None  # bytes of the key-value cache; None: what `now`, a fraction of the device, leaves beside the weights
-    sleeps: int = 0  # vLLM's sleep level when paused: 0 keeps the weights on the device, 1 moves them to the host, 2 drops them
+    cache: int | None = None  # bytes of the key-value cache; None: what `now`, a share of the device, leaves beside the weights
+    sleeps: int = 0  # a pause keeps the weights on the device (0), moves them to the host (1) or drops them (2)
     process: int = 0  # bytes of host memory for the engine's own code and state
-    step: int = 0  # bytes that sampling takes beside weights and cache, where `cache` is given
 
 
 class Backend(ABC):

@@ -20,7 +20,7 @@ RUN = {
     "rollout": {"max_new_tokens": 64},
     "reward": [{"name": "math"}],
     "algorithm": {"group_size": 8, "kl_coef": 0.01},
-    "train": {"steps": 2, "prompts_per_step": 16, "max_tokens_per_microbatch": 1024},
+    "train": {"steps": 2, "prompts_per_step": 6, "max_tokens_per_microbatch": 1024},
     "logging": {"tensorboard": False, "samples_on_console": 0},
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Bytes that forward and backward passes allocate, found by running the model's own code on shapes instead of numbers.
 
 The model is on torch's meta device, so nothing is computed and no weights are read. A dispatch mode sees every operation and
-counts the tensors that are alive: what autograd saves, what gradient checkpointing computes again, the head's tiles, temporaries.
+counts the tensors that are alive: what autograd saves, what checkpointing computes again, the head's tiles, temporaries.
 Integers (token ids, image grids, indices) stay real, since their values decide shapes. Counting live storages under a dispatch
 mode follows torch's MemTracker (torch.distributed._tools).
 """

@@ -28,7 +28,7 @@ class ResolvedModel:
     """The model under training and its forward settings; every role on this device is built from it."""
 
     def __init__(self, config: RunConfig, backend: Backend, device: torch.device | None = None) -> None:
-        """`device`: other than the backend's first; with torch's meta device neither weights nor the backend's own are needed."""
+        """`device`: instead of the backend's first. On torch's meta device neither weights nor that device are needed."""
         self.config, self.backend = config, backend
         self._weights = device is None or device.type != "meta"
         if self._weights:

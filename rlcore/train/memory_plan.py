@@ -13,7 +13,7 @@ parameters, t of them trained, b bytes of the compute dtype, S devices that shar
     gathered layers   b (root + 3 layers)                    estimate: one that runs, one that comes, and its buffer
     gradients of a layer                  (4 + b) layer      estimate: being reduced
     activations, logits tile                                 counted on the model's own code, without an allocator's waste
-    kept by malloc    an update's activations, in host memory with the C library's malloc, when the update is over
+    kept by malloc    what an update frees, if malloc is the C library's: blocks below 32 MiB stay in the process
 
 A gradient, moment or master weight has 4 bytes. What is in a phase follows from `rlcore.runtime.memory`, which moves the parts.
 """
@@ -33,6 +33,7 @@ from rlcore.runtime.memory import MemoryManager
 Command = Literal["grpo", "sft", "dpo"]
 _SAMPLED = 256  # sequences that are decoded at a time, by the plain sampler and by vLLM unless told otherwise
 _SAVED_BUCKET = 512 * 2**20  # bytes gathered at once for a checkpoint
+_LARGE = 2**23  # numbers of a gradient of 32 MiB
 _RUNTIME = 2**30  # of a device with memory of its own: driver's context, libraries' workspaces, buffers of collectives
 _CYCLE = ("reshard", "send", "encode", "infer", "reference", "score", "train", "save")
 
@@ -218,10 +219,9 @@ class _Pool:
     def plan(self) -> PoolPlan:
         found: dict[str, PhasePlan] = {}
         for phase in (self._load(), *self._cycle()):
-            before = found.get(phase.name)
-            if before is None or phase.total > before.total:
-                host = max(phase, before or phase, key=lambda one: one.host_total).host
-                found[phase.name] = replace(phase, host=host)
+            both = (found.get(phase.name, phase), phase)
+            device, host = max(both, key=lambda one: one.total), max(both, key=lambda one: one.host_total)
+            found[phase.name] = replace(device, host=host.host)
         otherwise = max(0, self.geometry.passes.update_otherwise - self._counted_gradients()) if self.trains else 0
         return PoolPlan(self.shape, tuple(found.values()), otherwise)
 
@@ -290,9 +290,10 @@ class _Pool:
         extra, host = self._passing(name)
         if writing and name != "save":
             host += self._snapshot()
-        if self.facts.keeps and self.trains and name != "train" and (name == "save" or "optimizer" in parts):
-            passed = sum(item.bytes for item in self._update() if item.what != "gradients")
-            host.append(Item("kept by malloc", passed, "jemalloc (docs/launching.md)", exact=False))
+        if self.facts.keeps and name != "train" and "optimizer" in parts:
+            host.append(Item("kept by malloc", self._kept_by_malloc(), "jemalloc (docs/launching.md)", exact=False))
+        if not self.facts.own_memory and self.sharded and name not in ("start", "reshard", "send"):
+            host += self._exchanged()
         return self._phase(name, [*device, *extra], [*moved, *host])
 
     def _phase(self, name: str, device: Sequence[Item], host: Sequence[Item]) -> PhasePlan:
@@ -356,11 +357,11 @@ class _Pool:
 
     def _passing(self, phase: str) -> tuple[list[Item], list[Item]]:
         """Items on the device and in host memory that a phase has for itself."""
-        config, geometry, passes = self.config, self.geometry, self.geometry.passes
+        geometry, passes = self.geometry, self.geometry.passes
         size = passes.image_embeds * geometry.row.prompts * self.once
         embeds = Item("image embeddings", size, "vision.max_pixels", exact=False)
         if phase in ("reshard", "send"):
-            return [Item("weights on their way to engines", self._on_the_way(), "sharding.bucket_mib", exact=False)], []
+            return self._exchanged(), []
         if phase == "infer":
             return self._sampling(), self._embedded()
         if phase == "encode":
@@ -382,7 +383,7 @@ class _Pool:
         ]  # fmt: skip
 
     def _update(self) -> list[Item]:
-        passes, config = self.geometry.passes, self.config
+        passes = self.geometry.passes
         gradients = self._gradients()
         more = max(0, max(passes.update, passes.critic) - self._counted_gradients())
         activations, tile = self._forward(more)
@@ -424,8 +425,21 @@ class _Pool:
             found.append(Item("gradients of a layer", (4 + size) * most, "model.path", exact=False))
         return found
 
+    def _kept_by_malloc(self) -> int:
+        """What an update frees in blocks that the C library's malloc does not return, those below 32 MiB."""
+        passing, _ = self._passing("train")
+        whole = [] if self.sharded else [weight.numbers for weight in self._of_policy() if weight.trained]
+        returned = 4 * sum(numbers for numbers in whole if numbers >= _LARGE)
+        return sum(item.bytes for item in passing) - min(returned, self._gradients())
+
+    def _exchanged(self) -> list[Item]:
+        """Buckets of a weight sync. On a CPU they are memory that ranks share and keep."""
+        if not self.samples and self.command != "grpo":
+            return []
+        return [Item("weights on their way to engines", self._on_the_way(), "sharding.bucket_mib", exact=False)]
+
     def _on_the_way(self) -> int:
-        """One bucket per half of `sharding.bucket_mib`, and the gathering's own buffers; one tensor, where nothing is gathered."""
+        """Two buckets of half of `sharding.bucket_mib`; one tensor, where nothing is gathered."""
         largest = self.facts.dtype * self.geometry.largest
         if not self.sharded and not self.config.placement.apart:
             return largest if self.facts.dtype < 4 else 0

@@ -13,7 +13,7 @@ from rlcore.device import Backend
 from rlcore.model import footprint
 from rlcore.model.critic import ValueForward
 from rlcore.model.footprint import META, model_of_shapes, packed_row
-from rlcore.model.forward import Forward, ForwardSettings
+from rlcore.model.forward import Forward
 from rlcore.model.packing import plan_microbatches
 from rlcore.model.resolved import ResolvedModel
 from rlcore.protocols import ModelFamily, VisionModelFamily
@@ -79,7 +79,7 @@ class Shapes:
         again = row.count > 1
         passes = Passes(
             update=self._once(self._update, resolved, row, checkpointing, key=(*shape, whole, again)),
-            update_otherwise=self._once(self._update, resolved, row, not checkpointing, key=(*shape, whole, again)) if both else 0,
+            update_otherwise=both and self._once(self._update, resolved, row, not checkpointing, key=(*shape, whole, again)),
             score=self._once(self._score, resolved, row, key=shape),
             critic=self._once(self._value_update, resolved, row, key=(*shape, whole, again)) if learned else 0,
             **self._once(self._image_passes, resolved, row, checkpointing, key=(*model, config.vision, row.prompts)),
@@ -109,7 +109,8 @@ class Shapes:
     def _forward(self, resolved: ResolvedModel, trained: bool) -> Forward:
         """A forward pass on shapes, built once: its weights' dtypes are as the last count left them."""
         config = resolved.config
-        key = ("forward", trained, trained and config.train.gradient_checkpointing, config.model.model_dump_json())
+        whole = config.topology.of("actor").devices == 1
+        key = ("forward", trained, whole, trained and config.train.gradient_checkpointing, config.model.model_dump_json())
         if key not in self._kept:
             model = model_of_shapes(resolved, resolved.folder, trained)
             self._kept[key] = Forward(model, resolved.family, resolved.settings)

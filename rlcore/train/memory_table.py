@@ -10,8 +10,9 @@ from rlcore.train.memory_plan import Facts, Item, PhasePlan, PoolPlan
 GIB = 2**30
 _ORDER = (
     "device runtime", "process", "weights while loading", "parameters", "working copy", "moments", "gradients", "reference",
-    "vision encoder", "engine weights", "engine cache", "sampled logits", "weights on their way to engines", "weights on their way to files", "gathered layers",
-    "gradients of a layer", "activations", "vision activations", "logits tile", "image embeddings",
+    "vision encoder", "engine weights", "engine cache", "sampled logits", "weights on their way to engines",
+    "weights on their way to files", "gathered layers", "gradients of a layer", "activations", "vision activations",
+    "logits tile", "image embeddings",
 )  # fmt: skip
 
 
@@ -48,11 +49,11 @@ def _notes(plan: PoolPlan, config: RunConfig, facts: Facts) -> Iterator[str]:
         here = sum(item.bytes for phase in plan.phases if phase.name == "train" for item in phase.device
                    if item.what in ("activations", "logits tile"))  # fmt: skip
         ways = {used: here, not used: plan.update_otherwise}
-        yield f"activations of an update, logits tile included: {gib(ways[True])} with train.gradient_checkpointing,"\
-              f" {gib(ways[False])} without"
+        said = f"{gib(ways[True])} with train.gradient_checkpointing, {gib(ways[False])} without"
+        yield f"activations of an update, logits tile included: {said}"
     if facts.engine and facts.engine.cache is None and facts.device is None and "rollout" in plan.shape.roles:
-        yield f"the engine's cache is not counted: it takes what {facts.engine.key} {facts.engine.now:g} of a device leaves beside"\
-              " the weights; say how large a device is (--device-gib)"
+        share = f"{facts.engine.key} {facts.engine.now:g} of a device"
+        yield f"the engine's cache is not counted: it takes what {share} leaves beside the weights; give --device-gib"
 
 
 def _table(phases: Sequence[PhasePlan], items: Callable[[PhasePlan], Sequence[Item]]) -> Iterator[str]:

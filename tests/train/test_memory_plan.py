@@ -1,4 +1,4 @@
-"""The memory plan: parts equal what a run reports, passes equal what a process grows by, and advice is what another plan says."""
+"""The memory plan: parts equal what a run reports, passes what a process grows by, and advice what another plan says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIGURES = {
 }  # fmt: skip
 RUNS = {
     "reference": COMPARED,
-    "working copy": {**COMPARED, "model": {"precision": "bf16"}},
+    "working_copy": {**COMPARED, "model": {"precision": "bf16"}},
     "lora": {**COMPARED, "model": {"precision": "bf16", "lora": {"rank": 4}}},
     "critic": {"algorithm": {"name": "ppo", "group_size": 4}, "critic": {}},
     "frozen part": {**COMPARED, "model": {"freeze": ["model.embed_tokens"]}},
@@ -100,18 +100,19 @@ from rlcore.types import Segment
 def resident(name):
     return 1024 * int(Path("/proc/self/status").read_text().partition(name)[2].split()[0])
 
-for checkpointing, rows in ((False, 1), (True, 1), (True, 2)):
+for checkpointing, rows in ((False, 1), (True, 2)):
     values = settings(Path(sys.argv[1]))
     values["train"]["gradient_checkpointing"] = checkpointing
     config = RunConfig.model_validate(values)
-    packed = packed_row(4096, 3000)
+    packed = packed_row(2048, 1500)
     shapes = ResolvedModel(config, conftest.BACKEND, META)
     forward = Forward(model_of_shapes(shapes, shapes.folder, True), shapes.family, shapes.settings)
     counted = training_bytes(forward, torch.float32, lambda: forward(packed)[0].sum(), again=rows > 1)
     resolved = ResolvedModel(config, conftest.BACKEND)
-    real = Forward(resolved.trainable(conftest.BACKEND.fuse(resolved.load(resolved.folder))), resolved.family, resolved.settings)
-    segments = tuple(Segment(start, 64, (64,) * 3) for start in range(0, 4096, 256))
-    packed = replace(packed, segments=segments, names=("",) * 16, vision=(None,) * 16)
+    model = resolved.trainable(conftest.BACKEND.fuse(resolved.load(resolved.folder)))
+    real = Forward(model, resolved.family, resolved.settings)
+    segments = tuple(Segment(start, 64, (64,) * 3) for start in range(0, 2048, 256))
+    packed = replace(packed, segments=segments, names=("",) * 8, vision=(None,) * 8)
     real(packed_row(16, 8))[0].sum().backward()  # whatever the first pass sets up
     real.zero_grad()
     Path("/proc/self/clear_refs").write_text("5")
@@ -124,14 +125,15 @@ for checkpointing, rows in ((False, 1), (True, 1), (True, 2)):
 
 def test_an_update_takes_what_is_counted_on_shapes(tmp_path):
     """Where malloc returns what is freed: 0.4 % apart when this was written. The model is large enough that it shows."""
-    registry.load("models", "tiny_llama")(tmp_path, hidden_size=384, layers=6, heads=8, key_value_heads=4)
+    registry.load("models", "tiny_llama")(tmp_path, hidden_size=384, layers=4, heads=8, key_value_heads=4)
     command = [sys.executable, "-c", GROWTH, str(tmp_path)]
-    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(5 * 2**19)}
     said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
     pairs = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
-    assert len(pairs) == 3
+    assert len(pairs) == 2
     for counted, grown in pairs:
-        assert counted > 100 * 2**20 and counted == pytest.approx(grown, rel=0.05)
+        print(counted, grown)
+        assert counted > 50 * 2**20 and counted == pytest.approx(grown, rel=0.05)
 
 
 BOTH = """
@@ -147,7 +149,8 @@ PEAKS = {
         **COMPARED, "model": LARGE, "placement": {"kind": "ray", "devices": 2}, "sharding": {"gradient_sync": "each"},
     },
     "vision": {
-        **COMPARED, **FIGURES, "model": {"name": "tiny_qwen2_5_vl", "options": {"hidden_size": 256, "layers": 6}, "freeze": ["vision"]},
+        **COMPARED, **FIGURES,
+        "model": {"name": "tiny_qwen2_5_vl", "options": {"hidden_size": 256, "layers": 6}, "freeze": ["vision"]},
     },
 }  # fmt: skip
 
@@ -165,13 +168,13 @@ def test_the_peak_of_a_process_is_predicted(name, tmp_path):
     command = [sys.executable, "-c", BOTH, str(file), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "done 0" in done.stdout, done.stdout + done.stderr
-    predicted = float(re.search(r"^peak: \w+, ([\d.]+) GiB", done.stdout, re.MULTILINE)[1])
+    (predicted,) = map(float, re.findall(r"^peak: \w+, ([\d.]+) GiB", done.stdout, re.MULTILINE))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert predicted == pytest.approx(last["memory/peak_rss_gib"], rel=0.15)
 
 
 def test_ranks_share_weights_and_moments(configured, planned):
-    """Of a reference that no LoRA replaces too; each tensor's first dimension is cut, so that no rank has less than its part."""
+    """Each tensor's first dimension is cut, so that the largest part is no less than its share."""
     one = planned(configured("reference"))[1]
     two = planned(configured("reference", placement={"kind": "ray", "devices": 4}, sharding={"gradient_sync": "each"}))[1]
     sizes = [{item.what: item.bytes for phase in plan.pools[0].phases for item in phase.device} for plan in (one, two)]
@@ -198,7 +201,10 @@ def test_checkpoints_that_are_written_while_the_run_goes_on_are_in_its_next_phas
     assert copied() == {"save"} and {"save", "train", "infer"} <= copied(save_every=1)
 
 
-def test_advice_is_what_another_plan_says_and_its_last_setting_makes_the_run_fit(configured, planned, backend):
+def test_advice_is_what_another_plan_says_and_its_last_setting_makes_the_run_fit(
+    configured, planned, backend, monkeypatch
+):
+    monkeypatch.setattr("rlcore.train.memory.jemalloc.of_malloc", object)  # with which nothing freed is kept
     values = configured("reference")
     values["train"] |= {"prompts_per_step": 64, "max_tokens_per_microbatch": 4096}
     planner, start = planned(values)
@@ -267,8 +273,9 @@ def test_recipes_are_planned_without_weights_or_devices(recipe, backend_name, si
     folder = published(tmp_path / "m", "tiny_qwen2_5_vl", QWEN2_5_VL_7B, vision_config=TOWER) if vision else published(
         tmp_path / "m", "tiny_qwen3", QWEN3_8B
     )  # fmt: skip
-    kind, rows = ("geo3k", "geo3k/train-00000-of-00001.parquet") if vision else ("math-lighteval", "math/train.jsonl")
-    assert main(["data", kind, "--input", str((ROOT / "examples/recipes/rows" / rows).parent), "--output", str(tmp_path / "d")]) == 0
+    kind, rows = ("geo3k", "geo3k") if vision else ("math-lighteval", "math")
+    published_rows = ROOT / "examples" / "recipes" / "rows" / rows
+    assert main(["data", kind, "--input", str(published_rows), "--output", str(tmp_path / "d")]) == 0
     ending = "parquet" if vision else "jsonl"
     data = [f"data.train.path={tmp_path}/d/train.{ending}", f"data.eval.path={tmp_path}/d/test.{ending}"]
     file = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
@@ -276,7 +283,7 @@ def test_recipes_are_planned_without_weights_or_devices(recipe, backend_name, si
     assert main([*command, "--device-gib", str(size)]) == status
     said = capsys.readouterr().out
     numbers = 8292166656 if vision else 8190735360
-    cell = re.search(r"^parameters .*?([\d.]+)", said, re.MULTILINE)[1]
+    cell = re.findall(r"^parameters .*?([\d.]+)", said, re.MULTILINE)[0]
     assert float(cell) == pytest.approx(4 * numbers / 8 / GIB, abs=0.01)
     assert ("sharding.gradient_sync=each" in said) == bool(status)
     assert "no such device is here" in said
