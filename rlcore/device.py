@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -27,6 +28,17 @@ class NoOptions(Strict):
     """`backend.options` of a device that has none."""
 
 
+@dataclass(frozen=True)
+class EngineMemory:
+    """What an engine takes beside its weights, and which setting says so."""
+
+    key: str
+    now: float  # the setting's value
+    cache: int | None = None  # bytes of the key-value cache; None: what `now`, a share of the device, leaves beside the weights
+    sleeps: int = 0  # a pause keeps the weights on the device (0), moves them to the host (1) or drops them (2)
+    process: int = 0  # bytes of host memory for the engine's own code and state
+
+
 class Backend(ABC):
     """A kind of device: its properties, and what only it provides."""
 
@@ -36,6 +48,7 @@ class Backend(ABC):
     environment_requirements: ClassVar[str] = "the backend's own requirements"  # the file that installs its stack
     spellings: ClassVar[Mapping[str, str]] = {}  # older names of variables in `environment`, read where those are unset
     engine_memory_option: ClassVar[str | None] = None  # the option of `Options` that sets the engine's memory
+    own_memory: ClassVar[bool] = True  # whether a device has memory of its own, beside the host's
 
     options: Any  # of the class `Options`; a backend that has some declares which: `options: MyOptions`
 
@@ -78,6 +91,9 @@ class Backend(ABC):
     def prepare(self) -> None:  # noqa: B027
         """Prepare the device before models load; called once per process, after torch can be imported."""
 
+    def prepare_host(self) -> None:  # noqa: B027
+        """Prepare this process to read configurations, tokenizers and images where the device is absent: for plans."""
+
     def default_precision(self) -> str:
         """"bf16" where the device multiplies bf16 matrices in hardware, else "fp32"."""
         return "fp32"
@@ -100,6 +116,10 @@ class Backend(ABC):
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Device-specific arguments of an engine; the run file overrides them."""
         return {}
+
+    def engine_memory(self, engine: str, options: Mapping[str, Any]) -> EngineMemory | None:
+        """Memory of an engine with these arguments (rollout.options); None for one whose cache grows with what it samples."""
+        return None
 
     def shortage(self, error: BaseException) -> Literal["device", "host"] | None:
         """Which memory ran out, if that is what the error says."""

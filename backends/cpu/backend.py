@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -13,10 +12,11 @@ import psutil
 from pydantic import PositiveFloat, PositiveInt
 
 from rlcore.config.sections import Strict
-from rlcore.device import Backend
+from rlcore.device import Backend, EngineMemory
 
-from ..common import node_address, rendezvous
+from ..common import engine_memory, node_address, rendezvous
 from ..common.environment import COMMON, NEEDED, wrong
+from ..common.torchvision_cure import cure_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _BF16 = "RLCORE_CPU_BF16"
-_cure: list[Any] = []  # torch.library.Library undefines its operators when collected: held for the life of the process
 
 
 class CpuOptions(Strict):
@@ -46,6 +45,7 @@ class CpuBackend(Backend):
     default_engine: ClassVar[str] = "vllm"
     environment_requirements: ClassVar[str] = "requirements/cpu.txt"
     engine_memory_option: ClassVar[str | None] = "kv_cache_gib"
+    own_memory: ClassVar[bool] = False
 
     @property
     def threads(self) -> int:
@@ -71,6 +71,9 @@ class CpuBackend(Backend):
     def engine_options(self, engine: str) -> Mapping[str, Any]:
         """Engine arguments that depend on the device."""
         return {"kv_cache_memory_bytes": int(self.options.kv_cache_gib * _GIB)} if engine == "vllm" else {}
+
+    def engine_memory(self, engine: str, options: Mapping[str, Any]) -> EngineMemory | None:
+        return engine_memory.of(self, engine, options)
 
     def free_memory(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()
@@ -129,48 +132,14 @@ class CpuBackend(Backend):
 
         return fused.fuse(model, operators.KERNELS)
 
+    def prepare_host(self) -> None:
+        cure_torchvision()
+
     def prepare(self) -> None:
         import torch
 
         torch.set_num_threads(self.threads)
-        cure_torchvision()
+        self.prepare_host()
         for name in ("vllm.triton_utils.importing", "torch._library.triton"):  # a missing Triton is expected on a CPU
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op.*", category=FutureWarning)  # vLLM's import
-
-
-def cure_torchvision() -> None:
-    """Lets `import torchvision` succeed on CPU torch. Does nothing where torchvision is absent or its operators load.
-
-    Why: PyPI's torchvision is built for CUDA. On CPU torch its operator library does not load, and the import dies with
-        "operator torchvision::nms does not exist", taking transformers' and vLLM's image processors with it.
-    How: declare the two operators that the import describes to torch; their kernels stay absent, and nothing here calls them.
-    Upstream: https://github.com/pytorch/vision/issues (the import should not need operators that did not load).
-    Delete when: pip's torchvision imports on CPU torch, or requirements/cpu.txt can name PyTorch's CPU index everywhere.
-    """
-    if _cure or importlib.util.find_spec("torchvision") is None or _operators_load():
-        return
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _cure.append(library)
-
-
-def _operators_load() -> bool:
-    """Whether torchvision's compiled operators are, or can be, registered; loading them is what its import does first."""
-    import torch
-
-    if hasattr(torch.ops.torchvision, "nms"):
-        return True
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None and spec.origin is not None, "a package, which the caller has found"
-    folder = os.path.dirname(spec.origin)
-    libraries = [entry.path for entry in os.scandir(folder) if entry.name.startswith("_C.") or entry.name == "_C.so"]
-    try:
-        for library in libraries:
-            torch.ops.load_library(library)
-    except OSError:
-        return False
-    return hasattr(torch.ops.torchvision, "nms")

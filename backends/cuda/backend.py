@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from rlcore.config.sections import Strict
-from rlcore.device import Backend
+from rlcore.device import Backend, EngineMemory
 from rlcore.errors import ConfigError
 
-from ..common import node_address, rendezvous
+from ..common import engine_memory, node_address, rendezvous
 from ..common.environment import COMMON, NEEDED, sleepless, wrong
+from ..common.torchvision_cure import cure_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,9 @@ class CudaBackend(Backend):
             "enforce_eager": False,  # decoding is many small kernels: CUDA graphs launch them together
         }
 
+    def engine_memory(self, engine: str, options: Mapping[str, Any]) -> EngineMemory | None:
+        return engine_memory.of(self, engine, options)
+
     def shortage(self, error: BaseException) -> Literal["device", "host"] | None:
         of_libraries = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))
         return super().shortage(error) or ("device" if of_libraries else None)
@@ -103,10 +107,13 @@ class CudaBackend(Backend):
         return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
 
     def default_precision(self) -> str:
-        """bf16 from Ampere (compute capability 8.0) on."""
+        """bf16 from Ampere (compute capability 8.0) on, and where no GPU is seen: in a plan for one elsewhere."""
         import torch
 
-        return "bf16" if torch.cuda.get_device_capability(0) >= (8, 0) else "fp32"
+        return "bf16" if not torch.cuda.is_available() or torch.cuda.get_device_capability(0) >= (8, 0) else "fp32"
+
+    def prepare_host(self) -> None:
+        cure_torchvision()
 
     def prepare(self) -> None:
         """ConfigError when torch finds no GPU."""

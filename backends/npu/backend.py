@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rlcore.config.sections import Strict
-from rlcore.device import Backend
+from rlcore.device import Backend, EngineMemory
 from rlcore.errors import ConfigError, PluginError
 
-from ..common import environment, node_address, rendezvous
+from ..common import engine_memory, environment, node_address, rendezvous
 from ..common.environment import COMMON
-from ..cpu.backend import cure_torchvision
+from ..common.torchvision_cure import cure_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,9 @@ class NpuBackend(Backend):
         of_allocator = isinstance(error, RuntimeError) and "NPU out of memory" in str(error)
         return super().shortage(error) or ("device" if of_allocator else None)
 
+    def engine_memory(self, engine: str, options: Mapping[str, Any]) -> EngineMemory | None:
+        return engine_memory.of(self, engine, options)
+
     def device(self, local_rank: int) -> torch.device:
         import torch
 
@@ -156,6 +159,9 @@ class NpuBackend(Backend):
             from . import operators
 
             attention.use(operators.attention, operators.DTYPES)
+
+    def prepare_host(self) -> None:
+        cure_torchvision()
 
     def fuse(self, model: nn.Module) -> nn.Module:
         """Fuse norms, gated units and rotary positions of Llama, Qwen2 and Qwen3, and of their vision-language models."""

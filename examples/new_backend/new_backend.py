@@ -39,6 +39,7 @@ class NewBackend(Backend):
     name: ClassVar[str] = "new"
     Options = NewOptions
     options: NewOptions
+    own_memory: ClassVar[bool] = False
 
     def environment(self) -> Mapping[str, str]:
         return {"OMP_NUM_THREADS": str(min(self.options.threads, len(os.sched_getaffinity(0))))}

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from rlcore.cli.settings import load_settings, prepared_backend
 from rlcore.config import loader
+from rlcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlcore.device import Backend
 
 
 def run_show(options: argparse.Namespace) -> None:
     print(loader.dump(load_settings(options)), end="")
 
 
-def run_plan(options: argparse.Namespace) -> None:
+def run_plan(options: argparse.Namespace) -> int:
+    """Exit status: 1 if the run does not fit the device."""
     config = load_settings(options)
     backend = prepared_backend(config)
+    absent = _prepare(backend)
+    from rlcore.diagnose import fit
     from rlcore.train import plan
+    from rlcore.train.memory import MemoryPlanner
+    from rlcore.train.memory_table import tables
 
-    print(plan.describe(config, *plan.read(config, backend)))
+    training, held_out = plan.read(config, backend)
+    print(plan.describe(config, training, held_out))
+    size = plan.device_bytes(backend, options.device_gib, absent)
+    planner = MemoryPlanner(backend, plan.some(training), size)
+    start = fit.planned(planner, config, backend, both=True)
+    print(tables(start.pools, config, start.facts))
+    if absent:
+        print(f"\nno such device is here, which a plan does without: {absent}")
+    if size is None:
+        return 0
+    text, fits = fit.report(planner, start, size)
+    print(f"\n{text}")
+    return 0 if fits else 1
+
+
+def _prepare(backend: Backend) -> str | None:
+    """Prepare the device, or what a plan needs where there is none: then, why there is none."""
+    try:
+        backend.prepare()
+    except ConfigError as error:
+        backend.prepare_host()
+        return str(error)
+    return None

@@ -94,7 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--train", choices=TRAINERS, default=TRAINERS[0], help=f"what the head runs; default: {TRAINERS[0]}")
     _add_model(launch, " (with --train eval)")
     launch.set_defaults(complete=_add_launcher_options)
-    _command(commands, "plan", run_plan, "what the run will do: prompts, samples, optimizer steps, micro-batches")
+    what = "what the run will do: prompts, samples, optimizer steps, micro-batches, memory"
+    plan = _command(commands, "plan", run_plan, what)
+    plan.add_argument(
+        "--device-gib", type=_positive, metavar="N",
+        help="memory of a device; default: of the one that is here. Exit status 1: the run does not fit it",
+    )  # fmt: skip
     _command(commands, "show", run_show, "every setting of the run, as YAML")
     _add_data(commands)
     _add_import_config(commands)
@@ -112,6 +117,13 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
     command.add_argument("--backend", metavar="NAME", help=f"auto, {installed}; replaces backend.name")
     command.set_defaults(run=run, debug=False, label="")
     return command
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:

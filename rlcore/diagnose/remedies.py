@@ -51,7 +51,7 @@ class Case:
     @property
     def own_memory(self) -> bool:
         """Whether the devices have memory of their own, so that the host's is room for more."""
-        return self.backend.device(0).type != "cpu"
+        return self.backend.own_memory
 
     @property
     def shards(self) -> int:

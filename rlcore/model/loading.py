@@ -25,8 +25,9 @@ NO_LIMITS = VisionConfig()
 Source = Callable[..., None]  # (folder, *, options): fills an empty folder; its keyword-only parameters are model.options
 
 
-def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
-    """Resolve `config.path` to a complete model folder. A source's model is cached in `cache` under a hash of its options.
+def resolve(config: ModelConfig, cache: Path, section: str = "model", weights: bool = True) -> Path:
+    """Resolve `config.path` to a complete model folder, or without `weights` to one that may lack its weight files. A source's
+    model is cached in `cache` under a hash of its options.
 
     ConfigError, naming the run file's `section`, when the path is neither a folder nor a source, the folder is incomplete or
     may not be read, or an option is wrong.
@@ -41,7 +42,8 @@ def resolve(config: ModelConfig, cache: Path, section: str = "model") -> Path:
         raise ConfigError(f"{section}.path: {found}; sources: {known}{tried(folder)}")
     if config.options:
         raise ConfigError(f"{section}.options: {config.path} is a folder and takes none; remove {', '.join(config.options)}")
-    _check_complete(folder, section)
+    if weights:
+        _check_complete(folder, section)
     return folder
 
 

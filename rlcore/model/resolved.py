@@ -27,10 +27,13 @@ EMULATED = (
 class ResolvedModel:
     """The model under training and its forward settings; every role on this device is built from it."""
 
-    def __init__(self, config: RunConfig, backend: Backend) -> None:
+    def __init__(self, config: RunConfig, backend: Backend, device: torch.device | None = None) -> None:
+        """`device`: instead of the backend's first. On torch's meta device neither weights nor that device are needed."""
         self.config, self.backend = config, backend
-        backend.prepare()
-        self.folder = resolve(config.model, MODEL_CACHE)
+        self._weights = device is None or device.type != "meta"
+        if self._weights:
+            backend.prepare()
+        self.folder = resolve(config.model, MODEL_CACHE, weights=self._weights)
         self.tower_folder = self._tower_folder()
         if heads := query_heads(self.folder):
             check_heads(heads, config.sharding.sequence_parallel)
@@ -42,7 +45,7 @@ class ResolvedModel:
         self.notice = f"precision: {precision}, {why}"
         self.caution = EMULATED.format(backend.name) if precision == "bf16" != fast else None
         self.settings = ForwardSettings(
-            device=backend.device(0),
+            device=device or backend.device(0),
             compute_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             max_tokens=config.train.max_tokens_per_microbatch,
             temperature=config.rollout.temperature,
@@ -57,7 +60,9 @@ class ResolvedModel:
         """Folder of the model that the critic starts from."""
         settings = self.config.critic
         assert settings is not None
-        return self.folder if settings.path is None else resolve(ModelConfig(path=settings.path), MODEL_CACHE, "critic")
+        if settings.path is None:
+            return self.folder
+        return resolve(ModelConfig(path=settings.path), MODEL_CACHE, "critic", self._weights)
 
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
         """Apply the run file's training settings to `model`: frozen parts, LoRA, gradient checkpointing."""
@@ -87,7 +92,7 @@ class ResolvedModel:
         """Folder of the model whose vision tower replaces the policy's own, if set."""
         if self.config.vision.path is None:
             return None
-        folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision")
+        folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision", self._weights)
         check_tower(self.folder, folder)
         return folder
 

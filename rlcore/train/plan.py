@@ -1,4 +1,4 @@
-"""`rlcore plan`: the prompts, samples, optimizer steps and micro-batches of a run, before it starts."""
+"""`rlcore plan`: the prompts, samples, optimizer steps, micro-batches and memory of a run, before it starts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,27 @@ CAP = "train.max_tokens_per_microbatch"
 
 
 def read(config: RunConfig, backend: Backend) -> tuple[PromptSource, dict[str, Encoded[Prompt]]]:
-    """The training rows and the evaluation rows."""
-    backend.prepare()
-    family = family_of(resolve(config.model, MODEL_CACHE), config.model, config.vision)
+    """The training rows and the evaluation rows. Needs the model's configuration and tokenizer, not its weights."""
+    family = family_of(resolve(config.model, MODEL_CACHE, weights=False), config.model, config.vision)
     family.use_template(config.data.chat_template, config.data.chat_template_options)
     held_out = held_out_prompts(config.data, family) if config.evaluation else {}
     return training_prompts(config.data, family, config.seed), held_out
+
+
+def device_bytes(backend: Backend, given: float | None, absent: str | None) -> int | None:
+    """Memory of a device: `given` in GiB, or that of the one that is here and has its own."""
+    if given is not None:
+        return int(given * 2**30)
+    memory = backend.free_memory() if backend.own_memory and absent is None else None
+    return memory[1] if memory else None
+
+
+def some(training: PromptSource, count: int = 16) -> list[Prompt]:
+    """The first prompts of the run, for the sizes of its images."""
+    try:
+        return training.draw(min(count, len(training))) if training.sets else []
+    finally:
+        training.close()
 
 
 def describe(config: RunConfig, training: PromptSource, held_out: Mapping[str, Encoded[Prompt]]) -> str:
