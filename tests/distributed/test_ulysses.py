@@ -37,6 +37,7 @@ from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
 MODELS = {  # fewer KV heads than ranks, and a KV head count not divisible by them
     "tiny_llama": {"hidden_size": 96, "heads": 12, "key_value_heads": 3, "layers": 2},
     "tiny_qwen3": {"hidden_size": 64, "heads": 4, "key_value_heads": 1, "layers": 2},
+    "tiny_qwen3_moe": {"hidden_size": 64, "layers": 2, "experts": 6},
     "tiny_qwen2_vl": {"hidden_size": 64, "layers": 1, "vision_layers": 1},
     "tiny_qwen2_5_vl": {"layers": 2, "vision_layers": 2},
     "tiny_qwen3_vl": {"hidden_size": 64, "layers": 3, "vision_layers": 3},  # features for the first two layers
@@ -139,6 +140,7 @@ def shortest(_):
 CASES = {
     "several rows": ("tiny_llama", actor_of, {}, questions),
     "checkpointed layers": ("tiny_qwen3", actor_of, {"cap": 4096, "checkpointed": True}, questions),
+    "experts": ("tiny_qwen3_moe", actor_of, {"checkpointed": True}, questions),
     "two tokens": ("tiny_qwen3", actor_of, {}, shortest),
     "a tower that learns": ("tiny_qwen2_5_vl", actor_of, {}, pictures),
     "a tower that learns from some": ("tiny_qwen2_vl", actor_of, {"cap": 40}, a_picture_for_one),
