@@ -70,10 +70,10 @@ def read(root: nn.Module, model: nn.Module, names: Published, folder: Path, devi
     """
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     stored = Stored(folder)
-    for name in (part for name, parameter in model.named_parameters() for part in names(name, parameter.shape)):
-        if name not in stored:
+    for wanted in (part for name, parameter in model.named_parameters() for part in names(name, parameter.shape)):
+        if wanted not in stored:
             raise ConfigError(
-                f"sharding.meta_init: the weights in {folder} have no tensor {name}, under which this family's are read"
+                f"sharding.meta_init: the weights in {folder} have no tensor {wanted}, under which this family's are read"
                 " row by row; set sharding.meta_init=false to have every rank read the whole model"
             )
     fill(model.named_parameters(), stored, names)

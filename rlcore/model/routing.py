@@ -44,7 +44,7 @@ class Router(nn.Module):
 
 
 def replace_routers(model: nn.Module) -> nn.Module:
-    """Put a `Router` in the place of each of transformers' own, with its weight. Those round the logits and the experts' weights
+    """Put a `Router` in the place of each of transformers' own, with its weight. Those round logits, and the experts' weights,
     to the dtype of the hidden states."""
     for block in list(model.modules()):
         for name, layer in block.named_children():
