@@ -51,8 +51,8 @@ def check(model: nn.Module) -> None:
         kernel = layer.quant_method.unquantized_backend.name
         if kernel not in _READABLE:
             raise ConfigError(
-                f"rollout.options.moe_backend: vLLM computes this model's experts by {kernel}, in a layout whose update cannot be"
-                " verified; set it to triton"
+                f"rollout.options.moe_backend: vLLM computes this model's experts by {kernel}, in a layout whose update cannot"
+                " be verified; set it to triton"
             )
         if layer.moe_config.moe_parallel_config.use_ep:
             raise ConfigError(
@@ -95,7 +95,8 @@ class ExpertLayer:
 
 
 class SentExperts:
-    """What was sent of experts, as the engine should hold it. Gate and up projection are one there, so one's fault is both's."""
+    """What was sent of experts, as the engine should hold it. Gate and up projection are one tensor there: a fault of one is
+    reported of both."""
 
     def __init__(self) -> None:
         self.sent: dict[str, Fingerprint] = {}

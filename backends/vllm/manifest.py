@@ -141,7 +141,7 @@ class WeightManifest:
     def packed_bytes(self) -> int:
         """Bytes of the packed layers."""
         layers = (self._layer(name) for name in self.packed)
-        return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
+        return sum(_height(layer) * _width(layer) for layer in layers) * self.dtype.itemsize
 
     def serve_tied_heads(self) -> None:
         """Give tied heads the embedding's repacked weight: vLLM's reload packs only layers that were sent weights, and a tied
@@ -309,6 +309,11 @@ def _is_head(layer: nn.Module) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return isinstance(layer, ParallelLMHead)
+
+
+def _height(layer: Any) -> int:
+    """N of a layer [N, K]; ranks share a router's whole."""
+    return getattr(layer, "output_size_per_partition", None) or layer.output_size
 
 
 def _width(layer: Any) -> int:

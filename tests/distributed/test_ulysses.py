@@ -165,7 +165,8 @@ def found(models, case, sharing=1, ranks=world.ALONE):
     part, places = deal(step, ranks.size // sharing, role.settings.max_tokens)[ranks.rank // sharing]
     tokens = {"given": role.values(part) if role_of is critic_of else role.logprobs(part)}
     role.learner.step(part, seen(role._losses(part), tokens, len(places)))
-    return {"tokens": tokens, "places": places, "gradients": gradients}
+    routing = role._routing.end() if role_of is actor_of else None
+    return {"tokens": tokens, "places": places, "gradients": gradients, "routing": routing.sums if routing else torch.zeros(0)}
 
 
 def seen(losses, tokens, count):
@@ -249,6 +250,7 @@ def test_every_rank_has_what_one_rank_has(folders, theirs, sharing, case):
         for name, expected in alone["gradients"].items():
             assert (one["gradients"][name] - expected).norm() <= BOUND * expected.norm(), name
     assert sum(len(each[case]["places"]) for each in theirs) == sharing * len(alone["places"])
+    assert torch.allclose(sum(each[case]["routing"] for each in theirs) / sharing, alone["routing"], rtol=BOUND)
 
 
 def test_a_rank_keeps_its_share_of_a_long_row(folders, theirs, sharing):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from metrics_page import undocumented
 from run_files import settings
-from saving import save
+from saving import published, save
 from test_layouts import ALONE, SHARED, actor_of, alone, apart, batch_of, gradient_of, padded
 from test_layouts import _one_thread as _one_thread
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func
 
 from rlcore import registry
@@ -146,7 +147,8 @@ def test_statistics_are_those_of_the_tokens_that_count(family, folder, batch):
     assert found["moe/balance_loss"] == pytest.approx(sum(float(load_balancing_loss_func((one,), 12, 2)) for one in each) / 4)
     loads = [torch.bincount(one.topk(2).indices.flatten(), minlength=12) for one in each]
     assert found["moe/load_max"] == pytest.approx(max(float(load.max() / load.float().mean()) for load in loads))
-    assert found["moe/idle_experts"] == pytest.approx(sum(int((load == 0).sum()) for load in loads) / 24) > 0
+    idle = sum(int((load == 0).sum()) for load in loads) / 24
+    assert found["moe/idle_experts"] == pytest.approx(idle) and idle > 0
     entropies = torch.cat([torch.distributions.Categorical(logits=one).entropy() for one in each])
     assert found["moe/router_entropy"] == pytest.approx(float(entropies.mean())) and float(entropies.mean()) < log(12)
 
@@ -198,3 +200,10 @@ def test_lora_trains_attention_and_refuses_experts(folder, backend):
 def test_what_is_reported_is_documented(family, folder, batch):
     metrics = computed(family, folder, None).update(replace(batch))
     assert not undocumented(name for name in metrics if name.startswith("moe/"))
+
+
+def test_a_checkpoint_is_what_transformers_reads(family, folder, tmp_path):
+    """Published names, twelve experts: "10" and "11" come before "2" as text."""
+    model = family.load(folder, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(published(model, family, tmp_path), dtype=torch.float32)
+    assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in model.named_parameters())

@@ -76,7 +76,7 @@ def test_an_update_that_leaves_experts_unpacked_is_found(served, monkeypatch):
 
 WRONG = {
     "left out": (lambda name, tensor: None, r"1 missing .*: {0};"),
-    "unknown": (lambda name, tensor: (name.replace("experts.3", f"experts.{EXPERTS}"), tensor), r"unexpected tensor .*experts\.6\."),
+    "unknown": (lambda name, tensor: (name.replace("experts.3", "experts.6"), tensor), r"unexpected tensor .*experts\.6\."),
     "misshapen": (lambda name, tensor: (name, tensor[:, 1:]), r"{0} was sent as \[\d+, \d+\], the engine holds"),
 }  # fmt: skip
 
