@@ -160,7 +160,16 @@ class ModelFamily(Protocol):
         ...
 
     def hf_name(self, name: str) -> str:
-        """The Hugging Face name of a parameter of the loaded model."""
+        """The Hugging Face name of a parameter or layer of the loaded model."""
+        ...
+
+    def published(self, name: str, shape: Sequence[int]) -> Mapping[str, Sequence[int]]:
+        """Names and shapes of the tensors that Hugging Face files have in place of the loaded model's tensor `name`
+        (`rlcore.distributed.parts.Published`). Several where transformers fuses them: the experts of a layer."""
+        ...
+
+    def widen(self, model: nn.Module) -> nn.Module:
+        """Make transformers' model compute in float32, whatever its dtype, what is not robust to rounding."""
         ...
 
     def save_processor(self, folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -65,8 +65,8 @@ def files(stem: str, specs: Mapping[str, Spec], limit: int) -> dict[str, list[st
     return {f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, start=1)}
 
 
-def index(specs: Mapping[str, Spec], placed: Mapping[str, Sequence[str]]) -> str:
-    """Text of the index of `files`."""
+def index(specs: Mapping[str, Spec], placed: Mapping[str, Iterable[str]]) -> str:
+    """Text of the index of `files`: `placed` are the names by file, `specs` all that they hold."""
     size = sum(spec.nbytes for spec in specs.values())
     where = {name: PurePath(file).name for file, names in placed.items() for name in names}
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"

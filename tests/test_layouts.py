@@ -104,7 +104,9 @@ def gradient_of(actor, batch):
 
 def padded(family, folder, batch, config, shift=None):
     """Loss and gradient from transformers' own padded forward pass in float64, with the same loss formula."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     if shift is not None:
         weights = list(model.parameters())
         with torch.no_grad():

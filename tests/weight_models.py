@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -23,31 +22,15 @@ SMALL = {"hidden_size": 32, "layers": 2, "heads": 4}
 def model(folder: Path, family: str, **options) -> Path:
     """A model folder with random weights everywhere, biases and norms too."""
     folder.mkdir(parents=True)
-    if family == "tiny_qwen3_moe":
-        _mixture(folder, **options)
-    else:
-        vision = {"vision_hidden_size": 32, "vision_layers": 2, "vision_heads": 2} if family.endswith("vl") else {}
-        registry.load("models", family)(folder, **{**SMALL, **vision, **options})
+    vision = {"vision_hidden_size": 32, "vision_layers": 2, "vision_heads": 2} if family.endswith("vl") else {}
+    experts = {"experts": 3, "expert_size": 16, "tied": False} if family.endswith("moe") else {}
+    registry.load("models", family)(folder, **{**SMALL, **vision, **experts, **options})
     random = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(tensor.shape, generator=random) for name, tensor in tensors(folder).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.1}')
     (folder / "merges.txt").write_text("a b\n")
     return folder
-
-
-def _mixture(folder: Path, experts: int = 3, tied: bool = False, **_) -> None:
-    """A Qwen3-MoE with the tokenizer of a tiny model."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    registry.load("models", "tiny_qwen3")(folder, **SMALL)
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    config = Qwen3MoeConfig(
-        hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_experts=experts, num_experts_per_tok=2, vocab_size=vocabulary,
-        tie_word_embeddings=tied, norm_topk_prob=True,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

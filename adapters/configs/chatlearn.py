@@ -169,6 +169,10 @@ def _recomputed(value: Any) -> Outcome:
     return Mapped({"train.gradient_checkpointing": True}, note)
 
 
+def _grouped(value: Any) -> Outcome:
+    return Mapped({"model.groupgemm": True}) if flag(value) else Unneeded("experts are grouped wherever the device can")
+
+
 def _order(value: Any) -> Outcome:
     if flag(value):
         return Unneeded("rows are shuffled, anew in each pass")
@@ -230,8 +234,8 @@ TABLE = Table(
         f"{_TRAINER}save*": unneeded("checkpoints go to the run folder, every train.save_every steps"),
         f"{_TRAINER}train_iters": unneeded("train.steps ends the run"),
         f"{_TRAINER}calculate_per_token_loss": only(True, "it always is, or see algorithm.aggregation", "it is"),
-        f"{_TRAINER}moe_router_force_load_balancing": only(False, "mixture-of-experts models are not trained here"),
-        f"{_TRAINER}groupgemm": only(False, "mixture-of-experts models are not trained here"),
+        f"{_TRAINER}moe_router_force_load_balancing": only(False, "tokens go to the experts that the router chooses"),
+        f"{_TRAINER}groupgemm": _grouped,
         f"{_POLICY}max_prompt_tokens_length": to("data.max_prompt_tokens", whole),
         f"{_POLICY}max_response_tokens_length": to("rollout.max_new_tokens", whole),
         f"{_POLICY}temperature": to("rollout.temperature", number),

@@ -52,24 +52,27 @@ class CausalLM:
         """Load the model without dropout and with packed attention; ConfigError when weights are missing or misshapen."""
         try:
             model, report = self.model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=self.attention, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, dtype=dtype, attn_implementation=self.attention, experts_implementation="eager",
+                output_loading_info=True, ignore_mismatched_sizes=True,
             )
         except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"model.path: {folder} does not load: {_one_line(error)}") from error
         _check_tensors(report, folder)
-        return _ready(model, folder)
+        return self.widen(_ready(model, folder))
 
     def meta_model(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """`load` on the meta device. A head that should be tied to the embedding but is stored with other values stays untied,
         as in `load`."""
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
-            model = self.model_class.from_config(config, dtype=dtype, attn_implementation=self.attention)
+            model = self.model_class.from_config(
+                config, dtype=dtype, attn_implementation=self.attention, experts_implementation="eager"
+            )
         for target, source in list(model.all_tied_weights_keys.items()):
             if _stored_apart(folder, self.hf_name(target), self.hf_name(source)):
                 del model.all_tied_weights_keys[target]
         model.tie_weights(recompute_mapping=False)
-        return _ready(model.eval(), folder)
+        return self.widen(_ready(model.eval(), folder))
 
     def use_template(self, template: str | None, options: Mapping[str, Any]) -> None:
         """Also in the folders that `save_processor` writes; the variables are not saved."""
@@ -135,6 +138,12 @@ class CausalLM:
     def hf_name(self, name: str) -> str:
         """Hugging Face name (of `save_pretrained` and the hub) of the tensor that state_dict() calls `name`."""
         return name
+
+    def published(self, name: str, shape: Sequence[int]) -> Mapping[str, Sequence[int]]:
+        return {self.hf_name(name): shape}
+
+    def widen(self, model: nn.Module) -> nn.Module:
+        return wide_tables(model)
 
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer (and processor) files beside the weights of `save_pretrained`; generation_config.json is copied
@@ -212,7 +221,7 @@ def _ready(model: Any, folder: Path) -> Any:
     model.generation_config = GenerationConfig()  # `save_pretrained` refuses many that folders hold; see `save_processor`
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-    return wide_tables(model)
+    return model
 
 
 def image_parts(row: Row) -> int:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from rlcore.errors import ConfigError
 
@@ -80,6 +88,23 @@ def tiny_qwen3(
     """A Qwen3, 0.7 million parameters by default."""
     text = _text_config(hidden_size, layers, heads, key_value_heads, context)
     _write_text_model(folder, seed, Qwen3ForCausalLM, Qwen3Config, {**text, "head_dim": hidden_size // heads}, tied)
+
+
+def tiny_qwen3_moe(
+    folder: Path, *, seed: NonNegativeInt = 0, hidden_size: PositiveInt = 128, layers: PositiveInt = 4, heads: PositiveInt = 4,
+    key_value_heads: PositiveInt = 2, context: PositiveInt = 2048, tied: bool = True, experts: PositiveInt = 8,
+    experts_per_token: PositiveInt = 2, expert_size: PositiveInt = 64,
+) -> None:
+    """A Qwen3-MoE, 1.1 million parameters by default. `experts_per_token` of a layer's `experts` work on a token; each has
+    `expert_size` intermediate features."""
+    if experts_per_token > experts:
+        raise ConfigError(f"model.options.experts_per_token: {experts_per_token} is more than experts {experts}; lower it")
+    text = _text_config(hidden_size, layers, heads, key_value_heads, context) | {"head_dim": hidden_size // heads}
+    text |= {
+        "num_experts": experts, "num_experts_per_tok": experts_per_token, "moe_intermediate_size": expert_size,
+        "norm_topk_prob": True,
+    }  # fmt: skip
+    _write_text_model(folder, seed, Qwen3MoeForCausalLM, Qwen3MoeConfig, text, tied)
 
 
 def tiny_qwen2_5_vl(

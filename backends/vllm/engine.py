@@ -22,6 +22,7 @@ from rlcore.errors import ConfigError, OutOfMemory, PluginError, RlcoreError, Sh
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 
+from . import experts
 from .internals import check_heads, model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
 from .relief import Relief
 from .rollout import VllmRollout
@@ -94,6 +95,7 @@ def build(
         if config.tensor_parallel > 1:
             unname_shared_memory()
         check_heads(model_runner(llm).get_model())
+        experts.check(model_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
             from .lora import VllmLoraRollout

@@ -15,7 +15,8 @@ from rlcore.distributed.fingerprint import Constants
 from rlcore.errors import RlcoreError
 from rlcore.runtime.memory import OffloadedTensors
 
-from .internals import check_heads, derives_from_weights, kv_cache_tensors
+from . import experts
+from .internals import check_heads, derives_from_weights, forget_kernels, kv_cache_tensors
 from .manifest import WeightManifest, WeightTransfer
 
 _REMEDY = "this version of the engine cannot be updated with this model: set rollout.engine=torch, or install another"
@@ -44,6 +45,7 @@ class Extension:
         """Settings that the trainer depends on, once the model's heads have a kernel."""
         config, model = self.vllm_config, self.vllm_config.model_config
         check_heads(self.model_runner.get_model())
+        experts.check(self.model_runner.get_model())
         return {
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
@@ -69,6 +71,7 @@ class Extension:
         self._rlcore_checking = time.perf_counter() - started
         self._rlcore_update: WeightTransfer = self._rlcore_manifest.transfer(version)
         self.weight_transfer_engine.watching = self._rlcore_update
+        forget_kernels(self.model_runner)
         return {}
 
     @_answered

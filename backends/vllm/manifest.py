@@ -16,6 +16,8 @@ from rlcore.distributed.fingerprint import compare, fingerprint
 from rlcore.errors import RunError
 from rlcore.types import NamedTensors
 
+from . import experts
+
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative, for the dense product
 
 
@@ -38,7 +40,7 @@ class _Product:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the engine keeps a tensor: part `index` of the rows of `parameter` of a layer."""
+    """Where the engine keeps a tensor: part `index` of the rows of `parameter` of a layer; of experts, as `experts.place`."""
 
     layer: str
     parameter: str
@@ -51,6 +53,8 @@ def locate(model: nn.Module, name: str, has: Callable[[str], bool]) -> Slot:
     if mapper is not None and hasattr(mapper, "get_rename_mapper"):  # vLLM 0.23 has none: its mapper holds names only
         mapper = mapper.get_rename_mapper()
     mapped = next(iter(mapper.apply_list([name]) if mapper else ()), name)
+    if of_expert := experts.place(mapped):
+        return Slot(*of_expert)
     layer, _, parameter = mapped.rpartition(".")
     parent, _, leaf = layer.rpartition(".")
     for fused, parts in _fused(model).items():
@@ -76,6 +80,7 @@ class WeightManifest:
         self._fused = _fused(model)
         self.packed = {name for name, layer in model.named_modules() if _is_packed(layer)}
         self.heads = {name for name, layer in model.named_modules() if _is_head(layer)}
+        self.experts = {name: experts.ExpertLayer(layer) for name, layer in experts.layers(model)}
         self.needed = {slot for name, _ in model.named_parameters() for slot in self._slots_of(name)}
         self.tied = self._tied_heads()
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -98,6 +103,8 @@ class WeightManifest:
     def part(self, slot: Slot, tensor: Tensor) -> Tensor:
         """This tensor-parallel rank's shard of the tensor."""
         layer = self.model.get_submodule(slot.layer)
+        if slot.layer in self.experts:
+            return self.experts[slot.layer].part(slot.parameter, tensor)
         if getattr(layer, "tp_size", 1) == 1:
             return tensor
         sizes = getattr(layer, "output_sizes", None)
@@ -111,6 +118,8 @@ class WeightManifest:
 
     def title(self, slot: Slot) -> str:
         """The tensor's name in the engine, with the part's name in place of a fused layer's."""
+        if slot.layer in self.experts:
+            return experts.title(slot.layer, slot.parameter, slot.index)
         parent, _, leaf = slot.layer.rpartition(".")
         parts = self._fused.get(leaf)
         return f"{parent}.{parts[slot.index]}.{slot.parameter}" if parts else f"{slot.layer}.{slot.parameter}"
@@ -132,7 +141,7 @@ class WeightManifest:
     def packed_bytes(self) -> int:
         """Bytes of the packed layers."""
         layers = (self._layer(name) for name in self.packed)
-        return sum(layer.output_size_per_partition * _width(layer) for layer in layers) * self.dtype.itemsize
+        return sum(_height(layer) * _width(layer) for layer in layers) * self.dtype.itemsize
 
     def serve_tied_heads(self) -> None:
         """Give tied heads the embedding's repacked weight: vLLM's reload packs only layers that were sent weights, and a tied
@@ -158,7 +167,11 @@ class WeightManifest:
 
     def _slots_of(self, name: str) -> list[Slot]:
         layer, _, parameter = name.rpartition(".")
-        return [Slot(layer, parameter, index) for index in range(len(self._fused.get(layer.rpartition(".")[2], [0])))]
+        if layer in self.experts:
+            parts = self.experts[layer].tensors(parameter)
+        else:
+            parts = len(self._fused.get(layer.rpartition(".")[2], [0]))
+        return [Slot(layer, parameter, index) for index in range(parts)]
 
     def _tied_heads(self) -> dict[str, str]:
         """Head layer -> the embedding layer it shares its weight with."""
@@ -178,6 +191,7 @@ class WeightTransfer:
         self._version = version
         self._parts: dict[tuple[str, str], dict[int, tuple[str, torch.Size]]] = defaultdict(dict)
         self._sent: dict[str, Any] = {}
+        self._experts = experts.SentExperts()
         self._names: dict[Slot, str] = {}
         self.last = ""
         self.tensors = self.bytes = 0
@@ -192,8 +206,8 @@ class WeightTransfer:
 
     def verify(self) -> None:
         with torch.inference_mode():
-            held = self._held()
-        compare(self._sent, held)
+            held = self._held() | self._experts.held()
+        compare(self._sent | self._experts.sent, held)
 
     def _note(self, name: str, tensor: Tensor) -> None:
         manifest, slot = self._manifest, self._manifest.admit(name, tensor)
@@ -201,6 +215,9 @@ class WeightTransfer:
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
         tensor = manifest.part(slot, tensor).to(manifest.dtype)
         self._names[slot] = name
+        if slot.layer in manifest.experts:
+            self._experts.add(manifest.experts[slot.layer], slot.parameter, slot.index, name, tensor)
+            return
         self._parts[slot.layer, slot.parameter][slot.index] = (name, tensor.shape)
         packed = slot.layer in manifest.packed and slot.parameter == "weight"
         self._sent[name] = _product(tensor, self._version) if packed else fingerprint(manifest.as_held(slot, tensor))
@@ -292,6 +309,11 @@ def _is_head(layer: nn.Module) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return isinstance(layer, ParallelLMHead)
+
+
+def _height(layer: Any) -> int:
+    """N of a layer [N, K]; ranks share a router's whole."""
+    return getattr(layer, "output_size_per_partition", None) or layer.output_size
 
 
 def _width(layer: Any) -> int:

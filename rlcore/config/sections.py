@@ -46,6 +46,8 @@ class ModelConfig(Strict):
     """The model family; auto reads model_type from the folder's config.json."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; weights and optimizer stay fp32. auto asks the device."""
+    groupgemm: bool | None = None
+    """Compute a layer's experts by one grouped matrix product, or (false) one by one; unset: grouped where the device can."""
     lora: LoraConfig | None = None
     """Train LoRA weights (arXiv 2106.09685) on a frozen model."""
     freeze: list[str] = []

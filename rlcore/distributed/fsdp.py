@@ -7,7 +7,7 @@ step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeGuard, TypeVar
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from rlcore.distributed.parts import Stored, fill
+from rlcore.distributed.parts import Published, Stored, fill
 from rlcore.errors import ConfigError
 from rlcore.types import NamedTensors
 
@@ -62,21 +62,21 @@ class Sharding:
             sharded.set_force_sum_reduction_for_comms(True)
 
 
-def read(root: nn.Module, model: nn.Module, hf_name: Callable[[str], str], folder: Path, device: torch.device) -> None:
-    """Allocate meta tensors and fill the parameters: each rank reads its own rows from the files in `folder`.
+def read(root: nn.Module, model: nn.Module, names: Published, folder: Path, device: torch.device) -> None:
+    """Allocate meta tensors and fill the parameters: each rank reads its own rows from the files in `folder`, which have
+    these `names`.
 
     ConfigError names the first parameter that the files lack.
     """
     root._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     stored = Stored(folder)
-    published = [(hf_name(name), parameter) for name, parameter in model.named_parameters()]
-    for name, _ in published:
-        if name not in stored:
+    for wanted in (part for name, parameter in model.named_parameters() for part in names(name, parameter.shape)):
+        if wanted not in stored:
             raise ConfigError(
-                f"sharding.meta_init: the weights in {folder} have no tensor {name}, under which this family's are read"
+                f"sharding.meta_init: the weights in {folder} have no tensor {wanted}, under which this family's are read"
                 " row by row; set sharding.meta_init=false to have every rank read the whole model"
             )
-    fill(published, stored)
+    fill(model.named_parameters(), stored, names)
 
 
 def accumulated(module: nn.Module, rows: Sequence[T], sharding: Sharding | None) -> Iterator[T]:

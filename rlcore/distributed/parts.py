@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,36 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from rlcore.distributed import world
 from rlcore.errors import ConfigError
+
+Published = Callable[[str, Sequence[int]], Mapping[str, Sequence[int]]]
+"""Names and shapes of the tensors that files have in place of a model's tensor, given its name and shape. One after another,
+their elements are its own; where they are several, each is made of whole rows of it."""
+
+
+def as_named(name: str, shape: Sequence[int]) -> Mapping[str, Sequence[int]]:
+    """`Published` for files with the model's own names."""
+    return {name: shape}
+
+
+def published(named: Iterable[tuple[str, Tensor]], names: Published) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors under the names of files: a tensor that is one there as it is, whole or sharded; of one that is several
+    there, views of those that this rank holds."""
+    for name, tensor in named:
+        parts = names(name, tensor.shape)
+        if len(parts) == 1:
+            yield next(iter(parts)), tensor
+        else:
+            yield from _split(tensor, parts)
+
+
+def _split(tensor: Tensor, parts: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    assert not isinstance(tensor, DTensor) or all(one == Shard(0) or one.is_replicate() for one in tensor.placements), "by rows"
+    elements, begin = world.part(tensor).view(-1), 0
+    first = _place(tensor)[1][0] * tensor.stride(0)
+    for name, shape in parts.items():
+        if first <= begin < first + len(elements):
+            yield name, elements[begin - first :][: math.prod(shape)].view(*shape)
+        begin += math.prod(shape)
 
 
 @dataclass(frozen=True)
@@ -80,10 +111,10 @@ def sharded(part: Tensor, like: Tensor) -> Tensor:
     return whole.to(like.device)  # which may rest in host memory, and `from_local` moves to the mesh's device
 
 
-def fill(named: Iterable[tuple[str, Tensor]], stored: Stored) -> None:
-    """Copy this rank's part of each tensor of that name."""
+def fill(named: Iterable[tuple[str, Tensor]], stored: Stored, names: Published = as_named) -> None:
+    """Copy this rank's part of each tensor; `names` are those that the files have."""
     with torch.no_grad():
-        for name, tensor in named:
+        for name, tensor in published(named, names):
             world.part(tensor).copy_(stored.part(name, tensor))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlcore import tensor_files
 from rlcore.atomic import replace_file
-from rlcore.distributed.parts import Rows, own_rows
+from rlcore.distributed.parts import Published, Rows, as_named, own_rows
 from rlcore.tensor_files import Spec
 from rlcore.types import NamedTensors
 
@@ -43,10 +43,12 @@ class Snapshot:
         self._written: dict[str, Ranges] = {}
         self.fault: str | None = None  # why it could not be written
 
-    def tensors(self, stem: str, named: NamedTensors, dtype: torch.dtype | None = None) -> None:
+    def tensors(
+        self, stem: str, named: NamedTensors, dtype: torch.dtype | None = None, names: Published = as_named
+    ) -> None:  # fmt: skip
         """Add `<stem>.safetensors`, or several files and their index. `named`: the same on all ranks, sharded or whole.
 
-        `dtype` converts them all.
+        `dtype` converts them all; `names` are those that the files have.
         """
         specs, held = dict[str, Spec](), dict[str, Rows]()
         for name, tensor in named:
@@ -56,10 +58,12 @@ class Snapshot:
         if not specs:
             return
         placed = tensor_files.files(stem, specs, _FILE_BYTES)
+        contents = {file: _contents({tensor: specs[tensor] for tensor in tensors}, names) for file, tensors in placed.items()}
         if len(placed) > 1:
-            self.text(tensor_files.index_name(stem), tensor_files.index(specs, placed))
-        for file, names in placed.items():
-            self._writes.append(partial(self._write, file, {name: specs[name] for name in names}, held))
+            self.text(tensor_files.index_name(stem), tensor_files.index(specs, contents))
+        for file, tensors in placed.items():
+            header = tensor_files.header(contents[file])
+            self._writes.append(partial(self._write, file, header, {tensor: specs[tensor] for tensor in tensors}, held))
 
     def text(self, name: str, content: str) -> None:
         """Add a small file, which the first rank writes."""
@@ -86,9 +90,9 @@ class Snapshot:
             self._writes.pop(0)()
         replace_file(self.folder / f"{_MARK}{self.rank:05d}", json.dumps(self._written))
 
-    def _write(self, name: str, specs: Mapping[str, Spec], held: dict[str, Rows]) -> None:
+    def _write(self, name: str, header: bytes, specs: Mapping[str, Spec], held: dict[str, Rows]) -> None:
         """Write this rank's rows of a file, and the header if it is the first rank."""
-        path, header = self.folder / name, tensor_files.header(specs)
+        path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with _Ranged(path) as file:
             if self.rank == 0:
@@ -138,6 +142,13 @@ class _Ranged:
         self._file.write(data)
         last = self.ranges[-1]
         last[1:] = last[1] + len(data), zlib.crc32(data, last[2])
+
+
+def _contents(specs: Mapping[str, Spec], names: Published) -> dict[str, Spec]:
+    """What a file's header says of these tensors, whose bytes it has in this order."""
+    return {
+        part: Spec(tuple(shape), spec.dtype) for name, spec in specs.items() for part, shape in names(name, spec.shape).items()
+    }
 
 
 def _bytes(tensor: Tensor) -> memoryview:

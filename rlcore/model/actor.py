@@ -13,12 +13,13 @@ from rlcore.algorithms.objective import Objective
 from rlcore.algorithms.schedule import MinibatchSchedule
 from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed.fsdp import gathered, read
-from rlcore.distributed.parts import Stored, fill
+from rlcore.distributed.parts import Stored, fill, published
 from rlcore.distributed.snapshot import Snapshot
 from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
-from rlcore.model.optimizer import ADAMW
+from rlcore.model.optimizer import ADAMW, StepStatistics
+from rlcore.model.routing import RoutingWatch
 from rlcore.protocols import ModelFamily
 from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
 
@@ -34,9 +35,16 @@ class TorchActor(TrainedModel):
         forward = Forward(loaded.module, loaded.family, settings)
         super().__init__(forward, loaded, settings, loaded.module, optimizer, schedule, adamw)
         self.objective, self._publish_lora = objective, publish_lora
+        self._routing = RoutingWatch(loaded.module, settings.sequence)
 
     def logprobs(self, batch: Batch) -> Tensor:
         return self.run(batch, lambda packed: self.forward(packed, entropy=False)[0])
+
+    def step(self, batch: Batch) -> StepStatistics:
+        self._routing.begin()
+        statistics = super().step(batch)
+        statistics.routing = self._routing.end()
+        return statistics
 
     def update(self, batch: Batch) -> Metrics:
         """Take one optimizer step per minibatch of the schedule; returns their combined metrics."""
@@ -46,9 +54,10 @@ class TorchActor(TrainedModel):
         """Yield every parameter once, under its Hugging Face name and in the compute dtype, with LoRA merged; a tied head is
         its embedding. At most one bucket is gathered at a time."""
         named = lora.lora_weights(self.model) if self._publish_lora else lora.merged(self.model)
-        published = ((self.family.hf_name(name), tensor.to(self.settings.compute_dtype)) for name, tensor in named)
+        served = ((name, tensor.to(self.settings.compute_dtype)) for name, tensor in named)
         sharding = self.loaded.sharding
-        return gathered(published, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(published)
+        whole = gathered(served, sharding.bucket_bytes, sharding.exchange) if sharding else gathered(served)
+        return published(whole, self.family.published)
 
     def save(self, snapshot: Snapshot) -> None:
         """Without LoRA the weights of `model` are the actor's state."""
@@ -61,7 +70,7 @@ class TorchActor(TrainedModel):
         if lora.has_lora(self.model):
             fill(lora.lora_weights(self.model), Stored(folder))
         else:
-            read(self.forward, self.model, self.family.hf_name, folder / "model", self.settings.device)
+            read(self.forward, self.model, self.family.published, folder / "model", self.settings.device)
         self.learner.load(folder)
 
     def _losses(self, batch: Batch) -> Generator[tuple[Tensor, TokenLoss], None, None]:
@@ -70,8 +79,9 @@ class TorchActor(TrainedModel):
             return
         with self.working():
             for packed in self.rows(batch, self.objective.whole_groups):
-                logprobs, entropy = self.forward(packed)
                 mask = batch.loss_mask[packed.index]
+                with self._routing.over(packed, mask):
+                    logprobs, entropy = self.forward(packed)
                 here = mask.to(logprobs.device)
                 index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
                 yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
@@ -86,8 +96,7 @@ def publish(model: Any, family: ModelFamily, snapshot: Snapshot) -> None:
         family.save_processor(folder / "model")
 
     snapshot.files(describe)
-    published = ((family.hf_name(name), tensor) for name, tensor in lora.merged(model))
-    snapshot.tensors("model/model", published, torch.float32)
+    snapshot.tensors("model/model", lora.merged(model), torch.float32, family.published)
 
 
 class LoraOffReference:

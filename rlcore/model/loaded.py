@@ -45,7 +45,8 @@ class PackedModel:
         if sharding:
             sharding.apply(forward, self.family.blocks(self.model), loaded.tower)
         if loaded.weights_from:
-            read(forward, self.model, self.family.hf_name, loaded.weights_from, sharding.home if sharding else settings.device)
+            home = sharding.home if sharding else settings.device
+            read(forward, self.model, self.family.published, loaded.weights_from, home)
         self.working = WorkingCopy(forward, settings.compute_dtype, made_elsewhere=sharding is not None)
 
     @torch.no_grad()

@@ -18,13 +18,24 @@ _NAME = "default"  # peft's name of the only adapter here
 _WRAPPED = ".base_layer"
 
 
-def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str] = ()) -> Any:
+def attach(
+    model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str] = (), fused: Collection[str] = ()
+) -> Any:  # fmt: skip
     """Attach LoRA to the linear layers that `targets` names and freeze everything else. Layers already `frozen` and the head,
-    whose weight is `skip`, get none. ConfigError lists the layers there are when none has such a name.
+    whose weight is `skip`, get none. `fused`: layers of the published model that are part of a larger tensor here.
+
+    ConfigError when `targets` names a fused one, and lists the layers there are when none has such a name.
     """
     import peft
 
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.weight is not skip}
+    if fused and (wrong := _fused_targets(config.targets, fused)):
+        inside = {name.rpartition(".")[2] for name in fused}
+        rest = ", ".join(sorted({name.rpartition(".")[2] for name in linear} - inside))
+        raise ConfigError(
+            f"model.lora.targets: {wrong} names layers of the experts, which are one tensor for all of them and get no LoRA;"
+            f" name others ({rest}), or train without model.lora"
+        )
     named = [
         name for name in linear
         if config.targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in config.targets)
@@ -41,6 +52,13 @@ def attach(model: Any, config: LoraConfig, skip: Tensor, frozen: Collection[str]
     )
     model.requires_grad_(False)
     return peft.inject_adapter_in_model(settings, model, adapter_name=_NAME)
+
+
+def _fused_targets(targets: Collection[str] | str, fused: Collection[str]) -> str | None:
+    """What of the targets is in a fused tensor."""
+    if isinstance(targets, str):
+        return targets
+    return next((one for one in targets if any(name == one or name.endswith(f".{one}") for name in fused)), None)
 
 
 def has_lora(model: nn.Module) -> bool:

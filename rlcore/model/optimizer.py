@@ -17,6 +17,7 @@ from rlcore.config.sections import OptimizerConfig
 from rlcore.distributed import world
 from rlcore.distributed.snapshot import Snapshot
 from rlcore.errors import NonFinite
+from rlcore.model.routing import RoutingStatistics
 from rlcore.types import Batch, Metrics, TokenLoss
 
 ADAMW = partial(torch.optim.AdamW, fused=True)
@@ -99,6 +100,7 @@ class StepStatistics:
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.weights: defaultdict[str, float] = defaultdict(float)  # n, sum, sum of squares per effective sample size
         self.highest: dict[str, float] = {}
+        self.routing: RoutingStatistics | None = None  # of a mixture of experts
         self.common: Metrics = {}  # identical on every rank
 
     def add(self, result: TokenLoss) -> None:
@@ -119,11 +121,13 @@ class StepStatistics:
         for mine, theirs in ((self.sums, other.sums), (self.weights, other.weights)):
             for name, value in theirs.items():
                 mine[name] += value
+        if other.routing is not None:
+            self.routing = other.routing if self.routing is None else self.routing + other.routing
         self.common = self.common or other.common
         return self
 
     def metrics(self, denominator: float) -> Metrics:
-        """Means over `denominator`, maxima, and effective sample sizes."""
+        """Means over `denominator`, maxima, effective sample sizes, and how experts were chosen."""
         weights = self.weights
         effective = {
             name: weights[f"{name} sum"] ** 2 / (weights[f"{name} n"] * weights[f"{name} squares"])
@@ -131,7 +135,8 @@ class StepStatistics:
             if weights[f"{name} squares"]
         }
         means = {name: value / max(denominator, 1.0) for name, value in self.sums.items()}
-        return {**means, **effective, **self.highest, **self.common}
+        routing = {} if self.routing is None else self.routing.metrics()
+        return {**means, **effective, **self.highest, **routing, **self.common}
 
     def _raise(self, name: str, value: float) -> None:
         self.highest[name] = max(self.highest.get(name, value), value)

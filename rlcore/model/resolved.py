@@ -12,7 +12,7 @@ from rlcore.config.sections import LoraConfig, ModelConfig
 from rlcore.device import Backend
 from rlcore.distributed.ulysses import check_heads
 from rlcore.errors import ConfigError, nearest
-from rlcore.model import lora
+from rlcore.model import experts, lora
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loading import family_of, query_heads, resolve
 from rlcore.model.vision import check_tower
@@ -56,6 +56,11 @@ class ResolvedModel:
         """Load the model with the weights of `folder`, in float32 on the device."""
         return self.family.load(folder, torch.float32).to(self.settings.device)
 
+    def prepared(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Have the model use what this device is fastest with: fused layers, grouped products of experts."""
+        experts.choose(model, self.config.model.groupgemm, self.settings.device, self.settings.compute_dtype)
+        return self.backend.fuse(model)
+
     def critic_folder(self) -> Path:
         """Folder of the model that the critic starts from."""
         settings = self.config.critic
@@ -71,7 +76,7 @@ class ResolvedModel:
         for part in config.freeze:
             self._freeze(model, part, tower)
         if config.lora:
-            model = lora.attach(model, config.lora, self.family.head(model), _frozen(model))
+            model = lora.attach(model, config.lora, self.family.head(model), _frozen(model), self._in_fused(model))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model.freeze: {', '.join(config.freeze)} is every weight: nothing is left to train; name fewer")
         if self.config.train.gradient_checkpointing:
@@ -95,6 +100,11 @@ class ResolvedModel:
         folder = resolve(ModelConfig(path=self.config.vision.path), MODEL_CACHE, "vision", self._weights)
         check_tower(self.folder, folder)
         return folder
+
+    def _in_fused(self, model: torch.nn.Module) -> set[str]:
+        """Layers of files whose weights the model holds fused with others': of each expert its projections."""
+        found = (self.family.published(name, weight.shape) for name, weight in model.named_parameters())
+        return {part.removesuffix(".weight") for parts in found if len(parts) > 1 for part in parts}
 
     def _freeze(self, model: torch.nn.Module, part: str, tower: torch.nn.Module | None) -> None:
         """Freeze the weights under `part`; ConfigError when the model has none."""

@@ -14,9 +14,9 @@ from rlcore.config.loader import validate
 from rlcore.config.sections import LoraConfig, RolloutConfig, Strict
 from rlcore.device import Backend
 from rlcore.distributed.fingerprint import Constants, Fingerprint, compare, fingerprint
+from rlcore.distributed.parts import published
 from rlcore.errors import Remedy, RunError
 from rlcore.model import lora as low_rank
-from rlcore.model.precision import wide_tables
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
@@ -46,7 +46,8 @@ def build(
 ) -> TorchRollout:
     """Build a sampler with its own copy of the weights, which changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
-    return TorchRollout(_load(folder, dtype).to(backend.device(0)), family, max_tokens, lora, beat)
+    model: Any = family.widen(_load(folder, dtype)).to(backend.device(0))
+    return TorchRollout(model, family, max_tokens, lora, beat)
 
 
 class TorchRollout:
@@ -144,8 +145,7 @@ class TorchRollout:
         """The served tensors, under the names that an actor sends."""
         if self._lora:
             return {self._family.hf_name(name): tensor for name, tensor in low_rank.lora_weights(self._model)}
-        named = self._model.state_dict(keep_vars=True).items()
-        return {self._family.hf_name(name): tensor for name, tensor in named}
+        return dict(published(self._model.state_dict(keep_vars=True).items(), self._family.published))
 
     def _held(self) -> tuple[dict[str, Fingerprint], dict[str, str]]:
         """Fingerprints of all served tensors, and each tied name's owner."""
@@ -275,7 +275,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     own = {"": "sdpa", "text_config": _ATTENTION, "vision_config": "sdpa"} if vision else _ATTENTION
-    return wide_tables(kind.from_pretrained(folder, dtype=dtype, attn_implementation=own))
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation=own, experts_implementation="eager")
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Any:

@@ -107,8 +107,8 @@ class Factory:
         """A model; of a meta model, also the folder to read its weights from. LoRA needs a loaded base model."""
         resolved = self.resolved
         if self.ranks.mesh is None or not self.config.sharding.meta_init or self.config.model.lora:
-            return resolved.backend.fuse(resolved.load(folder)), None
-        return resolved.backend.fuse(resolved.family.meta_model(folder, torch.float32)), folder
+            return resolved.prepared(resolved.load(folder)), None
+        return resolved.prepared(resolved.family.meta_model(folder, torch.float32)), folder
 
     def _settings(self) -> ForwardSettings:
         """The model's forward settings, with this process's sequence-parallel group and heartbeat."""

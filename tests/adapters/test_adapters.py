@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from rlcore.config.schema import RunConfig
 from rlcore.config.sections import ModelConfig, VisionConfig
 from rlcore.data.images import Pictures
-from rlcore.distributed import fsdp
+from rlcore.distributed import fsdp, parts
 from rlcore.errors import ConfigError, RunError
 from rlcore.model.loading import family_of, resolve
 from rlcore.model.packing import microbatches
@@ -30,7 +30,7 @@ from rlcore.train.dpo import check_pair
 from rlcore.train.sft import check_target
 from rlcore.types import Batch, Group, Prompt, Row, Sample
 
-TEXT_MODELS = ("tiny_llama", "tiny_qwen3")
+TEXT_MODELS = ("tiny_llama", "tiny_qwen3", "tiny_qwen3_moe")
 VISION_MODELS = ("tiny_qwen2_vl", "tiny_qwen2_5_vl", "tiny_qwen3_vl")
 MODELS = (*TEXT_MODELS, *VISION_MODELS)
 SIZES = ((112, 112), (150, 90), (60, 200))  # width, height
@@ -283,8 +283,8 @@ def test_published_names_are_those_on_disk(name, models):
     folder, family = made(name, models)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         on_disk = set(weights.keys())
-    names = {family.hf_name(key) for key in family.load(folder, torch.float32).state_dict()}
-    assert names == on_disk | {"lm_head.weight"}  # tied: the embedding, written once
+    names = dict(parts.published(family.load(folder, torch.float32).state_dict().items(), family.published))
+    assert names.keys() == on_disk | {"lm_head.weight"}  # tied: the embedding, written once
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -534,7 +534,7 @@ def filled(family, folder: Path) -> torch.nn.Module:
     model = family.meta_model(folder, torch.float32)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        fsdp.read(model, model, family.hf_name, folder, torch.device("cpu"))
+        fsdp.read(model, model, family.published, folder, torch.device("cpu"))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     return model

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from rlcore.distributed.parts import Stored, sharded
+from rlcore.distributed import world
+from rlcore.distributed.parts import Stored, fill, sharded
 from rlcore.distributed.snapshot import Snapshot, fault_of, written
 from rlcore.errors import ConfigError
 
@@ -26,16 +28,31 @@ WHOLE = {
     "even": torch.arange(32.0).view(8, 4), "uneven": torch.arange(35.0).view(5, 7), "fewer rows than ranks": torch.ones(2, 3),
     "one number": torch.tensor(7.0), "low": torch.arange(6).bfloat16(),
 }  # fmt: skip
+FUSED = {"experts": torch.arange(60.0).view(5, 4, 3), **WHOLE}
 LAYOUTS = {"sharded": ((RANKS,), [Shard(0)]), "replicas": ((2, 2), [Replicate(), Shard(0)]), "columns": ((RANKS,), [Shard(1)])}
 
 
-def dealt(layout):
+def names_of(name, shape):
+    """Of each of the experts two halves."""
+    if name != "experts":
+        return {name: shape}
+    return {f"experts.{number}.{half}": (shape[1] // 2, shape[2]) for number in range(shape[0]) for half in "ab"}
+
+
+SPLIT = {
+    **{f"experts.{number}.{half}": FUSED["experts"][number, rows] for number in range(5)
+       for half, rows in (("a", slice(2)), ("b", slice(2, 4)))},
+    **WHOLE,
+}  # fmt: skip
+
+
+def dealt(layout, tensors=WHOLE):
     """The tensors as this rank has them; those of too few dimensions are whole on every rank."""
     shape, placements = LAYOUTS[layout]
     mesh, least = init_device_mesh("cpu", shape), placements[-1].dim + 1
     return {
         name: distribute_tensor(whole, mesh, placements) if whole.dim() >= least else whole.clone()
-        for name, whole in WHOLE.items()
+        for name, whole in tensors.items()
     }
 
 
@@ -48,6 +65,7 @@ def main(folder, rank, address):
         snapshot = Snapshot(folder / layout, rank, RANKS)
         snapshot.tensors("parts", held.items())
         snapshot.tensors("model/model", held.items(), torch.float32)
+        snapshot.tensors("split/model", dealt(layout, FUSED).items(), names=names_of)
         snapshot.write()
     dist.barrier()
     for wrote in LAYOUTS:
@@ -57,6 +75,10 @@ def main(folder, rank, address):
                 read = sharded(stored.part(name, tensor), tensor)
                 whole = read.full_tensor() if hasattr(read, "full_tensor") else read
                 assert torch.equal(whole, WHOLE[name]) and read.dtype == WHOLE[name].dtype, (wrote, name)
+    for wrote, layout in product(LAYOUTS, ("sharded", "replicas")):
+        empty = dealt(layout, {name: torch.zeros_like(whole) for name, whole in FUSED.items()})
+        fill(empty.items(), Stored(folder / wrote / "split"), names_of)
+        assert all(torch.equal(world.whole(tensor), FUSED[name]) for name, tensor in empty.items()), (wrote, layout)
     dist.destroy_process_group()
 
 
@@ -96,15 +118,26 @@ def test_a_model_is_the_same_file_however_it_was_sharded(folder, layout, tmp_pat
     assert all(torch.equal(tensor, WHOLE[name].float()) for name, tensor in model.items()) and model.keys() == WHOLE.keys()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tensor_that_files_have_in_parts_is_written_and_read_whole(folder, layout, tmp_path):
+    """Reading in `main`, by ranks that have two experts, one or none."""
+    snapshot = Snapshot(tmp_path)
+    snapshot.tensors("model", FUSED.items(), names=names_of)
+    snapshot.write()
+    assert (folder / layout / "split" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == SPLIT.keys() and all(torch.equal(found[name], SPLIT[name]) for name in SPLIT)
+
+
 def test_a_large_model_is_several_files_with_an_index(tmp_path, monkeypatch):
     monkeypatch.setattr("rlcore.distributed.snapshot._FILE_BYTES", 130)
     snapshot = Snapshot(tmp_path)
-    snapshot.tensors("model/model", WHOLE.items())
+    snapshot.tensors("model/model", FUSED.items(), names=names_of)
     snapshot.write()
     weight_map = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
-    assert weight_map.keys() == WHOLE.keys() and len(set(weight_map.values())) == 3
+    assert weight_map.keys() == SPLIT.keys() and len(set(weight_map.values())) == 4
     for name, file in weight_map.items():
-        assert torch.equal(load_file(tmp_path / "model" / file)[name], WHOLE[name])
+        assert torch.equal(load_file(tmp_path / "model" / file)[name], SPLIT[name])
 
 
 def test_a_node_without_the_folder_says_so(tmp_path, monkeypatch):

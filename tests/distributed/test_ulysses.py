@@ -37,6 +37,7 @@ from rlcore.types import Batch, Group, Prompt, Row, Sample, TokenLoss
 MODELS = {  # fewer KV heads than ranks, and a KV head count not divisible by them
     "tiny_llama": {"hidden_size": 96, "heads": 12, "key_value_heads": 3, "layers": 2},
     "tiny_qwen3": {"hidden_size": 64, "heads": 4, "key_value_heads": 1, "layers": 2},
+    "tiny_qwen3_moe": {"hidden_size": 64, "layers": 2, "experts": 6},
     "tiny_qwen2_vl": {"hidden_size": 64, "layers": 1, "vision_layers": 1},
     "tiny_qwen2_5_vl": {"layers": 2, "vision_layers": 2},
     "tiny_qwen3_vl": {"hidden_size": 64, "layers": 3, "vision_layers": 3},  # features for the first two layers
@@ -139,6 +140,7 @@ def shortest(_):
 CASES = {
     "several rows": ("tiny_llama", actor_of, {}, questions),
     "checkpointed layers": ("tiny_qwen3", actor_of, {"cap": 4096, "checkpointed": True}, questions),
+    "experts": ("tiny_qwen3_moe", actor_of, {"checkpointed": True}, questions),
     "two tokens": ("tiny_qwen3", actor_of, {}, shortest),
     "a tower that learns": ("tiny_qwen2_5_vl", actor_of, {}, pictures),
     "a tower that learns from some": ("tiny_qwen2_vl", actor_of, {"cap": 40}, a_picture_for_one),
@@ -163,7 +165,8 @@ def found(models, case, sharing=1, ranks=world.ALONE):
     part, places = deal(step, ranks.size // sharing, role.settings.max_tokens)[ranks.rank // sharing]
     tokens = {"given": role.values(part) if role_of is critic_of else role.logprobs(part)}
     role.learner.step(part, seen(role._losses(part), tokens, len(places)))
-    return {"tokens": tokens, "places": places, "gradients": gradients}
+    routing = role._routing.end() if role_of is actor_of else None
+    return {"tokens": tokens, "places": places, "gradients": gradients, "routing": routing.sums if routing else torch.zeros(0)}
 
 
 def seen(losses, tokens, count):
@@ -247,6 +250,7 @@ def test_every_rank_has_what_one_rank_has(folders, theirs, sharing, case):
         for name, expected in alone["gradients"].items():
             assert (one["gradients"][name] - expected).norm() <= BOUND * expected.norm(), name
     assert sum(len(each[case]["places"]) for each in theirs) == sharing * len(alone["places"])
+    assert torch.allclose(sum(each[case]["routing"] for each in theirs) / sharing, alone["routing"], rtol=BOUND)
 
 
 def test_a_rank_keeps_its_share_of_a_long_row(folders, theirs, sharing):
