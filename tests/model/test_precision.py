@@ -126,7 +126,8 @@ def test_switching_additions_off_leaves_what_learns_as_it_is(family, tiny_llama)
 def test_rotary_tables_are_float32_in_a_bf16_model(family, tiny_llama):  # noqa: F811
     """In the trainer and the plain sampler."""
     places, tables = torch.tensor([[0, 1000, 1001]]), []
-    for model in (family.load(tiny_llama, torch.float32), family.load(tiny_llama, LOW), torch_sampler._load(tiny_llama, LOW)):
+    sampler = family.widen(torch_sampler._load(tiny_llama, LOW))
+    for model in (family.load(tiny_llama, torch.float32), family.load(tiny_llama, LOW), sampler):
         tables.append(model.model.rotary_emb(torch.zeros(1, 3, 8, dtype=model.dtype), position_ids=places))
     for exact, *ours in zip(*tables, strict=True):
         assert all(table.dtype == torch.float32 and torch.equal(table, exact) for table in ours)
