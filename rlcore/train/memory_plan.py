@@ -32,7 +32,6 @@ from rlcore.runtime.memory import MemoryManager
 
 Command = Literal["grpo", "sft", "dpo"]
 _SAMPLED = 256  # sequences that are decoded at a time, by the plain sampler and by vLLM unless told otherwise
-_SAVED_BUCKET = 512 * 2**20  # bytes gathered at once for a checkpoint
 _LARGE = 2**23  # numbers of a gradient of 32 MiB
 _RUNTIME = 2**30  # of a device with memory of its own: driver's context, libraries' workspaces, buffers of collectives
 _CYCLE = ("reshard", "send", "encode", "infer", "reference", "score", "train", "save")
@@ -371,8 +370,7 @@ class _Pool:
         if phase == "train":
             return [*self._update(), embeds, *self._gathered(backward=True)], self._embedded()
         if phase == "save":
-            size = min(_SAVED_BUCKET, 4 * geometry.reference) if self.sharded else 0
-            return [Item("weights on their way to files", 2 * size, "train.save_every", exact=False)], self._snapshot()
+            return [], self._snapshot()
         return [], []
 
     def _forward(self, size: int) -> list[Item]:
@@ -470,9 +468,9 @@ class _Pool:
         return [Item("embeddings of a step", size, "train.prompts_per_step, vision.max_pixels", exact=False)]
 
     def _snapshot(self) -> list[Item]:
-        """This rank's part of a checkpoint: whole weights in float32, dealt over the ranks, and its moments."""
+        """This rank's rows of a checkpoint: the weights in float32, and the moments."""
         moments = sum(item.bytes for item in self._parts()["optimizer"].items)
-        size = 4 * self.geometry.reference // self.shape.devices + moments
+        size = 4 * self.geometry.reference // self.shards + moments
         return [Item("checkpoint copy", size, "train.save_every")]
 
 

@@ -11,7 +11,7 @@ GIB = 2**30
 _ORDER = (
     "device runtime", "process", "weights while loading", "parameters", "working copy", "moments", "gradients", "reference",
     "vision encoder", "engine weights", "engine cache", "sampled logits", "weights on their way to engines",
-    "weights on their way to files", "gathered layers", "gradients of a layer", "activations", "vision activations",
+    "gathered layers", "gradients of a layer", "activations", "vision activations",
     "logits tile", "image embeddings",
 )  # fmt: skip
 
