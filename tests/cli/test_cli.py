@@ -364,22 +364,22 @@ def test_a_run_is_restarted_as_often_as_it_may_be(tmp_path, deaths, resumed):
     (tmp_path / "checkpoints" / "latest").write_text("step_000001")
     runs = []
 
-    def run(resume):
+    def run(resume, since):
         runs.append(resume)
         if len(runs) <= deaths:
             raise WorkerDied("worker 1 of 2 died")
 
     with pytest.raises(WorkerDied) if deaths > 1 else contextlib.nullcontext():
-        train._restarting(run, tmp_path, False, 1, Console(0))
+        train._restarting(run, tmp_path, False, 1, Console(0), 0.0)
     assert runs == resumed
 
 
 def test_a_run_without_a_checkpoint_is_not_restarted(tmp_path):
-    def run(resume):
+    def run(resume, since):
         raise WorkerDied("worker 1 of 2 died")
 
     with pytest.raises(WorkerDied):
-        train._restarting(run, tmp_path, False, 5, Console(0))
+        train._restarting(run, tmp_path, False, 5, Console(0), 0.0)
 
 
 # one complete run
