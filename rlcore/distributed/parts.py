@@ -32,8 +32,9 @@ def published(named: Iterable[tuple[str, Tensor]], names: Published) -> Iterator
     there, views of those that this rank holds."""
     for name, tensor in named:
         parts = names(name, tensor.shape)
-        if len(parts) == 1:
-            yield next(iter(parts)), tensor
+        only, *more = parts
+        if not more and list(parts[only]) == list(tensor.shape):
+            yield only, tensor
         else:
             yield from _split(tensor, parts)
 
