@@ -12,12 +12,12 @@ from rlcore.checks import CheckResult, Devices, Trial
 
 _TORCHVISION = """
 import importlib.util, torch
-from rlcore_backends.cpu import backend as cpu
+from rlcore_backends.common import torchvision_cure as cure
 if importlib.util.find_spec("torchvision") is None:
     raise SystemExit("torchvision is not installed")
-cpu.cure_torchvision()
+cure.cure_torchvision()
 import torchvision
-print(torchvision.__version__, "imports;", "its operators are declared by rlcore" if cpu._cure else "its operators load")
+print(torchvision.__version__, "imports;", "its operators are declared by rlcore" if cure._cure else "its operators load")
 """
 
 
