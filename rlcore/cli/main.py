@@ -148,7 +148,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     what = "convert a model's weights between formats: every tensor accounted for, written, read back and compared"
     command = commands.add_parser(
         "convert", help=what, description=what[0].upper() + what[1:] + ".",
-        epilog="What follows ChatLearn's, RLinf's or MindSpeed-MM's own converter in a command may follow the format's name here.",
+        epilog="What follows ChatLearn's, RLinf's or MindSpeed-MM's own converter in a command may follow the format here.",
     )  # fmt: skip
     names = ", ".join(registry.names("weight_formats"))
     command.add_argument("formats", nargs="+", metavar="FROM [TO]", help=f"of {names}; TO is huggingface by default")
