@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -45,7 +45,7 @@ _FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _CLASSES = ("megatron.", "mindspeed", "argparse.Namespace")  # of the arguments that a run saves beside its weights
 
 
-def _rules(text: object, vision: object) -> list[Rule]:
+def _rules(text: Any, vision: Any) -> list[Rule]:
     """The table of names, with layouts for these configs."""
     return decoder_rules(text, _NORMS, "text_decoder.") + tower_rules(vision, f"{_VISION}{{i}}.", _NORMS, _OUTSIDE)
 
@@ -104,7 +104,7 @@ class MindSpeed:
         names = [name for name in content.weights.specs if not vit_only or name.startswith("visual.")]
         rules = applied(_rules(model.text_config, model.config.vision_config), names, "to mindspeed")
         whole = joined_by(rules, content.weights)
-        written = self.split(whole, draft, vit_pp_layers=vit_pp_layers, llm_pp_layers=llm_pp_layers, tp_size=tp_size)
+        written = self._written(whole, draft, _plan(whole, vit_pp_layers, llm_pp_layers), tp_size)
         found = _by_hub(written, model, draft.folder)
         return Weights({name: found.specs[name] for name in names}, found.read)
 
@@ -126,21 +126,30 @@ class MindSpeed:
         self, whole: Weights, draft: Draft, *, vit_pp_layers: Layers, llm_pp_layers: Layers | None = None,
         tp_size: PositiveInt = 1,
     ) -> Weights:  # fmt: skip
-        """Write such tensors. The last of several stages has a head, of a tied model too, since it cannot reach the embedding;
-        a single one has none that equals the embedding."""
-        plan = _plan(whole, vit_pp_layers, llm_pp_layers)
-        here = _headed(whole, plan.stages)
-        _check_shares(here, tp_size)
-        draft.require(here.nbytes)
+        """Write such tensors. A head that equals the embedding counts as tied: it is there where there are several stages."""
+        names = {name: name for name in whole.specs}
+        if {_HEAD, _EMBEDDING} <= names.keys() and torch.equal(whole.read(_HEAD), whole.read(_EMBEDDING)):
+            del names[_HEAD]
+        written = self._written(selected(whole, names), draft, _plan(whole, vit_pp_layers, llm_pp_layers), tp_size)
+        return selected(written, {name: name if name in written.specs else _EMBEDDING for name in whole.specs})
+
+    def _written(self, whole: Weights, draft: Draft, plan: _Plan, ranks: int) -> Weights:
+        """Write a file for each rank. The last of several stages has a head, of a tied model too: it cannot reach the
+        embedding."""
+        names = {name: name for name in whole.specs}
+        if plan.stages > 1 and _EMBEDDING in names:
+            names.setdefault(_HEAD, _EMBEDDING)
+        whole = selected(whole, names)
+        _check_shares(whole, ranks)
+        draft.require(whole.nbytes)
         for stage in range(plan.stages):
-            names = {plan.local(name): name for name in here.specs if plan.stage(name) == stage}
-            for rank in range(tp_size):
+            here = selected(whole, {plan.local(name): name for name in whole.specs if plan.stage(name) == stage})
+            for rank in range(ranks):
                 path = draft.folder / "release" / _rank_folder(rank, stage, plan.stages) / FILE
                 path.parent.mkdir(parents=True)
-                write_pickle(path, "model", _shares(selected(here, names), rank, tp_size), {"checkpoint_version": 3.0})
+                write_pickle(path, "model", _shares(here, rank, ranks), {"checkpoint_version": 3.0})
         (draft.folder / TRACKER).write_text("release", encoding="utf-8")
-        written = self.whole(draft.folder)
-        return selected(written, {name: name if name in written.specs else _EMBEDDING for name in whole.specs})
+        return self.whole(draft.folder)
 
 
 def _check_kind(model: Architecture) -> None:
@@ -168,17 +177,9 @@ def _layout(name: str) -> Layout:
     return layout_of(_TABLE, name) or WHOLE
 
 
-def _headed(whole: Weights, stages: int) -> Weights:
-    names = {name: name for name in whole.specs}
-    if stages > 1 and _EMBEDDING in names:
-        names.setdefault(_HEAD, _EMBEDDING)
-    elif _HEAD in names and torch.equal(whole.read(_HEAD), whole.read(_EMBEDDING)):
-        del names[_HEAD]
-    return selected(whole, names)
-
-
 def _shares(whole: Weights, rank: int, ranks: int) -> Weights:
     """One rank's part of each tensor."""
+
     def share(name: str, tensor: Tensor) -> Tensor:
         return _layout(name).shares(tensor, ranks)[rank]
 
@@ -321,9 +322,8 @@ def _check_layers(names: Iterable[str], numbers: Mapping[str, set[int]], path: P
     for prefix, found in numbers.items():
         held = {number: {name for name in names if _layer(name) == (prefix, number)} for number in found}
         wanted = {_renumbered(name, 0) for layer in held.values() for name in layer}
-        missing = [_renumbered(name, number) for number in range(max(found, default=-1) + 1) for name in sorted(wanted)
-                   if _renumbered(name, number) not in held.get(number, set())]
-        if missing:
+        due = [_renumbered(name, number) for number in range(max(found, default=-1) + 1) for name in sorted(wanted)]
+        if missing := sorted(set(due).difference(*held.values())):
             raise ConfigError(f"{path}: {len(missing)} tensors are missing: {few(missing)}; other layers have them")
 
 

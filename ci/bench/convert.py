@@ -34,7 +34,7 @@ LORA = re.compile(r"language_model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_pr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12, help="36 MB each")
+    parser.add_argument("--layers", type=int, default=12, help="36 MB each; an even number")
     parser.add_argument("--shard-mb", type=int, default=50)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

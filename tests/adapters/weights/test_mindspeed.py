@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from weight_models import assert_equal, convert, copied, model, refused, tensors
 
 LAYOUTS = {
@@ -147,6 +148,14 @@ def test_a_tied_model_gets_its_head_when_it_is_split_into_stages(tmp_path):
     convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "direct", *LAYOUTS["both"])
     convert("mindspeed", "mindspeed", "--input", tmp_path / "one", "--output", tmp_path / "two", *LAYOUTS["both"])
     assert_same_ranks(tmp_path / "two", tmp_path / "direct")
+
+
+def test_a_head_of_its_own_is_kept_though_it_equals_the_embedding(tmp_path):
+    base = model(tmp_path / "base", "tiny_qwen2_5_vl", tied=False)
+    held = tensors(base)
+    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    convert("huggingface", "mindspeed", "--input", base, "--output", tmp_path / "mm", *LAYOUTS["one"])
+    assert "text_decoder.output_layer.weight" in loaded(tmp_path / "mm" / "release" / "mp_rank_00" / "model_optim_rng.pt")
 
 
 def test_sizes_that_are_not_the_checkpoints_are_refused(base, tmp_path, capsys):
