@@ -12,9 +12,15 @@ gc.disable()  # imports make millions of objects that stay: looking for garbage 
 prepare()  # when imported, not when run: processes that vLLM spawns import this module again before they import vLLM
 
 if __name__ == "__main__":
-    from vllm.entrypoints.launchers.api_server.entry import main
+    # names that vLLM 0.23, which vllm-ascend extends, and 0.32 share
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     gc.enable()
-    main()
+    cli_env_setup()
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    validate_parsed_serve_args(arguments)
+    ServeSubcommand.cmd(arguments)
 
 gc.enable()

@@ -36,7 +36,7 @@ NOT_HERE = {
     "collectives": "ranks.py", "group": "ranks.py", "engine_options": "test_vllm_ascend.py",
     "device_resources": "Ray's", "sharing": "no device's", "network": "no device's", "default_precision": "no device's",
     "_remedy": "a torch_npu that does not import", "conflicts": "before torch", "_needed": "before torch",
-    "environment": "before torch",
+    "environment": "before torch", "engine_memory": "no device's", "prepare_host": "no device's",
 }  # fmt: skip
 
 
