@@ -3,7 +3,7 @@
     python ci/reliability.py [--kills 30] [--engine torch|vllm] [--placement local|ray] [--seed 0]
 
 Half of the kills come at a random moment, the others at random moments of sampling, updating and saving. Each killed run
-goes on with --resume until it has finished; then metrics.jsonl (without times and memory), samples.jsonl and the last
+goes on with --resume until it has finished; then metrics.jsonl (without times, memory and traffic), samples.jsonl and the last
 checkpoint must equal the other run's byte for byte. Exit status 1 if one does not.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 STAGES = {"anything": (), "sampling": (b"rollout", b"reward"), "updating": (b"update",), "saving": (b"saving",)}
-TIMED = re.compile(r"timing/.*|memory/.*|sync/.*seconds|.*_tps|tps_throughput")
+TIMED = re.compile(r"timing/.*|memory/.*|sync/.*seconds|placement/bytes|.*_tps|tps_throughput")
 STEPS, EVERY = 6, 2
 
 
@@ -37,7 +37,7 @@ def settings(engine: str, placement: str) -> dict[str, object]:
     """A run with a reference, an adaptive KL coefficient, several optimizer steps a step, and epochs of five rows."""
     options = {"options": {"kv_cache_gib": 0.2}} if engine == "vllm" else {"options": {"threads": 1}}
     return {
-        "model": {"path": "tiny_llama", "options": {"hidden_size": 64, "layers": 2}, "precision": "fp32"},
+        "model": {"path": "tiny_llama", "options": {"hidden_size": 128, "layers": 2}, "precision": "fp32"},
         "backend": {"name": "cpu", **options},
         "data": {"train": {"name": "arithmetic", "options": {"count": 5, "max_value": 9}}, "max_prompt_tokens": 64},
         "rollout": {"engine": engine, "max_new_tokens": 6}, "reward": [{"name": "reliability.varied"}],
@@ -136,8 +136,9 @@ def outcome(folder: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = folder / "checkpoints" / f"step_{STEPS:06d}"
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = {name for line in lines for name in line if not TIMED.fullmatch(name)}
     return {
-        "metrics.jsonl": [{name: value for name, value in line.items() if not TIMED.fullmatch(name)} for line in lines],
+        **{f"metrics.jsonl {name}": [line.get(name) for line in lines] for name in names},
         "samples.jsonl": (folder / "samples.jsonl").read_bytes(),
         **{str(path): (folder / path).read_bytes() for path in files if last in (folder / path).parents},
         "files": [str(path) for path in files],
@@ -178,7 +179,7 @@ def main() -> int:
                 status, last = killed(pid, stage, wanted, seconds, draw)
                 where.update([last] if status is None else [])
             if status:
-                print(log.read_text())
+                print(log.read_text(), f"exit status {status}", sep="\n")
                 return 1
             found = outcome(folder)
             if different := [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]:

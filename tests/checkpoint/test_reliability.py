@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parents[2] / "ci" / "reliability.py"
 
 
-def test_killed_runs_come_to_the_same():
-    result = subprocess.run([sys.executable, PROGRAM, "--kills", "6"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("engine, kills", [("torch", "6"), ("vllm", "1")])
+def test_killed_runs_come_to_the_same(engine, kills):
+    command = [sys.executable, PROGRAM, "--engine", engine, "--kills", kills]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.match(r"\d+ kills of \d+ runs of .* all equal to the run left alone\n", result.stdout)
+    assert re.search(r"^\d+ kills of \d+ runs of .* all equal to the run left alone\n", result.stdout, re.MULTILINE)
