@@ -193,12 +193,12 @@ class Engine(Protocol):
     def __call__(
         self, *, family: ModelFamily, folder: Path, backend: Backend, config: RolloutConfig, dtype: torch.dtype,
         max_tokens: int, seed: int, lora: LoraConfig | None = None, beat: Callable[[], None] = no_heartbeat,
-        image_embeds: bool = False, temperatures: Mapping[str, float] | None = None,
+        image_embeds: bool = False, temperatures: Mapping[str, float] | None = None, experts: bool = False,
     ) -> Rollout:
         """With `lora`, `load_weights` gets only LoRA weights, over the base weights of `folder`. The engine calls the heartbeat
         `beat` at each of its steps, so that a long generation is not taken for a hang. With `image_embeds`, prompts come with
         their images embedded. `temperatures`, by setting, are those it will be asked for: ConfigError for one at which it would
-        not sample."""
+        not sample. With `experts`, samples come with the experts of their tokens: ConfigError from an engine that cannot."""
         ...
 
 

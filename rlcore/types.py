@@ -1,7 +1,7 @@
 """The data that roles exchange. Frozen: a role returns new data, it never edits what it was given.
 
 Legend: P tokens of a prompt, R tokens of a response, S samples of a batch, N response tokens of a batch,
-T tokens of a packed row, I images of a prompt.
+T tokens of a packed row, I images of a prompt, L layers with experts, k experts of a token.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Sample:
     text: str
     finish: Literal["stop", "length"]
     policy_version: int
+    experts: NDArray[np.integer] | None = None  # [P + R - 1, L, k]: where the engine's routers sent each token that it read
 
     def __post_init__(self) -> None:
         """Convert sequences of numbers to arrays."""
@@ -150,9 +151,14 @@ class Batch:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Batch:
-        """Build a batch; RunError when an engine gave another number of log-probabilities than tokens."""
+        """Build a batch; RunError when an engine gave log-probabilities or experts for another number of tokens."""
         for group in groups:
             for sample in group.samples:
+                read = len(group.prompt.token_ids) + len(sample.token_ids) - 1
+                if sample.experts is not None and len(sample.experts) != read:
+                    raise RunError(
+                        f"{group.prompt.row.id}: the engine gave the experts of {len(sample.experts)} tokens, it read {read}"
+                    )
                 if len(sample.logprobs) != len(sample.token_ids):
                     raise RunError(
                         f"{group.prompt.row.id}: the engine gave {len(sample.logprobs)} log-probabilities for"
@@ -316,6 +322,7 @@ class Packed:
     index: Tensor  # [M] int64, index of the target in the batch's [N]
     names: Sequence[str]  # the row of each segment
     vision: Sequence[Vision | None]  # the images of each segment
+    experts: Tensor | None = None  # [T, L, k] integers: where the engine sent each token, in each layer with experts
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,7 @@ from rlcore.errors import ConfigError, OutOfMemory, PluginError, RlcoreError, Sh
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 
-from . import experts
+from .experts import check as check_experts
 from .internals import check_heads, model_runner, preserved_random_state, register_class, sleep_mode, unname_shared_memory
 from .relief import Relief
 from .rollout import VllmRollout
@@ -61,6 +61,7 @@ def build(
     beat: Callable[[], None] = no_heartbeat,
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
+    experts: bool = False,
 ) -> VllmRollout:
     """Start an engine that serves `folder`. `config.options` are vLLM's own engine arguments and override ours."""
     if importlib.util.find_spec("vllm") is None:
@@ -74,6 +75,7 @@ def build(
     if distributed.is_initialized():
         defaults |= _one_of_many(config.tensor_parallel)
     refuse_raised(temperatures or {})
+    refuse_experts(experts)
     _refuse_unknown(config.options)
     _refuse_executor(config.options)
     if lora:
@@ -95,7 +97,7 @@ def build(
         if config.tensor_parallel > 1:
             unname_shared_memory()
         check_heads(model_runner(llm).get_model())
-        experts.check(model_runner(llm).get_model())
+        check_experts(model_runner(llm).get_model())
         level = _sleep_level(llm, backend)
         if lora:
             from .lora import VllmLoraRollout
@@ -171,6 +173,13 @@ def file_shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
     return shapes
+
+
+def refuse_experts(wanted: bool) -> None:
+    if wanted:
+        raise ConfigError(
+            "model.routing_replay: vLLM gives no experts here; set rollout.engine to sglang or torch, or remove it"
+        )
 
 
 def refuse_raised(temperatures: Mapping[str, float]) -> None:

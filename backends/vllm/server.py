@@ -31,7 +31,7 @@ from ..server.fleet import Fleet
 from ..server.rollout import ServerRollout
 from ..server.start import ServerOptions, fleet
 from .embeddings import ImageFeatures
-from .engine import common_arguments, file_shapes, image_arguments, refuse_raised
+from .engine import common_arguments, file_shapes, image_arguments, refuse_experts, refuse_raised
 from .plugin import SERVED_BY, TRANSFER
 
 if TYPE_CHECKING:
@@ -69,10 +69,12 @@ def build(
     beat: Callable[[], None] = no_heartbeat,
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
+    experts: bool = False,
 ) -> ServerRollout:
     """Start servers of `folder`, or use those at `rollout.options.addresses`."""
     options: ServerOptions = validate(ServerOptions, config.options, "rollout.options.")
     refuse_raised(temperatures or {})
+    refuse_experts(experts)
     if config.tensor_parallel > 1:
         raise ConfigError(
             f"rollout.tensor_parallel: {config.tensor_parallel} workers would share an engine, and each has its servers; set"
@@ -310,7 +312,8 @@ def _reachable(address: str) -> str:
 
 def _command(host: str, port: int, arguments: Mapping[str, Any]) -> list[str]:
     flags = {"host": host, "port": port, "uvicorn_log_level": "warning", **arguments}
-    return [sys.executable, "-m", "rlcore_backends.vllm.serve", *(one for flag in flags.items() for one in _flag(*flag))]
+    serve = [sys.executable, "-m", "rlcore_backends.vllm.serve", str(flags.pop("model"))]
+    return [*serve, *(one for flag in flags.items() for one in _flag(*flag))]
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -24,6 +24,7 @@ class TrainingTask:
     optimizer: OptimizerConfig
     temperature: float  # of the log-probabilities
     with_reference: bool  # needs log-probabilities of the initial model
+    routing_replay: bool = False  # responses were sampled, and go to the experts of the rollout
 
 
 def training_task(command: str, config: RunConfig, steps: int | None = None) -> TrainingTask:
@@ -38,7 +39,9 @@ def _grpo(config: RunConfig) -> TrainingTask:
     each = train.minibatches_per_step * train.epochs_per_step
     schedule = MinibatchSchedule(train.steps * each, train.minibatches_per_step, train.epochs_per_step, config.seed)
     goal = objective(algorithm, config.rollout.max_new_tokens)
-    return TrainingTask(goal, schedule, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0)
+    return TrainingTask(
+        goal, schedule, config.optimizer, config.rollout.temperature, algorithm.kl_coef > 0, config.model.routing_replay
+    )
 
 
 def _sft(config: RunConfig, steps: int | None) -> TrainingTask:

@@ -48,6 +48,8 @@ class ModelConfig(Strict):
     """Precision of matrix products; weights and optimizer stay fp32. auto asks the device."""
     groupgemm: bool | None = None
     """Compute a layer's experts by one grouped matrix product, or (false) one by one; unset: grouped where the device can."""
+    routing_replay: bool = False
+    """Train with the experts that the engine chose while sampling (R3, arXiv 2510.11370)."""
     lora: LoraConfig | None = None
     """Train LoRA weights (arXiv 2106.09685) on a frozen model."""
     freeze: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from rlcore.model import lora
 from rlcore.model.forward import Forward, ForwardSettings
 from rlcore.model.loaded import LoadedModel, TrainedModel
 from rlcore.model.optimizer import ADAMW, StepStatistics
-from rlcore.model.routing import RoutingWatch
+from rlcore.model.routing import RoutingReplay, RoutingWatch
 from rlcore.protocols import ModelFamily
-from rlcore.types import Batch, Metrics, NamedTensors, TokenLoss, TokenView
+from rlcore.types import Batch, Metrics, NamedTensors, Packed, TokenLoss, TokenView
 
 
 class TorchActor(TrainedModel):
@@ -30,15 +31,17 @@ class TorchActor(TrainedModel):
     def __init__(
         self, loaded: LoadedModel, settings: ForwardSettings, objective: Objective, optimizer: OptimizerConfig,
         schedule: MinibatchSchedule, adamw: Callable[..., torch.optim.Optimizer] = ADAMW, publish_lora: bool = False,
+        routing_replay: bool = False,
     ) -> None:  # fmt: skip
-        """`publish_lora`: `weights` yields only the LoRA weights."""
+        """`publish_lora`: `weights` yields only the LoRA weights. `routing_replay`: tokens go to the experts of the rollout."""
         forward = Forward(loaded.module, loaded.family, settings)
         super().__init__(forward, loaded, settings, loaded.module, optimizer, schedule, adamw)
         self.objective, self._publish_lora = objective, publish_lora
         self._routing = RoutingWatch(loaded.module, settings.sequence)
+        self._routed = RoutingReplay(loaded.module, settings.sequence).over if routing_replay else lambda _: nullcontext()
 
     def logprobs(self, batch: Batch) -> Tensor:
-        return self.run(batch, lambda packed: self.forward(packed, entropy=False)[0])
+        return self.run(batch, self._logprobs)
 
     def step(self, batch: Batch) -> StepStatistics:
         self._routing.begin()
@@ -80,11 +83,17 @@ class TorchActor(TrainedModel):
         with self.working():
             for packed in self.rows(batch, self.objective.whole_groups):
                 mask = batch.loss_mask[packed.index]
-                with self._routing.over(packed, mask):
-                    logprobs, entropy = self.forward(packed)
-                here = mask.to(logprobs.device)
-                index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
-                yield index, self.objective.loss(_view(batch, index, logprobs, entropy)) if len(index) else TokenLoss(logprobs)
+                with self._routed(packed):  # until the caller has run the backward pass
+                    with self._routing.over(packed, mask):
+                        logprobs, entropy = self.forward(packed)
+                    here = mask.to(logprobs.device)
+                    index, logprobs, entropy = packed.index[mask], logprobs[here], entropy[here]
+                    view = _view(batch, index, logprobs, entropy)
+                    yield index, self.objective.loss(view) if len(index) else TokenLoss(logprobs)
+
+    def _logprobs(self, packed: Packed) -> Tensor:
+        with self._routed(packed):
+            return self.forward(packed, entropy=False)[0]
 
 
 def publish(model: Any, family: ModelFamily, snapshot: Snapshot) -> None:
@@ -100,14 +109,14 @@ def publish(model: Any, family: ModelFamily, snapshot: Snapshot) -> None:
 
 
 class LoraOffReference:
-    """Reference log-probabilities from the actor's own model with LoRA switched off."""
+    """Reference log-probabilities from the actor's own model with LoRA switched off, and with its own routing."""
 
     def __init__(self, actor: TorchActor) -> None:
         self.actor = actor
 
     def logprobs(self, batch: Batch) -> Tensor:
         with lora.switched_off(self.actor.model):
-            return self.actor.logprobs(batch)
+            return self.actor.run(batch, lambda packed: self.actor.forward(packed, entropy=False)[0])
 
 
 def _view(batch: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> TokenView:

@@ -173,6 +173,7 @@ class _RowBuilder:
         self._segments: list[Segment] = []
         self._names: list[str] = []
         self._vision: list[Vision | None] = []
+        self._experts: list[NDArray[np.integer] | None] = []
 
     def add(self, piece: Piece) -> None:
         group, start = self._batch.groups[piece.group], len(self._input_ids)
@@ -185,6 +186,7 @@ class _RowBuilder:
             self._imitate(group.samples[0].token_ids, start + prompt.imitated - 1, first[0])
         chosen = piece.samples if prompt.imitated is None else ()
         lengths = [self._respond(group.samples[one].token_ids, last, first[one], prompt.next_position) for one in chosen]
+        self._route([group.samples[one].experts for one in piece.samples], len(prompt.token_ids))
         self._segments.append(Segment(start, len(prompt.token_ids), tuple(lengths)))
         self._names.append(prompt.row.id)
         self._vision.append(prompt.vision)
@@ -200,6 +202,7 @@ class _RowBuilder:
             index=self._index.tensor(),
             names=self._names,
             vision=self._vision,
+            experts=_joined(self._experts),
         )
 
     def _imitate(self, tokens: NDArray[np.integer], predictors: NDArray[np.integer], first: int) -> None:
@@ -207,6 +210,12 @@ class _RowBuilder:
         self._predictors.add(predictors)
         self._targets.add(tokens)
         self._index.add(np.arange(first, first + len(tokens)))
+
+    def _route(self, experts: Sequence[NDArray[np.integer] | None], prompt: int) -> None:
+        """Add the experts of a piece's tokens: those of the prompt as its first sample has them."""
+        first, *_ = experts
+        self._experts.append(None if first is None else first[:prompt])
+        self._experts += [None if one is None else one[prompt:] for one in experts]
 
     def _respond(self, tokens: NDArray[np.integer], last: int, first: int, position: int) -> int:
         """Add a response whose prompt ends at `last` in the row and whose tokens start at `first` in [N]; its input tokens."""
@@ -236,6 +245,12 @@ class _Integers:
     def tensor(self) -> Tensor:
         """Concatenate the parts to int64."""
         return torch.from_numpy(np.concatenate(self._parts, dtype=np.int64))
+
+
+def _joined(parts: Sequence[NDArray[np.integer] | None]) -> Tensor | None:
+    """Concatenate the parts; None if one is missing."""
+    known = [part for part in parts if part is not None]
+    return torch.from_numpy(np.concatenate(known).astype(np.int64)) if len(known) == len(parts) else None
 
 
 def _axes(position_ids: Tensor | None) -> int:

@@ -15,6 +15,7 @@ from rlcore.errors import ConfigError, nearest
 from rlcore.model import experts, lora
 from rlcore.model.forward import ForwardSettings
 from rlcore.model.loading import family_of, query_heads, resolve
+from rlcore.model.routing import routers_of
 from rlcore.model.vision import check_tower
 
 MODEL_CACHE = Path.home() / ".cache" / "rlcore" / "models"
@@ -72,6 +73,8 @@ class ResolvedModel:
     def trainable(self, model: torch.nn.Module) -> torch.nn.Module:
         """Apply the run file's training settings to `model`: frozen parts, LoRA, gradient checkpointing."""
         config = self.config.model
+        if config.routing_replay and not routers_of(model):
+            raise ConfigError(f"model.routing_replay: {config.path} has no experts; remove it")
         tower = self.family.vision_tower(model)
         for part in config.freeze:
             self._freeze(model, part, tower)

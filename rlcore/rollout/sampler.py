@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rlcore.config.loader import validate
@@ -17,6 +19,7 @@ from rlcore.distributed.fingerprint import Constants, Fingerprint, compare, fing
 from rlcore.distributed.parts import published
 from rlcore.errors import Remedy, RunError
 from rlcore.model import lora as low_rank
+from rlcore.model.routing import recorded
 from rlcore.monitor.heartbeat import no_heartbeat
 from rlcore.protocols import ModelFamily
 from rlcore.runtime.memory import OffloadedTensors, awake, holding
@@ -43,11 +46,12 @@ def build(
     beat: Callable[[], None] = no_heartbeat,
     image_embeds: bool = False,
     temperatures: Mapping[str, float] | None = None,
+    experts: bool = False,
 ) -> TorchRollout:
     """Build a sampler with its own copy of the weights, which changes at `load_weights` only."""
     validate(TorchOptions, config.options, "rollout.options.")
     model: Any = family.widen(_load(folder, dtype)).to(backend.device(0))
-    return TorchRollout(model, family, max_tokens, lora, beat)
+    return TorchRollout(model, family, max_tokens, lora, beat, experts)
 
 
 class TorchRollout:
@@ -58,15 +62,16 @@ class TorchRollout:
 
     def __init__(
         self, model: Any, family: ModelFamily, max_tokens: int, lora: LoraConfig | None = None,
-        beat: Callable[[], None] = no_heartbeat,
+        beat: Callable[[], None] = no_heartbeat, experts: bool = False,
     ) -> None:
+        """`experts`: samples come with the experts of their tokens."""
         self._model = model.eval().requires_grad_(False)
         self._family = family
         self._max_tokens = max_tokens
         self._stop = torch.tensor(sorted(family.stop_token_ids), device=model.device)
         self.version: int | None = 0
         self._lora = lora
-        self._beat = beat
+        self._beat, self._experts = beat, experts
         self._asleep = False
         self._offloaded = OffloadedTensors(self._model.parameters)
         self._constants = Constants(self._model, _remade(self._model))
@@ -160,12 +165,14 @@ class TorchRollout:
 
     def _groups(self, prompts: Sequence[Prompt], places: Sequence[int], sampling: Sampling) -> list[Group]:
         generators = [torch.Generator().manual_seed(_seed(sampling.seed, sampling.first + place)) for place in places]
-        steps = list(self._steps(prompts, sampling, generators))
+        with recorded(self._model, self._experts) as calls:
+            steps = list(self._steps(prompts, sampling, generators))
         token_ids = torch.stack([tokens for tokens, _ in steps], dim=1).split(sampling.samples)  # [S, R], split by prompt
         logprobs = torch.stack([values for _, values in steps], dim=1).split(sampling.samples)
+        experts = list(_routes(calls, len(prompts), sampling.samples)) if calls else [[None] * sampling.samples] * len(prompts)
         return [
             Group(prompt, [self._sample(*sample) for sample in zip(*drawn, strict=True)])
-            for prompt, *drawn in zip(prompts, token_ids, logprobs, strict=True)
+            for prompt, *drawn in zip(prompts, token_ids, logprobs, experts, strict=True)
         ]
 
     def _steps(
@@ -197,12 +204,23 @@ class TorchRollout:
         output = self._model(input_ids=tokens[:, None], position_ids=positions, past_key_values=cache, use_cache=True)
         return output.logits[:, -1]
 
-    def _sample(self, token_ids: Tensor, logprobs: Tensor) -> Sample:
+    def _sample(self, token_ids: Tensor, logprobs: Tensor, experts: NDArray[np.integer] | None) -> Sample:
+        """What was drawn up to the first stop: tokens [R], and the experts [P + R - 1, L, k] of what was read."""
         stops = torch.isin(token_ids, self._stop).nonzero()
         length = int(stops[0]) + 1 if len(stops) else len(token_ids)
         tokens, values = token_ids[:length].int().cpu().numpy(), logprobs[:length].clone().cpu().numpy()
         finish = "stop" if len(stops) else "length"
-        return Sample(tokens, values, self._family.decode(tokens.tolist()), finish, holding(self.version))
+        if experts is not None:
+            experts = experts[: len(experts) - len(token_ids) + length]
+        return Sample(tokens, values, self._family.decode(tokens.tolist()), finish, holding(self.version), experts)
+
+
+def _routes(calls: Sequence[NDArray[np.integer]], prompts: int, samples: int) -> Iterator[list[NDArray[np.integer]]]:
+    """[P, L, k] of each prompt, then [prompts x samples, L, k] of each step -> of each prompt's samples [P + steps, L, k]."""
+    read, steps = calls[:prompts], calls[prompts:]
+    for number, prompt in enumerate(read):
+        places = range(number * samples, (number + 1) * samples)
+        yield [np.concatenate([prompt, *(step[place, None] for step in steps)]) for place in places]
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:

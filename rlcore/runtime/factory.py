@@ -49,6 +49,7 @@ class Factory:
             actor = TorchActor(
                 replace(loaded, module=resolved.trainable(module)), settings, task.objective, task.optimizer, task.schedule,
                 resolved.backend.adamw, publish_lora=resolved.engine_lora is not None,
+                routing_replay=task.routing_replay,
             )  # fmt: skip
         reference: Reference | None = None
         if compared and actor and switched:
@@ -95,7 +96,7 @@ class Factory:
             family=resolved.family, folder=resolved.folder, backend=resolved.backend, config=config.rollout,
             dtype=resolved.settings.compute_dtype, max_tokens=longest, seed=config.seed, lora=resolved.engine_lora,
             beat=self.beat, image_embeds=config.model.images_are_read_once,
-            temperatures=config.temperatures,
+            temperatures=config.temperatures, experts=config.model.routing_replay,
         )  # fmt: skip
 
     @property

@@ -63,7 +63,7 @@ def test_every_layout_has_the_padded_gradient_and_the_same_statistics(family, fo
             metrics, gradient = gradient_of(computed(family, folder, None, cap), layout)
             assert apart(gradient, yardstick) < 5e-6, (len(layout.groups), count)
             reports.append({name: value for name, value in metrics.items() if name.startswith("moe/")})
-    assert len(reports[0]) == 4 and all(report == pytest.approx(reports[0], rel=1e-5) for report in reports)
+    assert len(reports[0]) == 5 and all(report == pytest.approx(reports[0], rel=1e-5) for report in reports)
 
 
 def test_a_grouped_product_is_the_loop(family, folder, batch):

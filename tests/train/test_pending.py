@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from rlcore.train.grpo import GrpoTask
 from rlcore.train.sampling import Sampled, Scored
 from rlcore.types import Group, Prompt, Receipt, Row, Sample, Score
 
+EXPERTS = np.arange(180, dtype=np.uint8).reshape(-1, 3, 2)
 PROMPTS = [Prompt(Row(f"row {number}", ()), [number], [number]) for number in range(4)]
 
 
@@ -41,11 +43,15 @@ def path(tmp_path):
     return tmp_path / pending.FILE
 
 
+def told_array(array):
+    return array if array is None else (array.tobytes(), array.dtype, array.shape)
+
+
 def told(sampled):
     """Everything in it, in a form that compares."""
     both = [*sampled.kept.groups, *sampled.replaced.groups]
     samples = [
-        (one.token_ids.tobytes(), one.token_ids.dtype, one.logprobs.tobytes(), one.text, one.finish, one.policy_version)
+        (*(told_array(getattr(one, name)) for name in pending._ARRAYS), one.text, one.finish, one.policy_version)
         for group in both for one in group.samples
     ]  # fmt: skip
     prompts = [(group.prompt.row.id, group.prompt.token_ids, len(group.samples)) for group in both]
@@ -57,6 +63,18 @@ def told(sampled):
 
 def test_they_come_back_with_the_prompts_drawn_again(path):
     assert told(pending.unpacked(path, lambda count: PROMPTS[:count])) == told(SAMPLED)
+
+
+def test_so_do_the_experts_of_their_tokens(path):
+    def routed(scored):
+        return replace(scored, groups=[
+            replace(group, samples=[replace(one, experts=EXPERTS[: len(one.token_ids)]) for one in group.samples])
+            for group in scored.groups
+        ])  # fmt: skip
+
+    sampled = replace(SAMPLED, kept=routed(SAMPLED.kept), replaced=routed(SAMPLED.replaced))
+    path.write_bytes(pending.packed(sampled))
+    assert told(pending.unpacked(path, lambda count: PROMPTS[:count])) == told(sampled) != told(SAMPLED)
 
 
 def test_other_rows_are_refused(path):
