@@ -40,13 +40,13 @@ def plan(file: Path) -> dict[bool, float]:
     from dataclasses import replace
 
     from rlcore.config import loader
-    from rlcore.train import plan
-    from rlcore.train.memory import MemoryPlanner
+    from rlcore.plan import batches
+    from rlcore.plan.planner import MemoryPlanner
 
     backend, config = stack.backend(), loader.load(file, [])
     kind = type(backend)
     backend = kind(loader.validate(kind.Options, config.backend.options, "backend.options."))
-    planner = MemoryPlanner(backend, plan.some(plan.read(config, backend)[0]), None)
+    planner = MemoryPlanner(backend, batches.some(batches.read(config, backend)[0]), None)
     geometry, facts = planner.geometry(config), planner.facts(config, backend)
     peaks = {}
     for returned in (False, True):

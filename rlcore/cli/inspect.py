@@ -22,15 +22,14 @@ def run_plan(options: argparse.Namespace) -> int:
     config = load_settings(options)
     backend = prepared_backend(config)
     absent = _prepare(backend)
-    from rlcore.diagnose import fit
-    from rlcore.train import plan
-    from rlcore.train.memory import MemoryPlanner
-    from rlcore.train.memory_table import tables
+    from rlcore.plan import batches, fit
+    from rlcore.plan.planner import MemoryPlanner
+    from rlcore.plan.tables import tables
 
-    training, held_out = plan.read(config, backend)
-    print(plan.describe(config, training, held_out))
-    size = plan.device_bytes(backend, options.device_gib, absent)
-    planner = MemoryPlanner(backend, plan.some(training), size)
+    training, held_out = batches.read(config, backend)
+    print(batches.describe(config, training, held_out))
+    size = batches.device_bytes(backend, options.device_gib, absent)
+    planner = MemoryPlanner(backend, batches.some(training), size)
     start = fit.planned(planner, config, backend, both=True)
     print(tables(start.pools, config, start.facts))
     if absent:

@@ -14,9 +14,9 @@ from rlcore.diagnose.remedies import Case, changed, remedies
 from rlcore.errors import Remedy, Shortage
 from rlcore.model.loading import query_heads, resolve
 from rlcore.model.resolved import MODEL_CACHE
-from rlcore.train.memory import MemoryPlanner
-from rlcore.train.memory_plan import Facts, Geometry, PhasePlan, PoolPlan
-from rlcore.train.memory_table import gib
+from rlcore.plan.memory import Facts, Geometry, PhasePlan, PoolPlan
+from rlcore.plan.planner import MemoryPlanner
+from rlcore.plan.tables import gib
 
 _STAGES = {
     "load": "load", "start": "start_engine", "reshard": "sync", "send": "send", "encode": "embed", "infer": "generate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rlcore.config.schema import RunConfig
-from rlcore.train.memory_plan import Facts, Item, PhasePlan, PoolPlan
+from rlcore.plan.memory import Facts, Item, PhasePlan, PoolPlan
 
 GIB = 2**30
 _ORDER = (

@@ -17,10 +17,10 @@ from run_files import settings, write
 from rlcore import registry
 from rlcore.cli.main import main
 from rlcore.config.schema import RunConfig
-from rlcore.diagnose import fit
-from rlcore.train.memory import MemoryPlanner
-from rlcore.train.memory_plan import memory_plan
-from rlcore.train.plan import read, some
+from rlcore.plan import fit
+from rlcore.plan.batches import read, some
+from rlcore.plan.memory import memory_plan
+from rlcore.plan.planner import MemoryPlanner
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -91,10 +91,10 @@ from dataclasses import replace
 from pathlib import Path
 from run_files import settings
 from rlcore.config.schema import RunConfig
-from rlcore.model.footprint import META, model_of_shapes, packed_row, training_bytes
 from rlcore.model.forward import Forward
 from rlcore.model.precision import WorkingCopy
 from rlcore.model.resolved import ResolvedModel
+from rlcore.plan.footprint import META, model_of_shapes, packed_row, training_bytes
 from rlcore.types import Segment
 
 def resident(name):
@@ -203,7 +203,7 @@ def test_checkpoints_that_are_written_while_the_run_goes_on_are_in_its_next_phas
 def test_advice_is_what_another_plan_says_and_its_last_setting_makes_the_run_fit(
     configured, planned, backend, monkeypatch
 ):
-    monkeypatch.setattr("rlcore.train.memory.jemalloc.of_malloc", object)  # with which nothing freed is kept
+    monkeypatch.setattr("rlcore.plan.planner.jemalloc.of_malloc", object)  # with which nothing freed is kept
     values = configured("reference")
     values["train"] |= {"prompts_per_step": 64, "max_tokens_per_microbatch": 4096}
     planner, start = planned(values)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from rlcore.config.schema import RunConfig
 from rlcore.device import Backend
-from rlcore.model import footprint
 from rlcore.model.critic import ValueForward
-from rlcore.model.footprint import META, model_of_shapes, packed_row
 from rlcore.model.forward import Forward
 from rlcore.model.packing import plan_microbatches
 from rlcore.model.resolved import ResolvedModel
+from rlcore.plan import footprint
+from rlcore.plan.footprint import META, model_of_shapes, packed_row
+from rlcore.plan.memory import Command, Geometry, Passes, Row, Weight
 from rlcore.protocols import ModelFamily, VisionModelFamily
-from rlcore.train.memory_plan import Command, Geometry, Passes, Row, Weight
 from rlcore.types import Prompt, Vision
 
 

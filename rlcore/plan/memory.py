@@ -1,6 +1,6 @@
 """The memory plan of a run: bytes of every part in every phase, on a device of each pool and in its process's host memory.
 
-Pure arithmetic on the run file, the shapes of the model's weights and the bytes of its passes (`memory_shapes`). P are the
+Pure arithmetic on the run file, the shapes of the model's weights and the bytes of its passes (`shapes`). P are the
 parameters, t of them trained, b bytes of the compute dtype, S devices that share a copy, all per device:
 
     parameters        4 t / S + b (P - t) / S                exact; each tensor's first dimension is cut into S equal parts

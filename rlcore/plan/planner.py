@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rlcore.config.schema import RunConfig
 from rlcore.device import Backend
-from rlcore.model.footprint import META
 from rlcore.model.resolved import ResolvedModel
+from rlcore.plan.footprint import META
+from rlcore.plan.memory import Facts, Geometry, PoolPlan, memory_plan
+from rlcore.plan.shapes import Shapes, command_of, images_of
 from rlcore.runtime import jemalloc
 from rlcore.runtime.memory import peak_rss
-from rlcore.train.memory_plan import Facts, Geometry, PoolPlan, memory_plan
-from rlcore.train.memory_shapes import Shapes, command_of, images_of
 from rlcore.types import Prompt
 
 

@@ -1,0 +1,1 @@
+"""What a run will need, before it starts: its batches, and its memory by part and phase."""
