@@ -138,7 +138,10 @@ def test_an_update_takes_what_is_counted_on_shapes(tmp_path):
 BOTH = """
 import sys
 import rlcore.cli.main as cli
+from rlcore.runtime import jemalloc
+real, jemalloc.of_malloc = jemalloc.of_malloc, object  # with which nothing freed is kept
 assert cli.main(["plan", sys.argv[1]]) == 0
+jemalloc.of_malloc = real
 print("done", cli.main(["grpo", sys.argv[1], "--run-dir", sys.argv[2]]))
 """
 LARGE = {"name": "tiny_llama", "options": {"hidden_size": 512, "layers": 8, "context": 512}}
@@ -156,7 +159,8 @@ PEAKS = {
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_process_is_predicted(name, tmp_path):
-    """Within 15 %, most of which is the interpreter and its libraries; test above has what a step adds."""
+    """Within 15 %, where malloc returns what is freed: what the C library's keeps, by arenas and their threads, varies by half from
+    run to run. Most of it is the interpreter and its libraries; the test above has what a step adds."""
     sections = dict(PEAKS[name])
     model = dict(sections.pop("model"))
     train = {"steps": 2, "prompts_per_step": 16, "max_tokens_per_microbatch": 1024}
@@ -165,7 +169,8 @@ def test_the_peak_of_a_process_is_predicted(name, tmp_path):
     values = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({**values, "model": {**values["model"], **model}}), encoding="utf-8")
     command = [sys.executable, "-c", BOTH, str(file), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    returned = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    done = subprocess.run(command, env=os.environ | returned, capture_output=True, text=True)
     assert "done 0" in done.stdout, done.stdout + done.stderr
     (predicted,) = map(float, re.findall(r"^peak: \w+, ([\d.]+) GiB", done.stdout, re.MULTILINE))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
