@@ -159,8 +159,8 @@ PEAKS = {
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_process_is_predicted(name, tmp_path):
-    """Within 15 %, where malloc returns what is freed: what the C library's keeps, by arenas and their threads, varies by half from
-    run to run. Most of it is the interpreter and its libraries; the test above has what a step adds."""
+    """Within 15 %, where malloc returns what is freed: what the C library's keeps, by arenas and threads, varies from run to run.
+    Most of it is the interpreter and its libraries; the test above has what a step adds."""
     sections = dict(PEAKS[name])
     model = dict(sections.pop("model"))
     train = {"steps": 2, "prompts_per_step": 16, "max_tokens_per_microbatch": 1024}
