@@ -13,7 +13,7 @@ FOLDERS = {"rlcore": "rlcore", "rlcore_backends": "backends", "rlcore_adapters":
 CORE = (  # bottom up; packages in one line do not import each other
     ["errors", "atomic", "model_files", "tensor_files"], ["types"], ["checks", "config"], ["monitor", "distributed"],
     ["device"], ["protocols"], ["registry"], ["data", "rewards"], ["checkpoint", "algorithms", "weights"], ["model"],
-    ["runtime"], ["rollout", "train"], ["diagnose"], ["cli"], ["__main__"],
+    ["runtime"], ["rollout", "train"], ["diagnose"], ["plan"], ["cli"], ["__main__"],
 )  # fmt: skip
 BACKENDS = (["common"], ["server"], ["cpu", "cuda", "vllm", "ray"], ["npu", "launch"])
 ADAPTERS = (["models", "datasets", "configs", "weights"],)

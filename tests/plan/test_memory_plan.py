@@ -159,7 +159,7 @@ PEAKS = {
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_process_is_predicted(name, tmp_path):
-    """Within 15 %, where malloc returns what is freed: what the C library's keeps, by arenas and threads, varies from run to run.
+    """Within 15 %, where malloc returns what is freed: what the C library's keeps, by arenas and threads, varies by run.
     Most of it is the interpreter and its libraries; the test above has what a step adds."""
     sections = dict(PEAKS[name])
     model = dict(sections.pop("model"))
