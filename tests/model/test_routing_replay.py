@@ -10,6 +10,8 @@ import torch
 from run_files import settings
 from test_layouts import ALONE, SHARED, actor_of, alone, apart, batch_of, gradient_of
 from test_layouts import _one_thread as _one_thread
+from test_moe import family as family
+from test_moe import folder as folder
 
 from rlcore import registry
 from rlcore.config.algorithm import AlgorithmConfig
@@ -23,19 +25,7 @@ from rlcore.rollout import sampler as torch_sampler
 from rlcore.types import Batch, Group, Sampling
 
 CONFIG = AlgorithmConfig(kl_coef=0.1)
-LAYERS, EXPERTS, CHOSEN = 2, 12, 2
-
-
-@pytest.fixture(scope="module")
-def folder(models):
-    folder = models / "moe_replay"
-    registry.load("models", "tiny_qwen3_moe")(folder, hidden_size=64, layers=LAYERS, experts=EXPERTS, expert_size=16)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def family(folder):
-    return registry.load("families", "qwen3_moe")(folder)
+LAYERS, EXPERTS, CHOSEN = 2, 12, 2  # of test_moe's model
 
 
 @pytest.fixture(scope="module")
