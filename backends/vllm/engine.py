@@ -177,9 +177,7 @@ def file_shapes(folder: Path) -> dict[str, list[int]]:
 
 def refuse_experts(wanted: bool) -> None:
     if wanted:
-        raise ConfigError(
-            "model.routing_replay: vLLM gives no experts here; set rollout.engine to sglang or torch, or remove it"
-        )
+        raise ConfigError("model.routing_replay: vLLM gives no experts here; set rollout.engine=torch, or remove it")
 
 
 def refuse_raised(temperatures: Mapping[str, float]) -> None:

@@ -151,7 +151,7 @@ def test_a_dense_model_and_an_engine_that_cannot_are_refused(tiny_llama, backend
     with pytest.raises(ConfigError, match=r"model\.routing_replay: .* has no experts; remove it"):
         resolved.trainable(resolved.load(tiny_llama))
     for engine in ("vllm", "vllm_server"):
-        with pytest.raises(ConfigError, match=r"model\.routing_replay: vLLM gives no experts here; set rollout\.engine to"):
+        with pytest.raises(ConfigError, match=r"model\.routing_replay: vLLM gives no experts here; set rollout\.engine=torch"):
             registry.load("rollout_engines", engine)(
                 family=resolved.family, folder=tiny_llama, backend=backend, config=RolloutConfig(), dtype=torch.float32,
                 max_tokens=64, seed=0, experts=True,
