@@ -1,4 +1,4 @@
-"""`rlcore plan`: the prompts, samples, optimizer steps, micro-batches and memory of a run, before it starts."""
+"""Prompts, samples, optimizer steps and micro-batches of a run, before it starts."""
 
 from __future__ import annotations
 
